@@ -1,0 +1,268 @@
+"""The truth the tests compare with: objectives, errors and draws in plain PyTorch, on any device.
+
+Written from the formulas, independently of csrc/; it also serves the ops where nothing is compiled.
+Everything is differentiable by autograd; importance weights are detached, as defined.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class Hyper(NamedTuple):
+    """An objective's numbers as 0-d tensors, in the order of `Hyper` in csrc/objectives.h."""
+
+    beta: Tensor
+    label_smoothing: Tensor
+    alpha: Tensor
+    clip: Tensor
+    mask_threshold: Tensor
+    combine: Tensor  # 0 max, 1 min, 2 mean
+    inverse_weight: Tensor
+    sft_weight: Tensor
+
+
+class Objective(Protocol):
+    """What `loss` reads of an objective (fastpref.objectives has them)."""
+
+    @property
+    def number(self) -> int: ...
+    def hyper(self) -> tuple[float, ...]: ...
+
+
+# --- Objectives: each takes hyper, four errors [B] and the gain [B], and returns (loss, margin). ---
+
+
+def margin(
+    beta: Tensor | float, err_w: Tensor, err_l: Tensor, ref_w: Tensor, ref_l: Tensor
+) -> Tensor:
+    """m = -(beta/2) ((e_w - r_w) - (e_l - r_l)), the implicit reward difference."""
+    return -0.5 * beta * ((err_w - ref_w) - (err_l - ref_l))
+
+
+def importance(err: Tensor, gain: Tensor) -> Tensor:
+    """wbar = exp(-g e / 2), detached: the importance weight of one reverse step, per dimension."""
+    return torch.exp(-0.5 * gain * err.detach())
+
+
+def _smoothed(m: Tensor, s: Tensor) -> Tensor:
+    return -(1 - s) * logsigmoid(m) - s * logsigmoid(-m)
+
+
+def _kept(wbar: Tensor, h: Hyper) -> Tensor:
+    return ~(wbar < h.mask_threshold)  # a NaN is kept, and so reaches the loss
+
+
+def _clipped(wbar: Tensor, h: Hyper) -> Tensor:
+    return wbar.clamp(1 - h.clip, 1 + h.clip)
+
+
+def _dpo(h, e_w, e_l, r_w, r_l, gain):
+    m = margin(h.beta, e_w, e_l, r_w, r_l)
+    return _smoothed(m, h.label_smoothing), m
+
+
+def _ipo(h, e_w, e_l, r_w, r_l, gain):
+    return ((e_l - r_l) - (e_w - r_w) - 0.5 / h.beta) ** 2, margin(h.beta, e_w, e_l, r_w, r_l)
+
+
+def _hinge(h, e_w, e_l, r_w, r_l, gain):
+    m = margin(h.beta, e_w, e_l, r_w, r_l)
+    return (1 - m).clamp(min=0), m
+
+
+def _dmpo(h, e_w, e_l, r_w, r_l, gain):
+    m = margin(h.beta, e_w, e_l, r_w, r_l)
+    right, wrong = logsigmoid(m), logsigmoid(-m)
+    # exp(log sigma) rather than sigma, whose autograd (1 - y) y is lost to rounding in the tails.
+    return right.exp() * (right - torch.log1p(-h.alpha)) + wrong.exp() * (wrong - h.alpha.log()), m
+
+
+def _dpo_cm(h, e_w, e_l, r_w, r_l, gain):
+    bar_w, bar_l = importance(e_w, gain), importance(e_l, gain)
+    kept_w, kept_l = _kept(bar_w, h), _kept(bar_l, h)
+    c_w, c_l = _clipped(bar_w, h) * kept_w, _clipped(bar_l, h) * kept_l
+    m = -0.5 * h.beta * (c_w * (e_w - r_w) - c_l * (e_l - r_l))
+    return _smoothed(m, h.label_smoothing) * (kept_w | kept_l), m
+
+
+def _sdpo(h, e_w, e_l, r_w, r_l, gain):
+    bar_w, bar_l = importance(e_w, gain), importance(e_l, gain)
+    mean_or_min = torch.where(h.combine == 2, (bar_w + bar_l) / 2, torch.minimum(bar_w, bar_l))
+    wbar = torch.where(h.combine == 0, torch.maximum(bar_w, bar_l), mean_or_min)
+    c = _clipped(wbar, h)
+    m = margin(h.beta, e_w, e_l, r_w, r_l)
+    scale = _kept(wbar, h) * torch.where(h.inverse_weight != 0, 1 / c, c)
+    return scale * _smoothed(m, h.label_smoothing), m
+
+
+def _spo(h, e_w, e_l, r_w, r_l, gain):
+    lo, hi = torch.log1p(-h.clip), torch.log1p(h.clip)
+    rho_w, rho_l = ((-0.5 * gain * d).clamp(lo, hi) for d in (e_w - r_w, e_l - r_l))
+    m = h.beta * (rho_w - rho_l)
+    return -logsigmoid(m), m
+
+
+# By number: in the order of csrc/objectives.h and of fastpref.objectives.OBJECTIVES.
+_OBJECTIVES = (_dpo, _ipo, _hinge, _dmpo, _dpo_cm, _sdpo, _spo)
+_WEIGHTED = (_dpo_cm, _sdpo)
+
+
+def _evaluate(
+    number: int, h: Hyper, err_w: Tensor, err_l: Tensor, ref_w: Tensor, ref_l: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    value, m = _OBJECTIVES[number](h, err_w, err_l, ref_w, ref_l, gain)
+    # 1, or NaN where an error is not finite: a mask or a saturated sigmoid must not hide it.
+    finite = 1 + sum(0 * e.detach() for e in (err_w, err_l, ref_w, ref_l))
+    return (value + h.sft_weight * err_w) * finite, m
+
+
+def loss(
+    objective: Objective,
+    err_w: Tensor,
+    err_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    gain: Tensor | float | None = None,
+) -> Tensor:
+    """The pairs' losses [B] with the SFT term, unweighted, from the four errors [B].
+
+    gain is the importance gain g of dpo_cm and sdpo, or k of spo; the others ignore it.
+    Formulas and sources: `fastpref.objectives`. Not finite wherever an error is not finite.
+    """
+    hyper = torch.tensor(objective.hyper(), dtype=torch.float64, device=err_w.device)
+    gain = torch.as_tensor(0.0 if gain is None else gain, dtype=err_w.dtype, device=err_w.device)
+    return _evaluate(objective.number, Hyper(*hyper), err_w, err_l, ref_w, ref_l, gain)[0]
+
+
+def epilogue(
+    number: int,
+    hyper: Tensor,
+    err: Tensor,
+    ref_err: Tensor,
+    gain: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mean loss [], pair_loss [B], margin [B], importance [2B], coef [2B] = d pair_loss / d err).
+
+    err, ref_err [2B], winners first; pair_loss carries the weight. Nothing returned has a graph.
+    """
+    h = Hyper(*hyper.detach())
+    ref_w, ref_l = ref_err.detach().chunk(2)
+    gain = torch.zeros_like(ref_w) if gain is None else gain.detach()
+    weight = torch.ones_like(ref_w) if weight is None else weight.detach()
+
+    def total(err: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        value, m = _evaluate(number, h, *err.chunk(2), ref_w, ref_l, gain)
+        return (value * weight).sum(), (value * weight, m)
+
+    err = err.detach()
+    # torch.func works inside an op's implementation too, where autograd itself is switched off.
+    coef, (pair_loss, m) = torch.func.grad(total, has_aux=True)(err)
+    coef = coef + pair_loss.mul(0).repeat(2)
+    weighted = _OBJECTIVES[number] in _WEIGHTED
+    wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)
+    return pair_loss.mean(), pair_loss, m, wbar, coef
+
+
+# --- Errors and noise ---
+
+
+def pair_error(pred: Tensor, target: Tensor) -> Tensor:
+    """err[r] = mean over elements of (pred[r % len(pred)] - target[r])^2, [rows] float64."""
+    rows = target.shape[0]
+    pred = pred.reshape(pred.shape[0], -1).double().repeat(rows // pred.shape[0], 1)
+    return (pred - target.reshape(rows, -1).double()).square().mean(1)
+
+
+def mix(x0: Tensor, noise: Tensor, on_x0: Tensor, on_noise: Tensor) -> Tensor:
+    """on_noise * noise + on_x0 * x0, rows of x0 in order w, l; noise [P, D], on_* [P]; float32.
+
+    Rounded as csrc does: the product with x0 first, then once (float64 stays float64).
+    """
+    times = x0.shape[0] // noise.shape[0]
+    flat = x0.reshape(x0.shape[0], -1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    scale_x, scale_n = (v.to(flat.dtype).repeat(times)[:, None] for v in (on_x0, on_noise))
+    on_noise = scale_n.double() * noise.repeat(times, 1).double()
+    return (on_noise + (scale_x * flat).double()).to(flat.dtype).view_as(x0)
+
+
+# --- Draws: Philox4x32-10 and Box-Muller ---
+
+
+class Domain(IntEnum):
+    """What a draw is for; each has its own numbers."""
+
+    TIMESTEP = 0
+    NOISE = 1
+    POSTERIOR = 2
+    PROMPT_DROPOUT = 3
+    SPO = 4
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32x32-bit product, by halves: int64 has no room for all 64 bits."""
+    low, high = constant * (word & 0xFFFF), constant * (word >> 16)
+    middle = high + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(
+    key0: int, key1: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words, held in int64 tensors."""
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def words(
+    seed: int, pair_id: Tensor, index: Tensor, groups: Tensor, domain: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of element groups [G] of draws (seed, pair_id [B], index [B]): four of [B, G]."""
+    draw = (int(domain) << 28) | (index & 0x0FFFFFFF)
+    counters = (draw, pair_id & _WORD, (pair_id >> 32) & _WORD)
+    group = groups.expand(pair_id.shape[0], -1)
+    return philox(seed & _WORD, (seed >> 32) & _WORD, group, *(c[:, None] for c in counters))
+
+
+def uniform(seed: int, pair_id: Tensor, index: Tensor, domain: int) -> Tensor:
+    """One uniform number in the open interval (0, 1) per draw, [B] float64.
+
+    52 bits and a half, so that neither end is ever rounded to.
+    """
+    group = torch.zeros(1, dtype=torch.int64, device=pair_id.device)
+    x, y, _, _ = words(seed, pair_id, index, group, domain)
+    return (((x << 20) | (y >> 12)).double() + 0.5).mul(2.0**-52)[:, 0]
+
+
+def normal(
+    seed: int, pair_id: Tensor, index: Tensor, elements: int, domain: int = Domain.NOISE
+) -> Tensor:
+    """Standard normals [B, elements] float32, functions of (seed, pair_id, index, domain, element).
+
+    Element 4g + j comes from word group g: r0 cos a0, r0 sin a0, r1 cos a1, r1 sin a1.
+    """
+    groups = torch.arange((elements + 3) // 4, device=pair_id.device)
+    x, y, z, w = words(seed, pair_id, index, groups, domain)
+
+    def radius(word: Tensor) -> Tensor:
+        u = (word.float().double() * 2.0**-32 + 2.0**-33).float()  # the float csrc/philox.h takes
+        return (-2 * u.double().log()).clamp(min=0).sqrt()
+
+    def angle(word: Tensor) -> Tensor:
+        return word.double() * (2 * torch.pi / 2**32)
+
+    r0, r1, a0, a1 = radius(x), radius(z), angle(y), angle(w)
+    four = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), -1)
+    return four.flatten(1)[:, :elements].float()
