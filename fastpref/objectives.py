@@ -26,7 +26,7 @@ _RANGES = {
 class Objective:
     """What all objectives share; e, r are the policy's and the reference's mean squared errors.
 
-    d = e - r and the margin m = -(beta/2) (d_w - d_l); a pair's loss is weight (L + sft_weight e_w).
+    d = e - r, the margin m = -(beta/2) (d_w - d_l), and a pair's loss weight (L + sft_weight e_w).
     beta (> 0) is in the `half_mean` convention and has no default; sft_weight >= 0.
     Raises ValueError or TypeError, naming the option, what was expected and what came.
     """
@@ -118,8 +118,8 @@ class Hinge(Objective):
 class DMPO(Objective):
     """L = sigma(m) [log sigma(m) - log(1-alpha)] + sigma(-m) [log sigma(-m) - log alpha].
 
-    alpha in (0, 0.5). The Bernoulli KL with its arguments swapped (arXiv 2507.07510): the margin has
-    its optimum at logit(1-alpha), and very wrong pairs are ignored.
+    alpha in (0, 0.5). The Bernoulli KL with its arguments swapped (arXiv 2507.07510): the margin
+    has its optimum at logit(1-alpha), and very wrong pairs are ignored.
     """
 
     name: ClassVar[str] = "dmpo"
@@ -130,9 +130,9 @@ class DMPO(Objective):
 class DPOCM(Objective):
     """DPO at m = -(beta/2) (M_w c_w d_w - M_l c_l d_l), and L = 0 where both members are masked.
 
-    wbar = exp(-g e / 2) detached, c = clip(wbar, 1-clip, 1+clip), M = [wbar >= mask_threshold]; clip
-    in (0, 1), mask_threshold in (0, 1]. DPO-C&M of arXiv 2505.21893: the ratio, the clip range and
-    the threshold are the authors', the form of the loss is ours.
+    wbar = exp(-g e / 2) detached, c = clip(wbar, 1-clip, 1+clip), M = [wbar >= mask_threshold];
+    clip in (0, 1), mask_threshold in (0, 1]. DPO-C&M of arXiv 2505.21893: the ratio, the clip range
+    and the threshold are the authors', the form of the loss is ours.
     """
 
     name: ClassVar[str] = "dpo_cm"
@@ -147,9 +147,9 @@ class DPOCM(Objective):
 class SDPO(Objective):
     """M c times DPO's loss: one weight for the pair, wbar = combine(wbar_w, wbar_l).
 
-    wbar, M and c as in DPOCM; combine in {max, min, mean}; inverse_weight takes 1/c for c. SDPO, now
-    SIPO (arXiv 2505.21893): the ratio, the clip range and the threshold are the authors', the form
-    of the loss is ours.
+    wbar, M and c as in DPOCM; combine in {max, min, mean}; inverse_weight takes 1/c for c. SDPO,
+    now SIPO (arXiv 2505.21893): the ratio, the clip range and the threshold are the authors', the
+    form of the loss is ours.
     """
 
     name: ClassVar[str] = "sdpo"

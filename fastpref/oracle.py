@@ -4,7 +4,6 @@ Written from the formulas, independently of csrc/; it also serves the ops where 
 Everything is differentiable by autograd; importance weights are detached, as defined.
 """
 
-from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,7 +32,7 @@ class Objective(Protocol):
     def hyper(self) -> tuple[float, ...]: ...
 
 
-# --- Objectives: each takes hyper, four errors [B] and the gain [B], and returns (loss, margin). ---
+# --- Objectives: each takes hyper, four errors [B] and the gain [B] and returns (loss, margin). ---
 
 
 def margin(
@@ -194,15 +193,8 @@ def mix(x0: Tensor, noise: Tensor, on_x0: Tensor, on_noise: Tensor) -> Tensor:
 # --- Draws: Philox4x32-10 and Box-Muller ---
 
 
-class Domain(IntEnum):
-    """What a draw is for; each has its own numbers."""
-
-    TIMESTEP = 0
-    NOISE = 1
-    POSTERIOR = 2
-    PROMPT_DROPOUT = 3
-    SPO = 4
-
+# What a draw is for: each domain has its own numbers.
+TIMESTEP, NOISE, POSTERIOR, PROMPT_DROPOUT, SPO = range(5)
 
 _WORD = 0xFFFFFFFF
 
@@ -230,7 +222,7 @@ def words(
     seed: int, pair_id: Tensor, index: Tensor, groups: Tensor, domain: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of element groups [G] of draws (seed, pair_id [B], index [B]): four of [B, G]."""
-    draw = (int(domain) << 28) | (index & 0x0FFFFFFF)
+    draw = (domain << 28) | (index & 0x0FFFFFFF)
     counters = (draw, pair_id & _WORD, (pair_id >> 32) & _WORD)
     group = groups.expand(pair_id.shape[0], -1)
     return philox(seed & _WORD, (seed >> 32) & _WORD, group, *(c[:, None] for c in counters))
@@ -246,9 +238,7 @@ def uniform(seed: int, pair_id: Tensor, index: Tensor, domain: int) -> Tensor:
     return (((x << 20) | (y >> 12)).double() + 0.5).mul(2.0**-52)[:, 0]
 
 
-def normal(
-    seed: int, pair_id: Tensor, index: Tensor, elements: int, domain: int = Domain.NOISE
-) -> Tensor:
+def normal(seed: int, pair_id: Tensor, index: Tensor, elements: int, domain: int = NOISE) -> Tensor:
     """Standard normals [B, elements] float32, functions of (seed, pair_id, index, domain, element).
 
     Element 4g + j comes from word group g: r0 cos a0, r0 sin a0, r1 cos a1, r1 sin a1.

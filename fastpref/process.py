@@ -1,0 +1,319 @@
+"""Noising processes: schedule tables from a scheduler's config, draws, targets, importance gain.
+
+A process turns draws into noise levels: x_t = a x0 + s eps, and the network predicts
+y = p eps + q x0.
+Everything is a pure function of the draws (seed, pair id, index), on the draws' device, without a
+synchronisation. Tables and times are float64.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from . import oracle
+from .functional import Draws, Target, add_noise
+
+MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Process:
+    """What both processes share.
+
+    timestep_range: the window (lo, hi) on the noise level that times are drawn from (flow: sigma;
+        diffusion: t / T), realised by restricting the draw, so draws stay draws.
+    importance_steps: N, the importance gain is that of one step of a grid of N steps from t itself.
+    strata: K draws per pair, stratified: draw k takes stratum (k + an offset of the pair) mod K.
+    Raises ValueError on values out of range.
+    """
+
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    importance_steps: int = 50
+    strata: int | None = None
+
+    def __post_init__(self) -> None:
+        lo, hi = self.timestep_range
+        if not 0 <= lo < hi <= 1:
+            raise ValueError(
+                f"timestep_range must be (lo, hi) with 0 <= lo < hi <= 1, got ({lo}, {hi})"
+            )
+        if self.importance_steps < 1:
+            raise ValueError(f"importance_steps must be >= 1, got {self.importance_steps}")
+        if self.strata is not None and self.strata < 1:
+            raise ValueError(f"strata (draws per pair) must be >= 1, got {self.strata}")
+
+    def replace(self, **changes: Any) -> Self:
+        """The same process with other settings, e.g. `replace(timestep_range=(0.35, 1.0))`."""
+        return replace(self, **changes)
+
+    def _uniform(self, draws: Draws) -> Tensor:
+        """[B] float64 in (0, 1): each draw's place in the distribution of times."""
+        u = oracle.uniform(draws.seed, draws.pair_id, draws.index, oracle.TIMESTEP)
+        if self.strata is None:
+            return u
+        # Word group 1 of draw 0: numbers that no time uses, one offset per pair.
+        zero, group = torch.zeros_like(draws.index), draws.pair_id.new_ones(1)
+        offset = oracle.words(draws.seed, draws.pair_id, zero, group, oracle.TIMESTEP)[0][:, 0]
+        return ((draws.index + offset) % self.strata + u) / self.strata
+
+    def _noised(
+        self, x0: Tensor, draws: Draws, a: Tensor, s: Tensor, t: Tensor, p: Tensor, q: Tensor
+    ) -> tuple[Tensor, Tensor, Target]:
+        x_t = add_noise(x0, draws, a.float(), s.float())
+        t = t.float().repeat(x0.shape[0] // t.shape[0])
+        return x_t, t, Target(x0.detach(), draws, p.float(), q.float())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowMatching(Process):
+    """Rectified flow (Wan, SD3, FLUX): x_t = (1 - sigma) x0 + sigma eps, predicting eps - x0.
+
+    sigma = shift u / (1 + (shift - 1) u), u uniform or logit-normal (logit_mean, logit_std). The
+    network is fed num_train_timesteps * sigma, a float.
+    Raises ValueError on values out of range.
+    """
+
+    shift: float = 1.0
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift must be finite and > 0, got {self.shift}")
+        if self.time_sampling not in ("uniform", "logit_normal"):
+            raise ValueError(
+                f"time_sampling must be uniform or logit_normal, got {self.time_sampling!r}"
+            )
+        if not self.logit_std > 0:
+            raise ValueError(f"logit_std must be > 0, got {self.logit_std}")
+        lo, hi = self._window()
+        if hi - lo < 1e-6:
+            raise ValueError(
+                f"timestep_range {self.timestep_range} is almost never drawn with"
+                f" logit_mean={self.logit_mean}, logit_std={self.logit_std}: widen it"
+            )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From a scheduler_config.json: `flow_shift` or `shift`, `num_train_timesteps`.
+
+        Raises ValueError where the shift depends on the resolution (`use_dynamic_shifting`).
+        """
+        for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
+            if config.get(key):
+                raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
+        return cls(
+            shift=float(config.get("flow_shift", config.get("shift", 1.0))),
+            num_train_timesteps=config.get("num_train_timesteps", 1000),
+        )
+
+    def _shifted(self, u):  # noqa: ANN001, ANN202  float or Tensor
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def _window(self) -> tuple[float, float]:
+        """timestep_range as probabilities of the distribution of u."""
+        window = [sigma / (self.shift - (self.shift - 1) * sigma) for sigma in self.timestep_range]
+        if self.time_sampling == "logit_normal":
+            normal = NormalDist(self.logit_mean, self.logit_std)
+            window = [normal.cdf(math.log(u / (1 - u))) if 0 < u < 1 else u for u in window]
+        return window[0], window[1]
+
+    def _unshifted(self, draws: Draws) -> Tensor:
+        """u, [B] float64: the time before the shift."""
+        lo, hi = self._window()
+        u = lo + (hi - lo) * self._uniform(draws)
+        if self.time_sampling == "logit_normal":
+            u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+        return u
+
+    def level(self, draws: Draws) -> Tensor:
+        """sigma, [B] float64 in [0, 1]."""
+        return self._shifted(self._unshifted(draws))
+
+    def noise(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Target]:
+        """(x_t like x0, t [rows] float32 for the network, `Target`); x0 [2B, ...] or [B, ...]."""
+        sigma = self.level(draws)
+        one = torch.ones_like(sigma)
+        t = self.num_train_timesteps * sigma
+        return self._noised(x0, draws, 1 - sigma, sigma, t, one, -one)
+
+    def gain(self, draws: Draws) -> Tensor:
+        """g = s^2 (SNR_r - SNR_s), [B] float64, finite and >= 0, SNR = ((1 - sigma) / sigma)^2.
+
+        From sigma = s to r = shift(max(u - 1/N, 1e-3)); 1e30 where r >= s. arXiv 2505.21893 in
+        posterior form: log w = -g D e / 2 + noise for one reverse step.
+        """
+        u = self._unshifted(draws)
+        s = self._shifted(u)
+        r = self._shifted((u - 1 / self.importance_steps).clamp(min=1e-3))
+        gain = s.square() * (((1 - r) / r).square() - ((1 - s) / s).square())
+        return torch.where(r < s, gain, MASKED)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The sampling grid [steps + 1] float64: 1 down to the last step's sigma, then 0."""
+        grid = torch.linspace(1, 1 / self.num_train_timesteps, steps + 1, dtype=torch.float64)
+        return torch.cat((self._shifted(grid[:-1]), grid.new_zeros(1)))
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Diffusion(Process):
+    """DDPM (Stable Diffusion, CogVideoX): a = sqrt(abar_t), s = sqrt(1 - abar_t), t = floor(u T).
+
+    alphas_cumprod: abar [T] float64. prediction_type: epsilon (y = eps), v_prediction
+    (y = a eps - s x0) or sample (y = x0). The network is fed the integer t (as a float32 tensor).
+    Raises ValueError on values out of range, and for epsilon where abar = 0 (zero terminal SNR).
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    _on_device: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        abar = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).cpu()
+        object.__setattr__(self, "alphas_cumprod", abar)
+        if abar.dim() != 1 or not ((abar >= 0) & (abar < 1)).all():
+            raise ValueError(
+                "alphas_cumprod must be [T] with 0 <= abar < 1, got"
+                f" {list(abar.shape)} in [{abar.min():.6g}, {abar.max():.6g}]"
+            )
+        if self.prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTIONS)},"
+                f" got {self.prediction_type!r}"
+            )
+        if self.prediction_type == "epsilon" and abar.min() == 0:
+            raise ValueError(
+                "prediction_type epsilon is undefined at zero terminal SNR (abar = 0):"
+                " expected v_prediction or sample"
+            )
+        if self.importance_steps > len(abar):
+            raise ValueError(
+                f"importance_steps must be <= {len(abar)}, the training timesteps,"
+                f" got {self.importance_steps}"
+            )
+        first, last = self._window()
+        if first > last:
+            raise ValueError(
+                f"timestep_range {self.timestep_range} holds none of {len(abar)} timesteps"
+            )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From a scheduler_config.json: betas, SNR shift, zero terminal SNR, prediction type.
+
+        Keys: num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas,
+        snr_shift_scale, rescale_betas_zero_snr, prediction_type. Raises ValueError on an unknown
+        beta_schedule.
+        """
+        return cls(
+            alphas_cumprod=_alphas_cumprod(config),
+            prediction_type=config.get("prediction_type", "epsilon"),
+        )
+
+    def _window(self) -> tuple[int, int]:
+        """timestep_range as the first and the last timestep: t / T in [lo, hi)."""
+        total = len(self.alphas_cumprod)
+        lo, hi = (math.ceil(level * total - 1e-9) for level in self.timestep_range)
+        return lo, hi - 1
+
+    def _timestep(self, draws: Draws) -> Tensor:
+        first, last = self._window()
+        t = first + (self._uniform(draws) * (last - first + 1)).floor().long()
+        return t.clamp(max=last)
+
+    def _tables(self, device: torch.device) -> dict[str, Tensor]:
+        """a, s, p, q and the gain for every t, float64, made once per device."""
+        if device not in self._on_device:
+            abar = self.alphas_cumprod
+            a, s = abar.sqrt(), (1 - abar).sqrt()
+            zero, one = torch.zeros_like(a), torch.ones_like(a)
+            p, q = {
+                "epsilon": (one, zero),
+                "v_prediction": (a, -s),
+                "sample": (zero, one),
+            }[self.prediction_type]
+            t = torch.arange(len(abar))
+            r = (t - round(len(abar) / self.importance_steps)).clamp(min=0)
+            snr = abar / (1 - abar)
+            gain = {
+                "epsilon": snr[r] / snr - 1,
+                "v_prediction": (1 - abar) * (snr[r] - snr),
+                "sample": snr[r] - snr,
+            }[self.prediction_type]
+            gain = torch.where(r < t, gain, MASKED)
+            tables = {"a": a, "s": s, "p": p, "q": q, "gain": gain}
+            self._on_device[device] = {name: x.to(device) for name, x in tables.items()}
+        return self._on_device[device]
+
+    def level(self, draws: Draws) -> Tensor:
+        """t / T, [B] float64 in [0, 1)."""
+        return self._timestep(draws).double() / len(self.alphas_cumprod)
+
+    def noise(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Target]:
+        """(x_t like x0, t [rows] float32 for the network, `Target`); x0 [2B, ...] or [B, ...]."""
+        t = self._timestep(draws)
+        a, s, p, q = (self._tables(t.device)[name][t] for name in "aspq")
+        return self._noised(x0, draws, a, s, t, p, q)
+
+    def gain(self, draws: Draws) -> Tensor:
+        """The importance gain g of one reverse step, [B] float64, finite and >= 0, SNR = (a/s)^2.
+
+        epsilon: SNR_r / SNR_t - 1; v_prediction: s_t^2 (SNR_r - SNR_t); sample: SNR_r - SNR_t; from
+        t to r = max(t - round(T/N), 0), 1e30 at t = 0. arXiv 2505.21893 in posterior form:
+        log w = -g D e / 2 + noise.
+        """
+        t = self._timestep(draws)
+        return self._tables(t.device)["gain"][t]
+
+
+def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
+    """abar [T] float64 of a scheduler's config, with the scheduler classes' own defaults."""
+    cogvideox = str(config.get("_class_name", "")).startswith("CogVideoX")
+    start, end = (0.00085, 0.012) if cogvideox else (0.0001, 0.02)
+    start, end = config.get("beta_start", start), config.get("beta_end", end)
+    total = config.get("num_train_timesteps", 1000)
+    schedule = config.get("beta_schedule", "scaled_linear" if cogvideox else "linear")
+    if config.get("trained_betas") is not None:
+        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    elif schedule == "linear":
+        betas = torch.linspace(start, end, total, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, total, dtype=torch.float64).square()
+    elif schedule == "squaredcos_cap_v2":
+        time = torch.arange(total + 1, dtype=torch.float64) / total
+        bar = ((time + 0.008) / 1.008 * torch.pi / 2).cos().square()
+        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(
+            "scheduler config: beta_schedule must be linear, scaled_linear or squaredcos_cap_v2,"
+            f" got {schedule!r}"
+        )
+    abar = (1 - betas).cumprod(0)
+    scale = config.get("snr_shift_scale", 3.0 if cogvideox else 1.0)
+    abar = abar / (scale + (1 - scale) * abar)
+    if config.get("rescale_betas_zero_snr", False):
+        # Shift and scale sqrt(abar) so that its last value is 0 and its first stays (2305.08891).
+        root = abar.sqrt()
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return abar
+
+
+def from_config(config: dict[str, Any]) -> FlowMatching | Diffusion:
+    """The process of a diffusers scheduler_config.json: flow matching if it says so, else DDPM."""
+    flow = (
+        "FlowMatch" in str(config.get("_class_name", ""))
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    )
+    return (FlowMatching if flow else Diffusion).from_config(config)
