@@ -1,0 +1,59 @@
+// CUDA: x_t = a x0 + s eps, with eps drawn on the fly and shared by a pair's winner and loser.
+#include "reduce.cuh"
+
+namespace fastpref::cuda {
+namespace {
+
+// Bytes: reads x0 once, writes x_t once; eps never leaves the registers.
+// Grid: one wave; a block takes whole chunks of pairs, winner and loser together.
+// Sums: none.
+template <typename X, typename Y>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) noise_kernel(NoiseArgs args) {
+  constexpr int W = kWidth<X, Y>;
+  bool const two = args.shape.rows > args.shape.pairs;
+  for_each_chunk(args.shape, [&](Chunk const& chunk) {
+    X const* x0[2];
+    Y* out[2];
+    bool wide = true;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      int64_t const row = m && two ? chunk.pair + args.shape.pairs : chunk.pair;
+      int64_t const at = row * args.shape.elements + chunk.begin;
+      x0[m] = static_cast<X const*>(args.x0) + at;
+      out[m] = static_cast<Y*>(args.out) + at;
+      wide = wide && aligned(x0[m]) && aligned(out[m]);
+    }
+    Key const key = make_key(args.draws.seed, args.draws.pair_id[chunk.pair],
+                             args.draws.index[chunk.pair], Domain::noise);
+    float const a = args.a[chunk.pair], s = args.s[chunk.pair];
+    for_each_vector<W>(chunk, [&](int at, int count) {
+      Vector<X, W> clean[2];
+      clean[0] = load<W>(x0[0] + at, count, wide);
+      if (two) clean[1] = load<W>(x0[1] + at, count, wide);
+      float eps[W];
+      noise<W>(key, chunk.group(at), eps);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if (m && !two) break;
+        float noisy[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) noisy[i] = combine(s, eps[i], a, to_float(clean[m][i]));
+        store<W>(out[m] + at, noisy, count, wide);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+char const* add_noise(NoiseArgs const& args, void* stream) {
+  int64_t const items = args.shape.pairs * chunks_of(args.shape.elements);
+  if (items == 0) return nullptr;
+  return dispatch(args.x0_dtype, [&](auto x0) {
+    return dispatch(args.out_dtype, [&](auto out) {
+      return launch(noise_kernel<decltype(x0), decltype(out)>, items, stream, args);
+    });
+  });
+}
+
+}  // namespace fastpref::cuda

@@ -1,0 +1,301 @@
+// What the CUDA kernels share: 16-byte loads and stores, the walk over pairs and chunks, residuals
+// against a stored or regenerated target, sums in a fixed order, and the launch.
+//
+// The unit of work is one chunk of one pair. Both of its rows are read together, so that their common
+// noise is computed once. A block takes whole chunks and a chunk's sum depends on kThreads alone:
+// results are the same bits for any grid.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+#include "philox.h"
+
+namespace fastpref::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 3;  // what __launch_bounds__ guarantees: at most 80 registers a thread
+
+// ---- one vector: W elements, 16 bytes of the wider of two types ----
+
+template <typename A, typename B>
+constexpr int kWidth = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+inline __device__ float to_float(float x) { return x; }
+inline __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline __device__ float to_float(__half x) { return __half2float(x); }
+template <typename T>
+__device__ T round_to(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+inline __device__ bool aligned(void const* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// W elements as the 32-bit words they are loaded in: as separate 16-bit values they would take twice
+// the registers.
+template <typename T, int W>
+struct Vector {
+  static constexpr int kPerWord = 4 / sizeof(T), kWords = W / kPerWord;
+  uint32_t word[kWords];
+
+  __device__ float operator[](int i) const {
+    uint32_t const bits = word[i / kPerWord] >> (i % kPerWord * 16);
+    T value;
+    memcpy(&value, &bits, sizeof value);
+    return to_float(value);
+  }
+  // Sets element i of a word that is still zero there.
+  __device__ void set(int i, T value) {
+    uint32_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    word[i / kPerWord] |= bits << (i % kPerWord * 16);
+  }
+};
+
+// The first `count` of W elements, zeros behind them. `wide`: `from` is 16-byte aligned.
+template <int W, typename T>
+__device__ Vector<T, W> load(T const* from, int count, bool wide) {
+  Vector<T, W> out{};
+  if (wide && count == W) {
+    if constexpr (out.kWords == 4) {
+      uint4 const raw = *reinterpret_cast<uint4 const*>(from);
+      return {raw.x, raw.y, raw.z, raw.w};
+    } else {
+      uint2 const raw = *reinterpret_cast<uint2 const*>(from);
+      return {raw.x, raw.y};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      if (i < count) out.set(i, from[i]);
+    }
+  }
+  return out;
+}
+
+template <int W, typename T>
+__device__ void store(T* to, float const (&values)[W], int count, bool wide) {
+  if (wide && count == W) {
+    Vector<T, W> in{};
+#pragma unroll
+    for (int i = 0; i < W; ++i) in.set(i, round_to<T>(values[i]));
+    if constexpr (in.kWords == 4) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(in.word[0], in.word[1], in.word[2], in.word[3]);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(in.word[0], in.word[1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      if (i < count) to[i] = round_to<T>(values[i]);
+    }
+  }
+}
+
+// The normals of elements 4 group .. 4 group + W - 1.
+template <int W>
+__device__ void noise(Key const& key, uint32_t group, float (&eps)[W]) {
+#pragma unroll
+  for (int i = 0; i < W; i += 4) {
+    Normals const n = normals(key, group + i / 4);
+    eps[i] = n.x, eps[i + 1] = n.y, eps[i + 2] = n.z, eps[i + 3] = n.w;
+  }
+}
+
+// ---- the walk ----
+
+// One chunk of one pair: elements begin .. begin + size - 1 of each of its rows.
+struct Chunk {
+  int64_t pair, number, begin;
+  int size;
+
+  __device__ uint32_t group(int at) const { return static_cast<uint32_t>((begin + at) / 4); }
+};
+
+// use(chunk) for this block's share of all chunks of all pairs.
+template <typename Use>
+__device__ void for_each_chunk(Shape const& shape, Use use) {
+  int64_t const chunks = chunks_of(shape.elements);
+  for (int64_t i = blockIdx.x; i < shape.pairs * chunks; i += gridDim.x) {
+    int64_t const number = i % chunks, begin = number * kChunk, rest = shape.elements - begin;
+    use(Chunk{i / chunks, number, begin, static_cast<int>(rest < kChunk ? rest : kChunk)});
+  }
+}
+
+// use(at, count) for this thread's vectors of a chunk: elements at .. at + count - 1, counted from its
+// begin. Neighbouring threads have neighbouring vectors.
+template <int W, typename Use>
+__device__ void for_each_vector(Chunk const& chunk, Use use) {
+#pragma unroll 1
+  for (int at = threadIdx.x * W; at < chunk.size; at += kThreads * W)
+    use(at, chunk.size - at < W ? chunk.size - at : W);
+}
+
+// ---- one pair's residuals ----
+
+// pred - y of a chunk of a pair's rows (one or two members), and ref - y where there is a reference.
+template <typename P, typename T>
+struct Residuals {
+  static constexpr int W = kWidth<P, T>;
+  P const *pred, *ref;  // where the chunk begins in the winner's rows; ref null: no reference
+  T const* data;
+  int64_t pred_step, data_step;  // from the winner's row to the loser's
+  Chunk chunk;
+  Key key;
+  float p, q;
+  bool two, regenerate, wide;
+
+  // `out`: a tensor shaped and typed like pred that the caller writes, or null.
+  __device__ Residuals(Shape const& shape, void const* preds, void const* refs, Target const& target,
+                       void const* out, Chunk const& chunk)
+      : chunk(chunk) {
+    two = shape.rows > shape.pairs;
+    regenerate = target.draws.pair_id != nullptr;
+    data_step = two ? shape.pairs * shape.elements : 0;
+    pred_step = shape.pred_rows > shape.pairs ? data_step : 0;
+    int64_t const at = chunk.pair * shape.elements + chunk.begin;
+    pred = static_cast<P const*>(preds) + at;
+    ref = refs ? static_cast<P const*>(refs) + at : nullptr;
+    data = static_cast<T const*>(target.data) + at;
+    wide = aligned(pred) && aligned(pred + pred_step) && aligned(data) && aligned(data + data_step) &&
+           (!refs || (aligned(ref) && aligned(ref + pred_step))) &&
+           (!out || aligned(static_cast<P const*>(out) + at));  // as far from alignment as pred[1]
+    if (regenerate) {
+      key = make_key(target.draws.seed, target.draws.pair_id[chunk.pair], target.draws.index[chunk.pair],
+                     Domain::noise);
+      p = target.p[chunk.pair], q = target.q[chunk.pair];
+    }
+  }
+
+  // use(member, policy, reference): W residuals of each, zero behind `count`. All loads are issued
+  // before the noise is computed, so that they are in flight meanwhile.
+  template <typename Use>
+  __device__ void operator()(int at, int count, Use use) const {
+    Vector<P, W> policy[2], reference[2];
+    Vector<T, W> target[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m && !two) break;
+      policy[m] = load<W>(pred + m * pred_step + at, count, wide);
+      if (ref) reference[m] = load<W>(ref + m * pred_step + at, count, wide);
+      target[m] = load<W>(data + m * data_step + at, count, wide);
+    }
+    float eps[W];
+    if (regenerate) noise<W>(key, chunk.group(at), eps);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m && !two) break;
+      float d[W], d_ref[W];
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        float y = to_float(target[m][i]);
+        if (regenerate) y = combine(p, eps[i], q, y);
+        d[i] = i < count ? to_float(policy[m][i]) - y : 0.0f;
+        d_ref[i] = ref && i < count ? to_float(reference[m][i]) - y : 0.0f;
+      }
+      use(m, d, d_ref);
+    }
+  }
+};
+
+// ---- sums ----
+
+// Sum of squares, as a balanced tree.
+template <int W>
+__device__ float sum_squares(float const (&d)[W]) {
+  float s[W];
+#pragma unroll
+  for (int i = 0; i < W; ++i) s[i] = d[i] * d[i];
+#pragma unroll
+  for (int half = W / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  return s[0];
+}
+
+inline __device__ double warp_sum(double x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// The sums of N values over the block: thread n < N returns the sum of values[n].
+template <int N>
+__device__ double block_sum(double const (&values)[N]) {
+  __shared__ double sums[N][kWarps];
+  __syncthreads();  // the last call's sums have been read
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    double const sum = warp_sum(values[n]);
+    if (threadIdx.x % 32 == 0) sums[n][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x < N) {
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[threadIdx.x][warp];
+  }
+  return total;
+}
+
+// True in every thread of the last block to come here: what all blocks wrote before is then visible.
+inline __device__ bool last_block(unsigned* ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// ---- host side ----
+
+// f(value of the element type).
+template <typename F>
+char const* dispatch(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(float());
+    case Dtype::bf16:
+      return f(__nv_bfloat16());
+    case Dtype::f16:
+      return f(__half());
+  }
+  return "unknown dtype";
+}
+
+inline char const* message(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // our copy of the runtime keeps no error behind
+  return cudaGetErrorString(status);
+}
+
+// At most one wave of blocks, each taking its share of `items`.
+template <typename... Params, typename... Args>
+char const* launch(void (*kernel)(Params...), int64_t items, void* stream, Args const&... args) {
+  int device = 0, multiprocessors = 0;
+  if (auto error = message(cudaGetDevice(&device))) return error;
+  if (auto error = message(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)))
+    return error;
+  int64_t const wave = static_cast<int64_t>(multiprocessors) * kBlocksPerSm;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(items < wave ? items : wave));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return message(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+}  // namespace fastpref::cuda
