@@ -1,0 +1,271 @@
+"""The pair dataset: encoded pairs read from disk, and batches in an order that resumes exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import BadRow, Row, Rows, read_rows
+
+__all__ = [
+    "BadRow",
+    "Batch",
+    "Pair",
+    "PairDataset",
+    "Row",
+    "Rows",
+    "batches",
+    "collate",
+    "epoch_order",
+    "read_rows",
+]
+
+
+class Pair(NamedTuple):
+    """One encoded pair: latents `[C, F, h, w]` of both members, the prompt's embeddings."""
+
+    latents_w: Tensor
+    latents_l: Tensor
+    cond: dict[str, Tensor]
+    weight: float
+    pair_id: int
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs: `latents [2B, C, F, h, w]` winners first, `cond` `[2B, ...]`, the rest per pair."""
+
+    latents: Tensor
+    cond: dict[str, Tensor]
+    weight: Tensor  # [B] float64
+    pair_id: Tensor  # [B] int64
+    prompts: list[str]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """On `device`; latents and floating conditions in `dtype`; pinned memory without waiting."""
+
+        def move(value: Tensor, cast: bool) -> Tensor:
+            target = dtype if cast and value.is_floating_point() else None
+            return value.to(device, target, non_blocking=True)
+
+        return Batch(
+            move(self.latents, True),
+            {name: move(value, True) for name, value in self.cond.items()},
+            move(self.weight, False),
+            move(self.pair_id, False),
+            self.prompts,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from where a GPU fetches it asynchronously."""
+        return replace(
+            self,
+            latents=self.latents.pin_memory(),
+            cond={name: value.pin_memory() for name, value in self.cond.items()},
+            weight=self.weight.pin_memory(),
+            pair_id=self.pair_id.pin_memory(),
+        )
+
+
+def pair_file(folder: Path, pair_id: int) -> Path:
+    """Where a pair's tensors stand in an encoded set: 256 folders, named by the id in hex."""
+    name = f"{pair_id:016x}"
+    return folder / "pairs" / name[-2:] / f"{name}.safetensors"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped; ValueError: missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); delete it and run the same fastpref encode again"
+        ) from None
+
+
+def conditions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors stored as `cond.NAME`, by name."""
+    return {name[5:]: value for name, value in tensors.items() if name.startswith("cond.")}
+
+
+class PairDataset:
+    """The pairs of an encoded set, in the order of its index.
+
+    Attributes:
+        fingerprint: what the set was encoded with (family, model, frames, size, rate, dtype, data).
+        shapes: per pair, a text equal for pairs that fit in one batch.
+        pair_ids, prompts, weights: the index's columns.
+        empty_cond: embeddings of the empty prompt (no batch dimension), for prompt dropout.
+
+    Raises:
+        ValueError: `folder` is no encoded set, or one whose encoding has not finished.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.folder = Path(folder)
+        index = self.folder / "index.parquet"
+        if not index.is_file():
+            raise ValueError(
+                f"{folder}: no index.parquet; expected a set made by fastpref encode "
+                "(if its encoding was interrupted, run the same command again)"
+            )
+        columns = pq.read_table(index).to_pydict()
+        self.fingerprint: dict[str, Any] = json.loads(
+            (self.folder / "fingerprint.json").read_text(encoding="utf-8")
+        )
+        self.pair_ids: list[int] = columns["pair_id"]
+        self.prompts: list[str] = columns["prompt"]
+        self.weights: list[float] = columns["weight"]
+        self.shapes: list[str] = columns["shapes"]
+        self.empty_cond = conditions(read_tensors(self.folder / "empty.safetensors"))
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    def __getitem__(self, i: int) -> Pair:
+        tensors = read_tensors(pair_file(self.folder, self.pair_ids[i]))
+        return Pair(
+            tensors["latents_w"],
+            tensors["latents_l"],
+            conditions(tensors),
+            self.weights[i],
+            self.pair_ids[i],
+            self.prompts[i],
+        )
+
+
+def collate(pairs: Sequence[Pair]) -> Batch:
+    """A batch of pairs of equal shapes; ValueError names the pair whose shape differs."""
+    first = pairs[0]
+    for pair in pairs:
+        for name, a, b in (
+            ("latents_l", pair.latents_l, first.latents_w),
+            ("latents_w", pair.latents_w, first.latents_w),
+            *((f"cond.{k}", pair.cond.get(k), first.cond[k]) for k in first.cond),
+        ):
+            if a is None or a.shape != b.shape:
+                got = "nothing" if a is None else list(a.shape)
+                raise ValueError(
+                    f"collate: {name} of pair {pair.pair_id} expected {list(b.shape)} as in pair "
+                    f"{first.pair_id}, got {got}; batch pairs of one shape"
+                )
+    cond = {k: torch.stack([pair.cond[k] for pair in pairs]) for k in first.cond}
+    return Batch(
+        torch.stack([p.latents_w for p in pairs] + [p.latents_l for p in pairs]),
+        {name: torch.cat([value, value]) for name, value in cond.items()},
+        torch.tensor([p.weight for p in pairs], dtype=torch.float64),
+        torch.tensor([p.pair_id for p in pairs], dtype=torch.int64),
+        [p.prompt for p in pairs],
+    )
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n): a function of the seed and the epoch alone."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def epoch_batches(
+    shapes: Sequence[str], batch_size: int, seed: int, epoch: int
+) -> list[tuple[int, ...]]:
+    """One epoch's batches of row numbers, each of equal shapes; what fills no batch is left out."""
+    waiting: dict[str, list[int]] = {}
+    result = []
+    for i in epoch_order(len(shapes), seed, epoch):
+        bucket = waiting.setdefault(shapes[i], [])
+        bucket.append(i)
+        if len(bucket) == batch_size:
+            result.append(tuple(bucket))
+            bucket.clear()
+    return result
+
+
+def batches_per_epoch(shapes: Sequence[str], batch_size: int) -> int:
+    """How many whole batches of equal shapes there are: the same number in every epoch."""
+    counts: dict[str, int] = {}
+    for shape in shapes:
+        counts[shape] = counts.get(shape, 0) + 1
+    total = sum(count // batch_size for count in counts.values())
+    if not total:
+        kinds = f" of one shape ({len(counts)} shapes)" if len(counts) > 1 else ""
+        raise ValueError(
+            f"data: expected at least train_batch_size = {batch_size} pairs{kinds}, "
+            f"got {max(counts.values(), default=0)}; lower train_batch_size to that or add pairs"
+        )
+    never = {shape: n for shape, n in counts.items() if n < batch_size}
+    if never:
+        warnings.warn(
+            f"{sum(never.values())} of {len(shapes)} pairs never train: fewer than "
+            f"train_batch_size = {batch_size} pairs have their shape ({'; '.join(never)})",
+            stacklevel=3,
+        )
+    return total
+
+
+def batches(
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[tuple[int, Batch]]:
+    """Endless (epoch, batch), from batch number `start` on: counting batches is all a resume needs.
+
+    Each epoch goes once through a new permutation of the pairs, in batches of equal shapes; pairs
+    that fill no batch are left out of that epoch. `dataset` needs len(), [i] -> Pair and, where
+    shapes differ, `shapes`. `num_workers` threads read ahead and change nothing in what comes out.
+
+    Raises:
+        ValueError: fewer pairs of one shape than `batch_size`.
+    """
+    shapes = getattr(dataset, "shapes", None) or [""] * len(dataset)
+    per_epoch = batches_per_epoch(shapes, batch_size)
+
+    def load(rows: tuple[int, ...]) -> Batch:
+        batch = collate([dataset[i] for i in rows])
+        return batch.pin_memory() if pin_memory else batch
+
+    def plan() -> Iterator[tuple[int, tuple[int, ...]]]:
+        epoch, skip = divmod(start, per_epoch)
+        while True:
+            for rows in epoch_batches(shapes, batch_size, seed, epoch)[skip:]:
+                yield epoch, rows
+            epoch, skip = epoch + 1, 0
+
+    return _load_ahead(plan(), load, num_workers)
+
+
+def _load_ahead(plan: Iterator[Any], load: Any, num_workers: int) -> Iterator[tuple[int, Batch]]:
+    if num_workers == 0:
+        for epoch, rows in plan:
+            yield epoch, load(rows)
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastpref-data")
+    try:
+        ahead: deque[Any] = deque()
+        for epoch, rows in plan:
+            ahead.append((epoch, pool.submit(load, rows)))
+            if len(ahead) > 2 * num_workers:
+                epoch, future = ahead.popleft()
+                yield epoch, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

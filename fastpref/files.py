@@ -1,0 +1,42 @@
+"""Files: a write that happens whole or not at all, and an identity of what files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+# Of a large file its size, head and tail are hashed: weights that differ, differ there too.
+EDGE = 4 << 20
+MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` beside `path`, flushes it to the disk and renames it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def identity(path: Path) -> str:
+    """Hex digest of a file, or of the model files (weights, configs, vocabularies) of a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if file.is_file() and file.suffix in MODEL_FILES and not hidden:
+                digest.update(f"{name.as_posix()}={identity(file)}\n".encode())
+        return digest.hexdigest()
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with open(path, "rb") as file:
+        digest.update(file.read(EDGE))
+        if size > EDGE:
+            file.seek(max(EDGE, size - EDGE))
+            digest.update(file.read())
+    return digest.hexdigest()

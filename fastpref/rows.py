@@ -1,0 +1,385 @@
+"""Rows: the preference pairs that a folder, a metadata file or a Hugging Face dataset lists.
+
+Layouts, told apart by their columns (weight and negative_prompt are optional in all):
+    prompt, chosen, rejected           optional score_chosen, score_rejected: equal is a tie
+    caption, jpg_0, jpg_1, label_0     Pick-a-Pic: image bytes; 1 (first wins), 0 or 0.5 (a tie)
+    prompt, video_a, video_b, winner   winner is a, b (or video_a, video_b) or tie
+    prompt, candidates [, scores]      two or more media, ranked by score or listed best first
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Media = Path | bytes
+LAYOUTS = {
+    "chosen": ("prompt", "chosen", "rejected"),
+    "jpg_0": ("caption", "jpg_0", "jpg_1", "label_0"),
+    "video_a": ("prompt", "video_a", "video_b", "winner"),
+    "candidates": ("prompt", "candidates"),
+}
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: `kind` (one word, counted), `where` it stands, `field`, why."""
+
+    def __init__(self, kind: str, where: str, field: str, reason: str) -> None:
+        super().__init__(f"{where}, {field}: {reason}")
+        self.kind, self.where, self.field, self.reason = kind, where, field, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One preference pair: media are paths inside the data folder, or the bytes themselves."""
+
+    prompt: str
+    chosen: Media
+    rejected: Media
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    weight: float = 1.0
+    negative_prompt: str | None = None
+    where: str = ""
+
+
+class Rows:
+    """The pairs of `data`; iterating yields a `Row` per pair and a `BadRow` per unusable record.
+
+    Args:
+        data: folder with metadata.{jsonl,csv,parquet}, such a file, or a Hugging Face dataset
+            (saved folder, folder of parquet shards, or the name of one on the hub).
+        ranked: of records with more than two candidates: `all` ordered pairs, or `best_worst`.
+        split: split of a Hugging Face dataset.
+
+    `ties` counts the pairs without a winner met so far (they are dropped), `records` the records;
+    `total` is the number of records where it is known. ValueError: nothing there, a column missing.
+    """
+
+    def __init__(self, data: str | Path, *, ranked: str = "all", split: str = "train") -> None:
+        if ranked not in ("all", "best_worst"):
+            raise ValueError(f"ranked: expected all or best_worst, got {ranked!r}")
+        self.ranked = ranked
+        self.ties = self.records = 0
+        self.path = find(data)
+        if self.path is None:
+            from .hub import HubRecords
+
+            self._source: Any = HubRecords(str(data), split)
+        else:
+            self._source = {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}[
+                self.path.suffix.lower()
+            ](self.path)
+        self.root: Path = self._source.root.resolve()
+        self.name: str = self._source.name
+        self.total: int | None = self._source.total
+        self.layout = layout(self._source.columns, self.name)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        self.ties = self.records = 0
+        for where, record in self._source:
+            self.records += 1
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                yield from self._pairs(Reader(record, f"{self.name} {where}", self.root))
+            except BadRow as bad:
+                yield bad
+
+    def _pairs(self, read: Reader) -> Iterator[Row]:
+        prompt = read.text("caption" if self.layout == "jpg_0" else "prompt")
+        shared = {
+            "prompt": prompt,
+            "where": read.where,
+            "weight": read.weight(),
+            "negative_prompt": read.text("negative_prompt", optional=True),
+        }
+        if self.layout == "candidates":
+            candidates = read.candidates()
+            if self.ranked == "best_worst":
+                candidates = [candidates[0], candidates[-1]]
+            pairs = itertools.combinations(candidates, 2)
+        elif self.layout == "chosen":
+            names = ("chosen", "rejected")
+            scores = [read.number(f"score_{name}") for name in names]
+            if None in scores:
+                scores = [math.inf, -math.inf]
+            pairs = iter([tuple((scores[i], read.media(names[i])) for i in (0, 1))])
+        else:
+            names = ("jpg_0", "jpg_1") if self.layout == "jpg_0" else ("video_a", "video_b")
+            first = read.label() if self.layout == "jpg_0" else read.winner()
+            if first == 0.5:
+                self.ties += 1
+                return
+            chosen, rejected = names if first == 1 else names[::-1]
+            pairs = iter([((math.inf, read.media(chosen)), (-math.inf, read.media(rejected)))])
+        for (score_chosen, chosen), (score_rejected, rejected) in pairs:
+            if score_chosen == score_rejected:
+                self.ties += 1
+                continue
+            known = math.isfinite(score_chosen)
+            yield Row(
+                chosen=chosen,
+                rejected=rejected,
+                score_chosen=score_chosen if known else None,
+                score_rejected=score_rejected if known else None,
+                **shared,
+            )
+
+
+def read_rows(data: str | Path, **options: Any) -> list[Row]:
+    """All pairs of `data` (options of `Rows`), without ties; ValueError: a bad row, or no pair."""
+    rows = Rows(data, **options)
+    pairs = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise row
+        pairs.append(row)
+    if not pairs:
+        raise ValueError(nothing(rows))
+    return pairs
+
+
+def nothing(rows: Rows) -> str:
+    """Why `rows`, read to their end without a pair, have none."""
+    if rows.ties:
+        return f"{rows.name}: all {rows.ties} pairs are ties; expected pairs with a winner"
+    return f"{rows.name}: no rows; expected one row per pair ({', '.join(LAYOUTS[rows.layout])})"
+
+
+def find(data: str | Path) -> Path | None:
+    """The metadata file of `data`, or None where `data` must be a Hugging Face dataset."""
+    path = Path(data)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"{path}: expected a folder or a {', '.join(SUFFIXES)} file, got {path.suffix!r}"
+            )
+        return path
+    if not path.is_dir():
+        return None
+    if (path / "fingerprint.json").exists():
+        raise ValueError(f"{path}: is an encoded set already; expected the folder of its media")
+    found = [path / f"metadata{suffix}" for suffix in SUFFIXES]
+    found = [file for file in found if file.is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise ValueError(f"{path}: holds {names}; pass the file that is meant")
+    return found[0] if found else None
+
+
+def layout(columns: list[str] | None, name: str) -> str:
+    """Which of LAYOUTS the columns are (None: no record, so nothing is known)."""
+    if columns is None:
+        return "chosen"
+    keys = [key for key in LAYOUTS if set(LAYOUTS[key][1:]) & set(columns)] or ["chosen"]
+    key = min(keys, key=lambda key: len(set(LAYOUTS[key]) - set(columns)))
+    missing = [column for column in LAYOUTS[key] if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name}: missing column {', '.join(map(repr, missing))}; "
+            f"expected {', '.join(LAYOUTS[key])}, found {', '.join(columns) or 'none'}"
+        )
+    return key
+
+
+class Reader:
+    """One record's fields, each checked: a field that is not as it must be raises BadRow."""
+
+    def __init__(self, record: dict[str, Any], where: str, root: Path) -> None:
+        self.record, self.where, self.root = record, where, root
+
+    def bad(self, kind: str, field: str, reason: str) -> BadRow:
+        return BadRow(kind, self.where, field, reason)
+
+    def text(self, field: str, *, optional: bool = False) -> str | None:
+        value = self.record.get(field)
+        if value is None or value == "":
+            if optional:
+                return None
+            raise self.bad("missing_value", field, "is empty; expected a text")
+        if not isinstance(value, str):
+            raise self.bad("missing_value", field, f"expected a text, got {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.bad("not_utf8", field, "is not UTF-8; save the file as UTF-8") from None
+        return value
+
+    def number(self, field: str, value: Any = None) -> float | None:
+        value = self.record.get(field) if value is None else value
+        if value is None or value == "":
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.bad("not_a_number", field, f"expected a finite number, got {value!r:.40}")
+        return number
+
+    def weight(self) -> float:
+        weight = self.number("weight")
+        if weight is not None and weight < 0:
+            raise self.bad("not_a_number", "weight", f"expected 0 or more, got {weight:g}")
+        return 1.0 if weight is None else weight
+
+    def label(self) -> float:
+        """Pick-a-Pic: 1 where the first image wins, 0 the second, 0.5 a tie."""
+        label = self.record.get("label_0")
+        if self.record.get("has_label") is False or label not in (0, 1, 0.5, "0", "1", "0.5"):
+            raise self.bad("unknown_label", "label_0", f"expected 0, 1 or 0.5, got {label!r:.40}")
+        return float(label)
+
+    def winner(self) -> float:
+        winner = str(self.record.get("winner")).strip().lower()
+        wins = {"a": 1.0, "video_a": 1.0, "b": 0.0, "video_b": 0.0, "tie": 0.5}
+        if winner not in wins:
+            raise self.bad("unknown_label", "winner", f"expected a, b or tie, got {winner!r:.40}")
+        return wins[winner]
+
+    def media(self, field: str, value: Any = None) -> Media:
+        """Bytes as they are; a path only if it names a file inside the data folder."""
+        value = self.record.get(field) if value is None else value
+        if isinstance(value, dict):  # a Video or Image feature of a Hugging Face dataset
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return value
+        name = self.text(field) if value is self.record.get(field) else value
+        if not isinstance(name, str) or not name:
+            raise self.bad("missing_value", field, "expected a path or bytes")
+        shown = name.encode(errors="replace").decode()
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise self.bad(
+                "outside", field, f"{shown!r} must be relative to the data folder, without '..'"
+            )
+        try:
+            full = (self.root / path).resolve()
+            if not full.is_relative_to(self.root):
+                reason = f"{shown!r} is a link that leaves the data folder; copy the file into it"
+                raise self.bad("outside", field, reason)
+            if full.is_file():
+                return full
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, BadRow):
+                raise
+        raise self.bad("missing_file", field, f"{shown!r} is not a file in {self.root}")
+
+    def candidates(self) -> list[tuple[float, Media]]:
+        """(score, medium) best first; without scores the list is taken as ranked, best first."""
+        values, scores = (self._list(field) for field in ("candidates", "scores"))
+        if not values or len(values) < 2:
+            raise self.bad("missing_value", "candidates", "expected a list of at least two media")
+        if scores is None:
+            numbers = [float(-i) for i in range(len(values))]
+        elif len(scores) != len(values):
+            raise self.bad(
+                "unknown_label", "scores", f"expected {len(values)} numbers, got {len(scores)}"
+            )
+        else:
+            numbers = [self.number("scores", "none" if s is None else s) for s in scores]
+        pairs = [(s, self.media("candidates", v)) for s, v in zip(numbers, values, strict=True)]
+        return sorted(pairs, key=lambda pair: -pair[0])
+
+    def _list(self, field: str) -> list[Any] | None:
+        value = self.record.get(field)
+        if isinstance(value, str) and value:  # CSV: a JSON list in the cell
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+            if not isinstance(value, list):
+                raise self.bad("missing_value", field, "expected a JSON list")
+        return value or None
+
+
+class Jsonl:
+    """Records of a .jsonl file; bytes that are not UTF-8 become surrogates, which Reader refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.root, self.columns = path.name, path.parent, None
+        self._records = []
+        for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if raw.strip():
+                self._records.append((f"line {line}", self._parse(raw, f"{path.name} line {line}")))
+        self.total = len(self._records)
+        parsed = [record for _, record in self._records if isinstance(record, dict)]
+        if parsed:
+            self.columns = list(dict.fromkeys(key for record in parsed for key in record))
+
+    @staticmethod
+    def _parse(raw: bytes, where: str) -> dict[str, Any] | BadRow:
+        try:
+            record = json.loads(raw.decode(errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            return BadRow("not_json", where, "line", f"expected a JSON object ({error})")
+        if not isinstance(record, dict):
+            return BadRow("not_json", where, "line", "expected a JSON object")
+        return record
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+        return iter(self._records)
+
+
+class Csv:
+    """Records of a .csv file with a header line."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.root = path.name, path.parent
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            self._records = [(f"line {reader.line_num}", record) for record in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+        self.columns = list(reader.fieldnames) if reader.fieldnames else None
+        self.total = len(self._records)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return iter(self._records)
+
+
+class Parquet:
+    """Records of a .parquet file, read a few at a time: media bytes may stand in its columns."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.name, self.root = path.name, path.parent
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
+        self.columns = self._file.schema_arrow.names
+        self.total = self._file.metadata.num_rows
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        row = 0
+        for batch in self._file.iter_batches(batch_size=16):
+            columns = {
+                name: values(column)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+            for i in range(batch.num_rows):
+                row += 1
+                yield f"row {row}", {name: column[i] for name, column in columns.items()}
+
+
+def values(column: Any) -> list[Any]:
+    """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
+    return column.to_pylist()
