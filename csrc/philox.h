@@ -11,7 +11,7 @@
 
 #if defined(__CUDACC__)
 #define FASTPREF_HD __host__ __device__ inline
-#else
+#elif !defined(FASTPREF_HD)  // cpu_kernels.cpp has its own
 #define FASTPREF_HD inline
 #endif
 

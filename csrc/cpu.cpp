@@ -1,0 +1,323 @@
+// The CPU launchers: rows cut into chunks, chunks handed to a small thread pool, sums put together in order.
+//
+// Work is cut by (pair, chunk), so both members of a pair share one regeneration of their noise. Every
+// partial sum has its own slot and slots are added in order: threads change nothing but the time.
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "kernels.h"
+#include "objectives.h"
+
+namespace fastpref::cpu {
+namespace {
+
+// Sleeping helpers beside the calling thread. Never destroyed: helpers may sleep until the process ends.
+class Pool {
+ public:
+  // The process's pool; a forked child, which has none of its parent's threads, gets a new one.
+  static Pool& instance() {
+    static int const registered = pthread_atfork(nullptr, nullptr, [] { current() = nullptr; });
+    (void)registered;
+    Pool* pool = current();
+    if (!pool) {
+      Pool* const fresh = new Pool;
+      if (current().compare_exchange_strong(pool, fresh)) return *fresh;
+      delete fresh;
+    }
+    return *pool;
+  }
+
+  // task(0) .. task(count - 1), on at most `threads` threads; returns when all are done.
+  void run(int64_t count, int threads, std::function<void(int64_t)> const& task) {
+    int64_t const helpers = std::min<int64_t>(threads, count) - 1;
+    if (helpers <= 0 || !caller_.try_lock()) {  // a second caller does its own work alone
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    std::lock_guard<std::mutex> const release(caller_, std::adopt_lock);
+    {
+      std::lock_guard<std::mutex> const lock(mutex_);
+      task_ = &task;
+      count_ = count;
+      next_ = 0;
+      seats_ = helpers;
+      for (; alive_ < helpers; ++alive_) std::thread([this] { help(); }).detach();
+    }
+    wake_.notify_all();
+    work(task, count);
+    std::unique_lock<std::mutex> lock(mutex_);
+    seats_ = 0;  // a helper that wakes only now goes back to sleep
+    idle_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  static std::atomic<Pool*>& current() {
+    static std::atomic<Pool*> pool{nullptr};
+    return pool;
+  }
+
+  void work(std::function<void(int64_t)> const& task, int64_t count) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return seats_ > 0; });
+      --seats_;
+      ++busy_;
+      auto const& task = *task_;
+      int64_t const count = count_;
+      lock.unlock();
+      work(task, count);
+      lock.lock();
+      if (--busy_ == 0) idle_.notify_one();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, idle_;
+  std::function<void(int64_t)> const* task_ = nullptr;
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0, seats_ = 0, busy_ = 0, alive_ = 0;
+};
+
+Kernels const* named(char const* name) {
+  std::string const wanted(name);
+  if (wanted == portable.name) return &portable;
+#if defined(__x86_64__)
+  bool const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (wanted == avx2.name && has_avx2) return &avx2;
+  bool const has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (wanted == avx512.name && has_avx2 && has_avx512) return &avx512;
+#endif
+  return nullptr;
+}
+
+// The widest set of this machine, or the one FASTPREF_CPU names.
+Kernels const* best() {
+  char const* const asked = std::getenv("FASTPREF_CPU");
+  for (char const* name : {asked ? asked : "", "avx512", "avx2"})
+    if (Kernels const* found = named(name)) return found;
+  return &portable;
+}
+
+std::atomic<Kernels const*>& chosen() {
+  static std::atomic<Kernels const*> kernels{best()};
+  return kernels;
+}
+
+// Pieces of a row's chunk in which regenerated noise and targets are staged: they stay in the L1 cache.
+constexpr int64_t kPiece = 1024;
+static_assert(kChunk % kPiece == 0 && kPiece % kBlock == 0, "lanes must not depend on the staging");
+
+size_t bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+char const* at(void const* base, Dtype dtype, int64_t element) {
+  return static_cast<char const*>(base) + element * static_cast<int64_t>(bytes(dtype));
+}
+char* at(void* base, Dtype dtype, int64_t element) {
+  return static_cast<char*>(base) + element * static_cast<int64_t>(bytes(dtype));
+}
+
+// One stretch of at most kChunk elements of one pair.
+struct Piece {
+  int64_t pair, chunk, begin, length;
+};
+
+template <class F>
+void for_each_chunk(Shape const& shape, int threads, F const& body) {
+  int64_t const chunks = chunks_of(shape.elements);
+  Pool::instance().run(shape.pairs * chunks, threads, [&](int64_t i) {
+    int64_t const begin = i % chunks * kChunk;
+    body(Piece{i / chunks, i % chunks, begin, std::min(kChunk, shape.elements - begin)});
+  });
+}
+
+void draw(Kernels const& k, Draws const& draws, int64_t pair, int64_t begin, int64_t length, float* eps) {
+  Key const key = make_key(draws.seed, draws.pair_id[pair], draws.index[pair], Domain::noise);
+  k.normals(key, static_cast<uint32_t>(begin / 4), (length + 3) / 4, eps);
+}
+
+// Calls body(begin, length, y, y_dtype) over the piece, y[m] being the target of row pair + m pairs.
+template <class F>
+void for_targets(Kernels const& k, Shape const& shape, Target const& target, Piece const& piece,
+                 F const& body) {
+  int64_t const members = shape.rows / shape.pairs;
+  void const* y[2];
+  auto const source = [&](int64_t member, int64_t begin) {
+    return at(target.data, target.dtype, (piece.pair + member * shape.pairs) * shape.elements + begin);
+  };
+  if (!target.draws.pair_id) {
+    for (int64_t m = 0; m < members; ++m) y[m] = source(m, piece.begin);
+    body(piece.begin, piece.length, y, target.dtype);
+    return;
+  }
+  alignas(64) float eps[kPiece], made[2][kPiece];
+  float const p = target.p[piece.pair], q = target.q[piece.pair];
+  for (int64_t done = 0; done < piece.length; done += kPiece) {
+    int64_t const begin = piece.begin + done, length = std::min(kPiece, piece.length - done);
+    draw(k, target.draws, piece.pair, begin, length, eps);
+    for (int64_t m = 0; m < members; ++m) {
+      k.combine[static_cast<int>(target.dtype)](p, eps, q, source(m, begin), length, made[m]);
+      y[m] = made[m];
+    }
+    body(begin, length, y, Dtype::f32);
+  }
+}
+
+double total(double const* lanes) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// Sums of squares: slot (row, chunk), then err[row] = the mean.
+struct Partials {
+  explicit Partials(Shape const& shape)
+      : chunks(chunks_of(shape.elements)), elements(shape.elements), slots(shape.rows * chunks) {}
+  void set(int64_t row, int64_t chunk, double const* lanes) { slots[row * chunks + chunk] = total(lanes); }
+  void means(double* err) const {
+    for (int64_t row = 0; row * chunks < static_cast<int64_t>(slots.size()); ++row) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += slots[row * chunks + chunk];
+      err[row] = sum / static_cast<double>(elements);
+    }
+  }
+  int64_t chunks, elements;
+  std::vector<double> slots;
+};
+
+}  // namespace
+
+bool use(char const* name) {
+  Kernels const* const found = named(name);
+  if (found) chosen() = found;
+  return found;
+}
+
+char const* features() { return chosen().load()->name; }
+
+void add_noise(NoiseArgs const& args, int threads) {
+  Kernels const& k = *chosen();
+  Shape const& shape = args.shape;
+  for_each_chunk(shape, threads, [&](Piece const& piece) {
+    alignas(64) float eps[kPiece], noisy[kPiece];
+    for (int64_t done = 0; done < piece.length; done += kPiece) {
+      int64_t const begin = piece.begin + done, length = std::min(kPiece, piece.length - done);
+      draw(k, args.draws, piece.pair, begin, length, eps);
+      for (int64_t row = piece.pair; row < shape.rows; row += shape.pairs) {
+        int64_t const offset = row * shape.elements + begin;
+        k.combine[static_cast<int>(args.x0_dtype)](args.s[piece.pair], eps, args.a[piece.pair],
+                                                   at(args.x0, args.x0_dtype, offset), length, noisy);
+        k.store[static_cast<int>(args.out_dtype)](noisy, length, at(args.out, args.out_dtype, offset));
+      }
+    }
+  });
+}
+
+void pair_error(ErrorArgs const& args, int threads) {
+  Kernels const& k = *chosen();
+  Shape const& shape = args.shape;
+  Partials err(shape), ref_err(shape);
+  for_each_chunk(shape, threads, [&](Piece const& piece) {
+    int64_t const members = shape.rows / shape.pairs;
+    double lanes[2][kLanes] = {}, ref_lanes[2][kLanes] = {};
+    for_targets(k, shape, args.target, piece,
+                [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
+                  auto const sum = k.errors[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
+                  for (int64_t m = 0; m < members; ++m) {
+                    int64_t const row = (piece.pair + m * shape.pairs) % shape.pred_rows;
+                    int64_t const offset = row * shape.elements + begin;
+                    sum(at(args.pred, args.dtype, offset),
+                        args.ref ? at(args.ref, args.dtype, offset) : nullptr, y[m], length, lanes[m],
+                        ref_lanes[m]);
+                  }
+                });
+    for (int64_t m = 0; m < members; ++m) {
+      err.set(piece.pair + m * shape.pairs, piece.chunk, lanes[m]);
+      ref_err.set(piece.pair + m * shape.pairs, piece.chunk, ref_lanes[m]);
+    }
+  });
+  err.means(args.err);
+  if (args.ref) ref_err.means(args.ref_err);
+}
+
+void loss_epilogue(EpilogueArgs const& args) {
+  Hyper hyper;
+  memcpy(&hyper, args.hyper, sizeof hyper);
+  double sum = 0;
+  for (int64_t w = 0; w < args.pairs; ++w) {
+    int64_t const l = w + args.pairs;
+    PairResult const r = evaluate(args.objective, args.err[w], args.err[l], args.ref_err[w],
+                                  args.ref_err[l], args.gain ? args.gain[w] : 0.0,
+                                  args.weight ? args.weight[w] : 1.0, hyper);
+    sum += args.pair_loss[w] = r.loss;
+    args.margin[w] = r.margin;
+    args.importance[w] = r.importance_w;
+    args.importance[l] = r.importance_l;
+    args.coef[w] = r.coef_w;
+    args.coef[l] = r.coef_l;
+  }
+  args.loss[0] = sum / static_cast<double>(args.pairs);
+}
+
+void pair_loss(LossArgs const& args, int threads) {
+  pair_error(args.error, threads);
+  loss_epilogue(args.epilogue);
+}
+
+void pair_grad(GradArgs const& args, int threads) {
+  Kernels const& k = *chosen();
+  Shape const& shape = args.shape;
+  double const unit = (args.grad ? args.grad[0] : 1.0) * args.scale * 2.0 / shape.elements;
+  bool const shared = shape.pred_rows < shape.rows;  // both members' terms go into one row
+  for_each_chunk(shape, threads, [&](Piece const& piece) {
+    for_targets(
+        k, shape, args.target, piece,
+        [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
+          auto const gradient = k.gradient[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
+          for (int64_t row = piece.pair, m = 0; row < shape.pred_rows; row += shape.pairs, ++m) {
+            int64_t const offset = row * shape.elements + begin;
+            double const other = shared ? args.coef[row + shape.pairs] : 0.0;
+            gradient(at(args.pred, args.dtype, offset), y[m], shared ? y[1] : nullptr, length,
+                     static_cast<float>(unit * args.coef[row]), static_cast<float>(unit * other),
+                     at(args.grad_pred, args.dtype, offset), nullptr);
+          }
+        });
+  });
+}
+
+void unit_seed(SeedArgs const& args, int threads) {
+  Kernels const& k = *chosen();
+  ErrorArgs const& e = args.error;
+  float const factor = static_cast<float>(args.scale * 2.0 / e.shape.elements);
+  Partials err(e.shape);
+  for_each_chunk(e.shape, threads, [&](Piece const& piece) {
+    int64_t const members = e.shape.rows / e.shape.pairs;
+    double lanes[2][kLanes] = {};
+    for_targets(k, e.shape, e.target, piece,
+                [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
+                  auto const gradient = k.gradient[static_cast<int>(e.dtype)][static_cast<int>(y_dtype)];
+                  for (int64_t m = 0; m < members; ++m) {
+                    int64_t const offset = (piece.pair + m * e.shape.pairs) * e.shape.elements + begin;
+                    gradient(at(e.pred, e.dtype, offset), y[m], nullptr, length, factor, 0.0f,
+                             at(args.seed, e.dtype, offset), lanes[m]);
+                  }
+                });
+    for (int64_t m = 0; m < members; ++m) err.set(piece.pair + m * e.shape.pairs, piece.chunk, lanes[m]);
+  });
+  err.means(e.err);
+}
+
+}  // namespace fastpref::cpu

@@ -1,0 +1,413 @@
+"""The native operations as torch operators `fastpref::*`: schemas, fakes, gradients; the only user of _C.
+
+Rows r of a target belong to pair r % pairs, winners first, and read prediction row r % len(pred). A
+target is a tensor, or x0 with pair_id, index [P] int64 and p, q [P] float32: y = p eps + q x0 with eps
+regenerated from (seed, pair_id, index). Errors, losses and everything else per pair is float64.
+
+The operators allocate their outputs, never mutate, never wait for the device, and read the stream on
+every call. float32, bfloat16 and float16 on CPU and CUDA run natively; anything else, and everything
+where _C was not built, is computed by the oracle, with one warning in the latter case.
+"""
+
+import contextlib
+import functools
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref import oracle
+
+try:
+    from fastpref import _C
+except ImportError as error:
+    _C = None
+    warnings.warn(
+        f"fastpref: the compiled core is missing ({error}): everything runs on the slower pure"
+        " PyTorch implementation; `pip install .` builds it",
+        stacklevel=2,
+    )
+
+_TARGET = "int seed, Tensor? pair_id, Tensor? index, Tensor? p, Tensor? q"
+_SCHEMAS = {
+    "add_noise": "(Tensor x0, Tensor pair_id, Tensor index, Tensor a, Tensor s, int seed,"
+    " ScalarType? dtype=None) -> Tensor",
+    "pair_error": f"(Tensor pred, Tensor target, {_TARGET}) -> Tensor",
+    "pair_loss": "(Tensor pred, Tensor target, Tensor? ref, Tensor? ref_err, Tensor hyper, Tensor? gain,"
+    f" Tensor? weight, int objective, {_TARGET}) -> (Tensor loss, Tensor pair_loss, Tensor err,"
+    " Tensor ref_err, Tensor margin, Tensor importance, Tensor coef)",
+    "pair_grad": f"(Tensor pred, Tensor target, Tensor coef, Tensor? grad, float scale, {_TARGET})"
+    " -> Tensor",
+    "loss_epilogue": "(Tensor err, Tensor ref_err, Tensor hyper, Tensor? gain, Tensor? weight,"
+    " int objective) -> (Tensor loss, Tensor pair_loss, Tensor margin, Tensor importance, Tensor coef)",
+    "unit_seed": f"(Tensor pred, Tensor target, float scale, {_TARGET}) -> (Tensor err, Tensor seed)",
+}
+_library = torch.library.Library("fastpref", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/kernels.h
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled: cpu (instruction set in use), compiler, cuda (architectures), nvcc, or why not."""
+    if _C is None:
+        return {
+            "cpu": "",
+            "compiler": "",
+            "cuda": "",
+            "nvcc": "",
+            "why_not_cuda": "_C was not built",
+        }
+    return dict(_C.build_info())
+
+
+# --- Calling the core ---
+
+
+def _native(device: torch.device, *dtypes: torch.dtype):
+    """The launchers for these tensors, or None where the oracle has to serve."""
+    if not all(dtype in _DTYPES for dtype in dtypes):
+        return None
+    return getattr(_C, device.type, None) if device.type in ("cpu", "cuda") else None
+
+
+def _last(device: torch.device) -> int:
+    """A launcher's last argument: the number of threads, or the current stream, read on every call."""
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
+
+
+def _workspace(
+    native, shape: tuple[int, ...], with_ref: bool, device: torch.device
+) -> Tensor | None:
+    if device.type == "cpu":
+        return None
+    size = native.workspace_bytes(*shape, with_ref)
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _fail(op: str, argument: str, expected: str, got: object) -> None:
+    raise ValueError(f"fastpref.{op}: {argument} must be {expected}, got {got}")
+
+
+def _check_vector(
+    op: str, name: str, t: Tensor | None, n: int, dtype: torch.dtype, like: Tensor
+) -> None:
+    """Pointers follow: whatever reaches the core has the size, type and device it is read with."""
+    if t is not None and (t.numel() != n or t.dtype != dtype or t.device != like.device):
+        got = f"{t.dtype} {list(t.shape)} on {t.device}"
+        _fail(op, name, f"{dtype} [{n}] on {like.device}", got)
+
+
+def _check_draws(op: str, pairs: int, like: Tensor, ids: dict, scales: dict) -> None:
+    for name, tensor in ids.items():
+        _check_vector(op, name, tensor, pairs, torch.int64, like)
+    for name, tensor in scales.items():
+        _check_vector(op, name, tensor, pairs, torch.float32, like)
+
+
+def _shape(
+    op: str, pred: Tensor, target: Tensor, pairs: int | None, pair_id, index, p, q
+) -> tuple[int, int, int, int]:
+    """(rows, pairs, pred_rows, elements) of kernels.h's Shape, after checking what is read by pointer."""
+    rows, pred_rows = target.shape[0], pred.shape[0]
+    if pairs is None:
+        pairs = len(pair_id) if pair_id is not None else min(rows, pred_rows)
+    elements = math.prod(target.shape[1:])
+    if pred.shape[1:] != target.shape[1:] or elements == 0:
+        _fail(
+            op, "pred", f"like the target beyond the batch, {list(target.shape)}", list(pred.shape)
+        )
+    if rows not in (pairs, 2 * pairs) or pred_rows not in (pairs, rows) or rows == 0:
+        _fail(op, "the batch", f"{pairs} or {2 * pairs} rows", f"pred {pred_rows}, target {rows}")
+    if pred.device != target.device:
+        _fail(op, "target", f"on {pred.device}", target.device)
+    if pair_id is not None:
+        if index is None or p is None or q is None:
+            _fail(op, "index, p and q", "given with pair_id", "None")
+        _check_draws(op, pairs, pred, {"pair_id": pair_id, "index": index}, {"p": p, "q": q})
+    return rows, pairs, pred_rows, elements
+
+
+def _target(target: Tensor, seed: int, pair_id, index, p, q) -> tuple[int, ...]:
+    addresses = (_address(tensor) for tensor in (pair_id, index, p, q))
+    return (target.data_ptr(), _DTYPES[target.dtype], seed, *addresses)
+
+
+def _regenerated(target: Tensor, seed: int, pair_id, index, p, q) -> Tensor:
+    """The target as a tensor, by the oracle."""
+    if pair_id is None:
+        return target
+    eps = oracle.normal(seed, pair_id, index, math.prod(target.shape[1:]))
+    return oracle.mix(target, eps, q, p)
+
+
+# --- Implementations ---
+
+
+def _add_noise(x0, pair_id, index, a, s, seed, dtype=None):
+    dtype = dtype or x0.dtype
+    pairs = len(pair_id)
+    rows, elements = x0.shape[0], math.prod(x0.shape[1:])
+    if rows not in (pairs, 2 * pairs) or elements == 0 or rows == 0:
+        _fail("add_noise", "x0", f"[{pairs} or {2 * pairs}, ...]", list(x0.shape))
+    ids, scales = {"pair_id": pair_id, "index": index}, {"a": a, "s": s}
+    _check_draws("add_noise", pairs, x0, ids, scales)
+    native = _native(x0.device, x0.dtype, dtype)
+    if native is None:
+        return oracle.mix(x0, oracle.normal(seed, pair_id, index, elements), a, s).to(dtype)
+    x0, pair_id, index, a, s = _contiguous(x0, pair_id, index, a, s)
+    out = torch.empty(x0.shape, dtype=dtype, device=x0.device)
+    draws = (seed, *(tensor.data_ptr() for tensor in (pair_id, index, a, s)))
+    with _on(x0.device):
+        native.add_noise(
+            rows, pairs, elements, x0.data_ptr(), _DTYPES[x0.dtype], out.data_ptr(), _DTYPES[dtype],
+            *draws, _last(x0.device),
+        )  # fmt: skip
+    return out
+
+
+def _pair_error(pred, target, seed, pair_id, index, p, q):
+    shape = _shape("pair_error", pred, target, None, pair_id, index, p, q)
+    native = _native(pred.device, pred.dtype, target.dtype)
+    if native is None:
+        return oracle.pair_error(pred, _regenerated(target, seed, pair_id, index, p, q))
+    pred, target, pair_id, index, p, q = _contiguous(pred, target, pair_id, index, p, q)
+    err = _empty(pred, shape[0])
+    workspace = _workspace(native, shape, False, pred.device)
+    with _on(pred.device):
+        native.pair_error(
+            *shape, pred.data_ptr(), 0, _DTYPES[pred.dtype],
+            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), 0, _address(workspace),
+            _last(pred.device),
+        )  # fmt: skip
+    return err
+
+
+def _pair_loss(
+    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q
+):
+    pairs, odd = divmod(target.shape[0], 2)
+    if odd:
+        _fail("pair_loss", "the target's batch", "even, winners first", target.shape[0])
+    shape = _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
+    if (ref is None) == (ref_err is None):
+        _fail(
+            "pair_loss", "one of ref and ref_err", "given", "both" if ref is not None else "neither"
+        )
+    if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
+        _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
+    native = _native(pred.device, pred.dtype, target.dtype)
+    if ref is not None and (native is None or ref.dtype != pred.dtype):
+        ref, ref_err = None, _pair_error(ref, target, seed, pair_id, index, p, q)
+    if native is None:
+        err = _pair_error(pred, target, seed, pair_id, index, p, q)
+        loss, *rest = _loss_epilogue(err, ref_err, hyper, gain, weight, objective)
+        return loss, rest[0], err, ref_err.clone(), *rest[1:]
+    _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
+    pred, target, ref, hyper, gain, weight = _contiguous(pred, target, ref, hyper, gain, weight)
+    pair_id, index, p, q = _contiguous(pair_id, index, p, q)
+    ref_err = _empty(pred, 2 * pairs) if ref is not None else ref_err.clone()
+    loss, pair_loss, margin = _empty(pred), _empty(pred, pairs), _empty(pred, pairs)
+    err, importance, coef = (_empty(pred, 2 * pairs) for _ in range(3))
+    workspace = _workspace(native, shape, ref is not None, pred.device)
+    with _on(pred.device):
+        native.pair_loss(
+            *shape[1:], pred.data_ptr(), _address(ref), _DTYPES[pred.dtype],
+            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), ref_err.data_ptr(),
+            _address(workspace), objective, hyper.data_ptr(), _address(gain), _address(weight),
+            loss.data_ptr(), pair_loss.data_ptr(), margin.data_ptr(), importance.data_ptr(),
+            coef.data_ptr(), _last(pred.device),
+        )  # fmt: skip
+    return loss, pair_loss, err, ref_err, margin, importance, coef
+
+
+def _check_scalars(op: str, pairs: int, like: Tensor, hyper, gain, weight, *errors) -> None:
+    sizes = [("hyper", hyper, 8), ("gain", gain, pairs), ("weight", weight, pairs)]
+    sizes += [("the errors", err, 2 * pairs) for err in errors]
+    for name, tensor, size in sizes:
+        _check_vector(op, name, tensor, size, torch.float64, like)
+
+
+def _loss_epilogue(err, ref_err, hyper, gain, weight, objective):
+    pairs, odd = divmod(len(err), 2)
+    if odd or pairs == 0:
+        _fail("loss_epilogue", "err", "[2B], winners first", list(err.shape))
+    _check_scalars("loss_epilogue", pairs, err, hyper, gain, weight, err, ref_err)
+    native = _native(err.device)
+    if native is None:
+        return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
+    err, ref_err, hyper, gain, weight = _contiguous(err, ref_err, hyper, gain, weight)
+    loss, pair_loss, margin = _empty(err), _empty(err, pairs), _empty(err, pairs)
+    importance, coef = _empty(err, 2 * pairs), _empty(err, 2 * pairs)
+    with _on(err.device):
+        native.loss_epilogue(
+            pairs, objective, hyper.data_ptr(), _address(gain), _address(weight), err.data_ptr(),
+            ref_err.data_ptr(), loss.data_ptr(), pair_loss.data_ptr(), margin.data_ptr(),
+            importance.data_ptr(), coef.data_ptr(), _last(err.device),
+        )  # fmt: skip
+    return loss, pair_loss, margin, importance, coef
+
+
+def _pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
+    shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
+    rows, _, pred_rows, elements = shape
+    _check_vector("pair_grad", "coef", coef, rows, torch.float64, pred)
+    _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
+    native = _native(pred.device, pred.dtype, target.dtype)
+    if native is None:
+        y = _regenerated(target, seed, pair_id, index, p, q).reshape(rows, -1).double()
+        factor = coef * (scale * 2 / elements) * (1.0 if grad is None else grad)
+        residual = pred.reshape(pred_rows, -1).double().repeat(rows // pred_rows, 1) - y
+        each = (factor[:, None] * residual).view(rows // pred_rows, *pred.shape)
+        return each.sum(0).to(pred.dtype)
+    pred, target, coef, grad = _contiguous(pred, target, coef, grad)
+    pair_id, index, p, q = _contiguous(pair_id, index, p, q)
+    out = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    with _on(pred.device):
+        native.pair_grad(
+            *shape, pred.data_ptr(), _DTYPES[pred.dtype],
+            *_target(target, seed, pair_id, index, p, q), coef.data_ptr(), _address(grad), scale,
+            out.data_ptr(), _last(pred.device),
+        )  # fmt: skip
+    return out
+
+
+def _unit_seed(pred, target, scale, seed, pair_id, index, p, q):
+    shape = _shape("unit_seed", pred, target, None, pair_id, index, p, q)
+    rows, pairs, pred_rows, elements = shape
+    if pred_rows != rows:
+        _fail("unit_seed", "pred", f"of the target's {rows} rows", pred_rows)
+    native = _native(pred.device, pred.dtype, target.dtype)
+    if native is None:
+        y = _regenerated(target, seed, pair_id, index, p, q)
+        out = (pred.double() - y.double()) * (scale * 2 / elements)
+        return oracle.pair_error(pred, y), out.to(pred.dtype)
+    pred, target, pair_id, index, p, q = _contiguous(pred, target, pair_id, index, p, q)
+    err, out = _empty(pred, rows), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    workspace = _workspace(native, shape, False, pred.device)
+    with _on(pred.device):
+        native.unit_seed(
+            rows, pairs, elements, pred.data_ptr(), _DTYPES[pred.dtype],
+            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), _address(workspace),
+            scale, out.data_ptr(), _last(pred.device),
+        )  # fmt: skip
+    return err, out
+
+
+# --- Fakes: allocate only ---
+
+
+def _fake_add_noise(x0, pair_id, index, a, s, seed, dtype=None):
+    return torch.empty(x0.shape, dtype=dtype or x0.dtype, device=x0.device)
+
+
+def _fake_pair_error(pred, target, *_):
+    return _empty(pred, target.shape[0])
+
+
+def _fake_pair_loss(pred, target, *_):
+    rows = target.shape[0]
+    sizes = [(), (rows // 2,), (rows,), (rows,), (rows // 2,), (rows,), (rows,)]
+    return tuple(_empty(pred, *size) for size in sizes)
+
+
+def _fake_pair_grad(pred, *_):
+    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+
+
+def _fake_loss_epilogue(err, *_):
+    rows = err.shape[0]
+    return tuple(_empty(err, *size) for size in [(), (rows // 2,), (rows // 2,), (rows,), (rows,)])
+
+
+def _fake_unit_seed(pred, target, *_):
+    return _empty(pred, target.shape[0]), _fake_pair_grad(pred)
+
+
+for _name in _SCHEMAS:
+    # One implementation for every device: it looks at the tensors itself.
+    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpref::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+
+# --- Gradients: of pair_error and of the loss, by the prediction or the policy's errors alone ---
+
+
+def _only(op: str, ctx, names: dict[int, str]) -> None:
+    for place, name in names.items():
+        if ctx.needs_input_grad[place]:
+            raise ValueError(f"fastpref.{op}: {name} must not require a gradient; detach it")
+
+
+def _keep_pair_error(ctx, inputs, output) -> None:
+    _only("pair_error", ctx, {1: "target"})
+    pred, target, ctx.seed, *draws = inputs
+    ctx.save_for_backward(pred, target, *draws)
+
+
+def _backward_pair_error(ctx, grad):
+    pred, target, *draws = ctx.saved_tensors
+    grad_pred = torch.ops.fastpref.pair_grad(pred, target, grad, None, 1.0, ctx.seed, *draws)
+    return grad_pred, *[None] * 6
+
+
+def _keep_pair_loss(ctx, inputs, output) -> None:
+    _only("pair_loss", ctx, {1: "target", 2: "ref", 3: "ref_err", 5: "gain", 6: "weight"})
+    pred, target, *_, ctx.seed, pair_id, index, p, q = inputs
+    ctx.save_for_backward(pred, target, output[-1], pair_id, index, p, q)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_pair_loss(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 13
+    pred, target, coef, *draws = ctx.saved_tensors
+    scale = 2.0 / target.shape[0]
+    grad_pred = torch.ops.fastpref.pair_grad(pred, target, coef, grad, scale, ctx.seed, *draws)
+    return grad_pred, *[None] * 12
+
+
+def _keep_loss_epilogue(ctx, inputs, output) -> None:
+    _only("loss_epilogue", ctx, {1: "ref_err", 3: "gain", 4: "weight"})
+    ctx.save_for_backward(output[-1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loss_epilogue(ctx, grad, *_):
+    (coef,) = ctx.saved_tensors
+    grad_err = None if grad is None else coef * (grad * (2.0 / coef.shape[0]))
+    return grad_err, *[None] * 5
+
+
+for _name in ("pair_error", "pair_loss", "loss_epilogue"):
+    torch.library.register_autograd(
+        f"fastpref::{_name}",
+        once_differentiable(globals()[f"_backward_{_name}"]),  # double backward raises
+        setup_context=globals()[f"_keep_{_name}"],
+        lib=_library,
+    )
