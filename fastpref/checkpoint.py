@@ -1,0 +1,238 @@
+"""Checkpoints that survive kill -9 and resume bit for bit, and the adapter file other tools load.
+
+A checkpoint is a folder `checkpoint-N` of safetensors and JSON (never pickle), written under
+another
+name, flushed to disk and renamed: it exists whole or not at all. `manifest.json` lists each file's
+size and digest, so that a truncated one is noticed and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "checkpoint-"
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes checkpoint-`step` with parameters, optimiser, generators and `state`; then deletes
+    all but `keep`.
+    """
+    parameters = trainable(model)
+    moments = {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, p in parameters.items()
+        for key, value in optimizer.state[p].items()
+    }
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    final = folder / f"{PREFIX}{step}"
+    temporary = folder / f".{PREFIX}{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(
+        {k: p.detach().contiguous() for k, p in parameters.items()},
+        temporary / "parameters.safetensors",
+    )
+    save_file(moments, temporary / "optimizer.safetensors")
+    save_file(generators, temporary / "generators.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in temporary.iterdir():
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(folder)
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name[len(PREFIX) :]))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if _digest(checkpoint / name) != digest:
+                return f"{name} was changed after it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError, TypeError):
+        return "manifest.json is not readable"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint (None if there is none) and a line on each broken one passed
+    over.
+    """
+    passed_over = []
+    for checkpoint in _folders(folder):
+        problem = fault(checkpoint)
+        if problem is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is damaged ({problem})")
+    return None, passed_over
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restores parameters, optimiser and generators in place; returns the saved state (with
+    `step`).
+    """
+    problem = fault(checkpoint)
+    if problem is not None:
+        raise ValueError(f"{checkpoint} is damaged ({problem}): resume from another checkpoint")
+    try:
+        values = load_file(checkpoint / "parameters.safetensors")
+        moments = load_file(checkpoint / "optimizer.safetensors")
+        generators = load_file(checkpoint / "generators.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
+        ) from None
+    parameters = trainable(model)
+    if parameters.keys() != values.keys():
+        odd = sorted(parameters.keys() ^ values.keys())[0]
+        raise ValueError(
+            f"{checkpoint} belongs to another model or adapter: parameter {odd} is on one side only"
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(values[name])
+    saved = optimizer.state_dict()
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in parameters.items()}
+    saved["state"] = {
+        i: {
+            k.rsplit("/", 1)[1]: v
+            for k, v in moments.items()
+            if k.rsplit("/", 1)[0] == names[id(p)]
+        }
+        for i, p in enumerate(order)
+    }
+    saved["state"] = {i: entry for i, entry in saved["state"].items() if entry}
+    optimizer.load_state_dict(saved)
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def export(folder: Path, model: nn.Module) -> Path:
+    """What a user takes away: `pytorch_lora_weights.safetensors` with diffusers' keys, rank and
+    alpha in
+    its metadata (a pipeline's `load_lora_weights` reads it), or the whole model by
+    `save_pretrained`.
+    """
+    component = component_of(model)
+    if not getattr(model, "peft_config", None):
+        model.save_pretrained(folder / component)
+        return folder / component
+    import peft
+
+    config = model.peft_config["default"].to_dict()
+    values = peft.get_peft_model_state_dict(
+        model, adapter_name="default", save_embedding_layers=False
+    )
+    wanted = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "lora_bias",
+    )
+    metadata = {
+        f"{component}.{k}": sorted(v) if isinstance(v, set) else v
+        for k, v in config.items()
+        if k in wanted
+    }
+    path = folder / "pytorch_lora_weights.safetensors"
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(
+        {f"{component}.{k}": v.detach().contiguous() for k, v in values.items()},
+        temporary,
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
+    )
+    _flush(temporary)
+    temporary.replace(path)
+    return path
+
+
+def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
+    """Puts an exported adapter file (or the folder that holds it) into a base model, in place."""
+    import peft
+    from safetensors import safe_open
+
+    path = Path(path)
+    path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    component = component_of(model)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})["lora_adapter_metadata"])
+            values: dict[str, Tensor] = {
+                k.removeprefix(f"{component}."): file.get_tensor(k)
+                for k in file.keys()  # noqa: SIM118
+            }
+    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected a LoRA file with its rank in the metadata, got {error!r}"
+        ) from None
+    config = peft.LoraConfig(**{k.removeprefix(f"{component}."): v for k, v in metadata.items()})
+    peft.inject_adapter_in_model(config, model)
+    result = peft.set_peft_model_state_dict(model, values)
+    if result.unexpected_keys:
+        raise ValueError(
+            f"{path}: {result.unexpected_keys[0]} has no place in {type(model).__name__}"
+        )
+    return model
+
+
+def component_of(model: nn.Module) -> str:
+    """The model's folder in a diffusers pipeline, which is also the prefix of its LoRA keys."""
+    return "unet" if "UNet" in type(model).__name__ else "transformer"

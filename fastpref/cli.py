@@ -1,0 +1,201 @@
+"""The `fastpref` command: thin wrappers; a user's mistake is one line and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
+
+  demo      make preference pairs with a tiny video model, train on them, print who wins
+  train     train on your own pairs:   fastpref train --config FILE [--field value ...]
+  encode    media and prompts to latents and embeddings, once
+  sample    clips from a model, with or without an adapter
+  eval      errors and implicit accuracy of an adapter on encoded pairs
+  report    plots and one HTML page of a run
+  doctor    what is installed and what was compiled
+"""
+
+OK, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 75
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 user error, 2 diverged, 75 interrupted but saved."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return OK
+    name, *rest = arguments
+    commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
+    commands |= {"eval": evaluate, "report": report, "doctor": doctor}
+    if name not in commands:
+        print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
+        return USER_ERROR
+    from .guard import Diverged
+    from .train import Interrupted
+
+    try:
+        commands[name](rest)
+    except (ValueError, TypeError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
+            raise
+        print(f"fastpref {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except Diverged as error:
+        print(f"fastpref {name}: diverged: {error}", file=sys.stderr)
+        return DIVERGED
+    except Interrupted as error:
+        print(f"fastpref {name}: interrupted: {error}", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line and exit code 1, like every other."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def parser(name: str, what: str) -> Parser:
+    return Parser(prog=f"fastpref {name}", description=what)
+
+
+def demo(rest: list[str]) -> None:
+    from .demo.run import main as run
+
+    run(rest)
+
+
+def train(rest: list[str]) -> None:
+    from .config import parse
+    from .train import train as run
+
+    result = run(parse(rest))
+    speed = f"{result['seconds_per_pair']:.3g} s/pair"
+    print(f"{result['artifact']}: step {result['global_step']}, {speed}")
+
+
+def encode(rest: list[str]) -> None:
+    from . import encode as module
+
+    module.main(rest)
+
+
+def model_options(name: str, what: str) -> Parser:
+    options = parser(name, what)
+    options.add_argument("--family", required=True, help="toy, or a module with the nine names")
+    options.add_argument("--model", required=True, help="diffusers model folder")
+    options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", default="cpu")
+    return options
+
+
+def load(options: argparse.Namespace) -> tuple:
+    """The family, its process and the model, with the adapter in it where one is named."""
+    import torch
+
+    from . import checkpoint, models
+    from .train import read_process
+
+    family = models.family(options.family)
+    model = family.load(options.model, torch.float32)
+    if options.lora:
+        checkpoint.load_lora(options.lora, model)
+    return family, read_process(options.model, family), model.to(options.device).eval()
+
+
+def sample(rest: list[str]) -> None:
+    options = model_options("sample", "Writes one clip per prompt and seed as lossless mp4.")
+    options.add_argument("--prompts", nargs="+", required=True)
+    options.add_argument("--output_dir", required=True)
+    options.add_argument(
+        "--shape", default="3x8x12x12", help="latents: channels x frames x height x width"
+    )
+    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--fps", type=int, default=8)
+    options = options.parse_args(rest)
+    import torch
+
+    from .report import save_mp4
+    from .sample import sample as draw
+
+    try:
+        shape = [int(n) for n in options.shape.split("x")]
+    except ValueError:
+        raise ValueError(f"--shape: expected CxFxHxW, got {options.shape}") from None
+    family, process, model = load(options)
+    pipe = family.pipeline(options.model, torch.float32)
+    rows = family.encode_text(pipe, options.prompts)
+    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    seeds = [options.seed + i for i in range(len(options.prompts))]
+    latents = draw(model, family, process, cond, shape, steps=options.steps, seeds=seeds)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, prompt, latent in zip(seeds, options.prompts, latents, strict=True):
+        path = folder / f"{seed:04d}.mp4"
+        save_mp4(path, family.decode(pipe, latent), options.fps)
+        print(f"{path}: {prompt}")
+
+
+def evaluate(rest: list[str]) -> None:
+    options = model_options(
+        "eval", "Errors of an adapter and of its base on encoded pairs, same draws."
+    )
+    options.add_argument("--data", required=True, help="a set made by fastpref encode")
+    options.add_argument("--draws_per_pair", type=int, default=8)
+    options = options.parse_args(rest)
+    if not options.lora:
+        raise ValueError("--lora is required: the run's folder, or its adapter file")
+    from . import reference
+    from .data import PairDataset
+    from .evaluate import errors, relative_errors
+
+    family, process, model = load(options)
+    dataset = PairDataset(options.data)
+    how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair}
+    policy = errors(model, family, process, dataset, **how)
+    with reference.disabled(reference.adapter_layers(model)):
+        base = errors(model, family, process, dataset, **how)
+    margin = (policy - base)[:, 1] - (policy - base)[:, 0]
+    winner, loser = relative_errors(policy, base)
+    accuracy = ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()
+    result = {
+        "pairs": len(dataset),
+        "implicit_acc": accuracy,
+        "winner_error": winner,
+        "loser_error": loser,
+    }
+    print(json.dumps(result))
+
+
+def report(rest: list[str]) -> None:
+    options = parser("report", "Curves and one HTML page of a training run, into its folder.")
+    options.add_argument("run", help="output folder of fastpref train")
+    from .report import run_report
+
+    print(run_report(Path(options.parse_args(rest).run)))
+
+
+def doctor(rest: list[str]) -> None:
+    parser("doctor", "What is installed and what was compiled.").parse_args(rest)
+    import importlib.metadata
+
+    import torch
+
+    import fastpref
+
+    required = ("torch", "diffusers", "transformers", "peft", "safetensors", "av")
+    for package in (*required, "xformers", "flash-attn"):
+        try:
+            print(f"{package:14}{importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package:14}not installed")
+    for key, value in fastpref.build_info().items():
+        print(f"{key:14}{value}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{'GPU':14}{', '.join(gpus) or 'none'}")

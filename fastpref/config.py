@@ -1,0 +1,262 @@
+"""One dataclass that says everything about a run: YAML file, command-line flags and record in
+one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .objectives import OBJECTIVES, objective
+
+# A resumed run may change these: none of them changes what a step computes.
+FREE_FIELDS = {
+    "output_dir",
+    "max_train_steps",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "validation_prompts",
+    "validation_steps",
+    "num_workers",
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every option of `fastpref train`; each is a YAML key and a flag of the same name.
+
+    Args:
+        family: model family: a module of `fastpref.models` or any importable module with its nine
+            names.
+        model: diffusers model folder (transformer/, scheduler/, ...).
+        data: folder or metadata file of pairs (prompt, chosen, rejected), or a set made by
+            `fastpref encode`.
+        output_dir: where the run is written; the same command run again goes on from its last
+            checkpoint.
+        objective: dpo, ipo, hinge, dmpo, dpo_cm or sdpo; sft is the plain error of the chosen clips
+            (a control).
+        beta: strength of the preference against the reference; published: SD1.5 2000, SDXL 5000,
+            video 500.
+        beta_convention: what beta multiplies (README, "beta conventions"): half_mean, mean,
+            half_sum or sum.
+        alpha: dmpo: probability that a label is wrong.
+        clip: dpo_cm, sdpo: importance weights are clipped to [1 - clip, 1 + clip].
+        mask_threshold: dpo_cm, sdpo: members with an importance weight below it are dropped.
+        combine: sdpo: max, min or mean of the two members' importance weights.
+        inverse_weight: sdpo: divide by the clipped weight instead of multiplying.
+        label_smoothing: dpo, dpo_cm, sdpo: probability that a label is flipped.
+        sft_weight: adds sft_weight times the chosen clip's error to any objective.
+        importance_steps: dpo_cm, sdpo: steps of the sampler's grid on which the weight is defined
+            (default 50).
+        timestep_range: window on the noise level (flow: sigma; DDPM: t / T) that draws are
+            restricted to.
+        time_sampling: flow: uniform or logit_normal draws of the time before the shift.
+        shift: flow: overrides the timestep shift of the model's scheduler.
+        draws_per_pair: K: a pair sees K different (timestep, noise) draws, then the first again.
+        prompt_dropout: probability that a pair is trained with the empty prompt.
+        tuning: lora trains adapters; full trains every parameter of the model.
+        reference: adapters_off (one copy of the model; lora) or frozen_copy (full); auto picks by
+            tuning.
+        lora_rank: rank of the adapters.
+        lora_alpha: scale numerator of the adapters; default: the rank.
+        lora_targets: names of the layers to adapt; default: the family's.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler: constant, linear or cosine, after the warm-up.
+        lr_warmup_steps: optimiser steps of linear warm-up.
+        adam_beta1: AdamW's first beta.
+        adam_beta2: AdamW's second beta.
+        adam_epsilon: AdamW's epsilon.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
+        max_train_steps: optimiser steps.
+        train_batch_size: pairs per forward and backward.
+        gradient_accumulation_steps: batches per optimiser step.
+        mixed_precision: no (fp32) or bf16 (weights and activations; adapters and optimiser stay
+            fp32).
+        checkpointing: none, or full to recompute every block's activations in the backward.
+        seed: of the draws, the data order and the adapters' initialisation.
+        deterministic: ask torch for deterministic kernels (bit-equal resume on a GPU, slower).
+        device: cpu, cuda or cuda:N; default: cuda where there is one.
+        num_frames: clips are encoded at this many frames.
+        height: clips are resized and cropped to this height.
+        width: clips are resized and cropped to this width.
+        fps: clips are sampled at this rate.
+        num_workers: threads that read batches ahead.
+        logging_steps: optimiser steps between log lines (and host synchronisations).
+        checkpointing_steps: optimiser steps between checkpoints.
+        checkpoints_total_limit: older checkpoints beyond this many are deleted.
+        resume_from_checkpoint: latest, or a checkpoint folder of this run.
+        validation_prompts: prompts sampled before step 0 and every validation_steps, base beside
+            tuned.
+        validation_steps: optimiser steps between validation samples.
+        validation_sampling_steps: sampler steps of the validation clips.
+        report_to: comma-separated trackers beside metrics.jsonl: tensorboard, wandb, trackio, or
+            none.
+    """
+
+    family: str
+    model: str
+    data: str
+    output_dir: str
+    objective: Literal["dpo", "ipo", "hinge", "dmpo", "dpo_cm", "sdpo", "sft"] = "dpo"
+    beta: float | None = None
+    beta_convention: Literal["half_mean", "mean", "half_sum", "sum"] = "half_mean"
+    alpha: float | None = None
+    clip: float | None = None
+    mask_threshold: float | None = None
+    combine: Literal["max", "min", "mean"] | None = None
+    inverse_weight: bool | None = None
+    label_smoothing: float | None = None
+    sft_weight: float | None = None
+    importance_steps: int | None = None
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    time_sampling: Literal["uniform", "logit_normal"] | None = None
+    shift: float | None = None
+    draws_per_pair: int | None = None
+    prompt_dropout: float = 0.0
+    tuning: Literal["lora", "full"] = "lora"
+    reference: Literal["auto", "adapters_off", "frozen_copy"] = "auto"
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: list[str] | None = None
+    learning_rate: float = 1e-5
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    max_train_steps: int = 1000
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["no", "bf16"] = "no"
+    checkpointing: Literal["none", "full"] = "none"
+    seed: int = 0
+    deterministic: bool = False
+    device: str | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    num_workers: int = 1
+    logging_steps: int = 10
+    checkpointing_steps: int = 100
+    checkpoints_total_limit: int = 3
+    resume_from_checkpoint: str | None = None
+    validation_prompts: list[str] | None = None
+    validation_steps: int = 100
+    validation_sampling_steps: int = 20
+    report_to: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        self.timestep_range = tuple(self.timestep_range)
+        self.make_objective(elements=1)
+        if self.objective == "sft":
+            for name in ("beta", "sft_weight"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect with objective sft: remove it")
+        if self.importance_steps is not None and self.objective not in ("dpo_cm", "sdpo"):
+            raise ValueError(
+                f"importance_steps has no effect with objective {self.objective} "
+                "(it belongs to dpo_cm and sdpo): remove it"
+            )
+        for name in ("lora_rank", "lora_alpha", "lora_targets"):
+            if self.tuning == "full" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with tuning full: remove it")
+        if self.tuning == "full" and self.reference == "adapters_off":
+            raise ValueError(
+                "reference adapters_off needs tuning lora: with tuning full use frozen_copy"
+            )
+        if self.validation_steps != 100 and not self.validation_prompts:
+            raise ValueError("validation_steps has no effect without validation_prompts")
+        low, high = self.timestep_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"timestep_range: expected 0 <= low < high <= 1, got {list(self.timestep_range)}"
+            )
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
+        positive = (
+            "max_train_steps train_batch_size gradient_accumulation_steps logging_steps "
+            "checkpointing_steps checkpoints_total_limit learning_rate adam_epsilon lora_rank "
+            "lora_alpha draws_per_pair importance_steps validation_steps "
+            "validation_sampling_steps shift num_frames height width fps"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for tracker in self.trackers:
+            if tracker not in ("tensorboard", "wandb", "trackio"):
+                raise ValueError(
+                    f"report_to: expected tensorboard, wandb, trackio or none, got {tracker}"
+                )
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name for name in self.report_to.split(",") if name not in ("", "none")]
+
+    def make_objective(self, elements: int) -> Any:
+        """The objective with its hyper-parameters; None for sft. `elements`: per sample, for the
+        sum conventions.
+        """
+        names = ("alpha", "clip", "mask_threshold", "combine", "inverse_weight", "label_smoothing")
+        hyper = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.objective == "sft":
+            if hyper:
+                raise ValueError(f"{', '.join(hyper)} has no effect with objective sft: remove it")
+            return None
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective: expected one of {', '.join(OBJECTIVES)} or sft, got {self.objective}"
+            )
+        if self.beta is None:
+            raise ValueError(
+                f"beta is required with objective {self.objective} "
+                "(published: SD1.5 2000, SDXL 5000; video 500 is a start)"
+            )
+        if self.sft_weight is not None:
+            hyper["sft_weight"] = self.sft_weight
+        if self.beta_convention != "half_mean":
+            hyper |= {"beta_convention": self.beta_convention, "elements": elements}
+        return objective(self.objective, beta=self.beta, **hyper)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to config.yaml."""
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def parse(arguments: list[str], command: str = "fastpref train") -> Config:
+    """`--config FILE --field value ...` to a Config; ValueError with one line for any mistake."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=command, exit_on_error=False, description=Config.__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the same fields; flags win over it"
+    )
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        values = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    del values["config"]
+    return Config(**vars(values))

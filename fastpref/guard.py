@@ -1,0 +1,50 @@
+"""Says when a run goes wrong: losses that are not finite, a winner's error that rises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Diverged(RuntimeError):
+    """The run cannot go on; what was saved before stays."""
+
+
+class Guard:
+    """Skips steps with a non-finite gradient on the device and judges the metrics once per log
+    interval.
+
+    A skipped step leaves parameters and moments as they were (the fused optimiser reads `found_inf`
+    on the device: no host sync). `patience` skipped steps in one log interval's reading raise
+    `Diverged`; a winner's error more than `rise` above the reference's is warned of once.
+    """
+
+    def __init__(self, device: torch.device, patience: int = 20, rise: float = 0.5) -> None:
+        self.skipped = torch.zeros((), device=device)
+        self.patience, self.rise, self.warned = patience, rise, False
+
+    def watch(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+        """Before optimizer.step(): tells it to skip where the gradient's norm is not finite."""
+        bad = (~torch.isfinite(grad_norm)).to(torch.float32)
+        optimizer.found_inf = bad
+        self.skipped = torch.where(bad > 0, self.skipped + 1, torch.zeros_like(self.skipped))
+
+    def judge(self, metrics: dict[str, float], step: int) -> str | None:
+        """At a log step: a warning to print, or None; raises Diverged."""
+        skipped = int(self.skipped.item())
+        if skipped >= self.patience:
+            raise Diverged(
+                f"step {step}: the last {skipped} steps had a loss or gradient that is not finite. "
+                "Try a lower learning_rate, mixed_precision no, or look at the last batches' pairs"
+            )
+        if skipped:
+            return f"step {step}: {skipped} steps skipped, their loss or gradient was not finite"
+        winner, base = metrics.get("errors/policy_w", 0.0), metrics.get("errors/reference_w", 0.0)
+        if not self.warned and winner > (1 + self.rise) * base > 0:
+            self.warned = True
+            return (
+                f"step {step}: the chosen clips' error is {100 * (winner / base - 1):.0f} % above the "
+                "reference's: the policy is leaving the data. Try a higher beta, sft_weight 0.1, or "
+                "objective dpo_cm"
+            )
+        return None

@@ -1,0 +1,119 @@
+"""Metrics: gathered on the device, written once per log interval to metrics.jsonl and the
+trackers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 10
+
+
+class Meter:
+    """Per-pair values summed on the device by noise level; `flush` reads them with one
+    synchronisation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.names = device, []
+
+    def add(self, values: dict[str, Tensor], level: Tensor) -> None:
+        """Adds values, each [B], of pairs at noise level [B] in [0, 1]; the names must not
+        change between flushes.
+        """
+        stacked = torch.stack([v.detach().double() for v in values.values()], dim=1)  # [B, K]
+        if not self.names:
+            self.names = list(values)
+            self.sums = torch.zeros(BINS, len(values), dtype=torch.float64, device=self.device)
+            self.counts = torch.zeros(BINS, 1, dtype=torch.float64, device=self.device)
+        bins = (level * BINS).long().clamp(0, BINS - 1)
+        self.sums.index_add_(0, bins, stacked)
+        self.counts.index_add_(0, bins, torch.ones_like(stacked[:, :1]))
+
+    def flush(self, by_level: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Means since the last flush, and for `by_level` names a list of BINS means (null where
+        empty).
+        """
+        if not self.names:
+            return {}
+        table = torch.cat([self.sums, self.counts], dim=1).cpu()
+        means = (table[:, :-1].sum(0) / table[:, -1].sum()).tolist()
+        result: dict[str, Any] = dict(zip(self.names, means, strict=True))
+        for name in by_level:
+            if name in self.names:
+                column = table[:, self.names.index(name)] / table[:, -1]
+                filled = table[:, -1] > 0
+                result[f"{name}/by_level"] = [
+                    v if ok else None
+                    for v, ok in zip(column.tolist(), filled.tolist(), strict=True)
+                ]
+        self.names = []
+        return result
+
+
+class Log:
+    """metrics.jsonl always; TensorBoard, wandb and trackio on request. A resumed run drops later
+    lines.
+    """
+
+    def __init__(
+        self, folder: Path, trackers: list[str], config: dict[str, Any], step: int
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a line cut by a kill
+                    continue
+                if row["global_step"] <= step:
+                    kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = self.path.open("a")
+        self.writers: list[Any] = []
+        for tracker in trackers:
+            if tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            else:
+                try:
+                    module = __import__(tracker)
+                except ImportError:
+                    raise ValueError(
+                        f"report_to {tracker}: install it with pip install fastpref[{tracker}]"
+                    ) from None
+                module.init(project="fastpref", name=folder.name, config=config)
+                self.writers.append(module)
+
+    def write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN: a value that is not finite is written as null and named in "not_finite".
+        finite, bad = {}, []
+        for key, value in row.items():
+            if isinstance(value, float) and value - value != 0:
+                bad.append(key)
+                value = None
+            finite[key] = value
+        if bad:
+            finite["not_finite"] = bad
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+        scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        if hasattr(self, "tensorboard"):
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(key, value, row["global_step"])
+        for writer in self.writers:
+            writer.log(scalars, step=row["global_step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if hasattr(self, "tensorboard"):
+            self.tensorboard.close()
+        for writer in self.writers:
+            writer.finish()

@@ -1,0 +1,78 @@
+"""What several test files need: a folder of mp4 pairs, a run's arguments, the command line in a
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastpref
+from fastpref.demo import clips
+from fastpref.report import save_mp4
+
+BASE = Path(fastpref.__file__).parent / "demo" / "base"
+
+
+def write_pairs(folder: Path, count: int = 10, seed: int = 0) -> Path:
+    """`count` pairs of mp4 clips (the clip asked for against noise on it) with metadata.jsonl."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        prompt = clips.PAIR_PROMPTS[i % len(clips.PAIR_PROMPTS)]
+        chosen = clips.perfect(prompt)
+        noise = torch.randint(-60, 60, chosen.shape, generator=generator)
+        rejected = (chosen.int() + noise).clamp(0, 255).to(torch.uint8)
+        save_mp4(folder / f"{i}_w.mp4", chosen)
+        save_mp4(folder / f"{i}_l.mp4", rejected)
+        rows.append({"prompt": prompt, "chosen": f"{i}_w.mp4", "rejected": f"{i}_l.mp4"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(data: Path, output_dir: Path, **changes) -> dict:
+    """A short run on the shipped base model."""
+    return {
+        "family": "toy",
+        "model": str(BASE),
+        "data": str(data),
+        "output_dir": str(output_dir),
+        "beta": 1000.0,
+        "learning_rate": 1e-3,
+        "lora_rank": 4,
+        "max_train_steps": 6,
+        "train_batch_size": 2,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        "device": "cpu",
+        **changes,
+    }
+
+
+def arguments(values: dict) -> list[str]:
+    """The same as flags."""
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def command(*parts: str, **extra) -> subprocess.Popen:
+    """`fastpref PARTS` in a process of its own."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from fastpref.cli import main; sys.exit(main())",
+            *parts,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **extra,
+    )

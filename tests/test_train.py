@@ -1,0 +1,337 @@
+"""The loop: what the first step computes, exact resume, damaged checkpoints, runs that must be
+refused.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from pairs import BASE, arguments, command, options, write_pairs
+from safetensors.torch import load_file
+
+from fastpref.config import Config, parse
+from fastpref.guard import Diverged, Guard
+from fastpref.train import train
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def unbroken(pairs, tmp_path_factory):
+    """Six steps without a break."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return train(Config(**options(pairs, folder))), folder
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder):
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def assert_equal_adapters(a, b):
+    a, b = adapter(a), adapter(b)
+    assert a.keys() == b.keys() and len(a) > 0
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge", "dmpo", "dpo_cm", "sdpo"])
+def test_first_step_starts_at_the_reference(objective, pairs, tmp_path):
+    train(Config(**options(pairs, tmp_path, objective=objective, max_train_steps=2)))
+    first, second = rows(tmp_path)
+    assert (
+        first["rewards/margins"] == 0
+        and first["implicit_acc"] == first["rewards/accuracies"] == 0.5
+    )
+    assert first["errors/policy_w"] == first["errors/reference_w"] > 0
+    assert first["errors/policy_l"] == first["errors/reference_l"] > first["errors/reference_w"]
+    expected = {
+        "dpo": math.log(2),
+        "ipo": (1 / 2000) ** 2,
+        "hinge": 1.0,
+        "dmpo": -math.log(2) - 0.5 * math.log(0.01 * 0.99),
+    }
+    if objective in expected:
+        assert first["loss"] == pytest.approx(expected[objective], rel=1e-12)
+    assert second["rewards/margins"] != 0
+    assert json.loads((tmp_path / "result.json").read_text())["margin_noise"] == 0
+
+
+def test_training_fits_the_pairs(pairs, tmp_path):
+    train(
+        Config(**options(pairs, tmp_path, max_train_steps=40, train_batch_size=5, logging_steps=10))
+    )
+    first, *_, last = rows(tmp_path)
+    assert last["implicit_acc"] > 0.8 and last["rewards/margins"] > 0
+    assert last["loss"] < first["loss"] < math.log(2)
+
+
+def test_sft_lowers_the_chosen_error(pairs, tmp_path):
+    values = options(
+        pairs, tmp_path, objective="sft", max_train_steps=30, train_batch_size=5, logging_steps=10
+    )
+    del values["beta"]
+    train(Config(**values))
+    last = rows(tmp_path)[-1]
+    assert last["errors/policy_w"] < last["errors/reference_w"]
+    assert "rewards/margins" not in last
+
+
+def test_resume_is_bit_equal(pairs, unbroken, tmp_path):
+    train(Config(**options(pairs, tmp_path, max_train_steps=4)))
+    train(Config(**options(pairs, tmp_path, resume_from_checkpoint="latest")))
+    assert_equal_adapters(tmp_path, unbroken[1])
+    wanted = [
+        {k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows(unbroken[1])
+    ]
+    assert [
+        {k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows(tmp_path)
+    ] == wanted
+
+
+@pytest.mark.parametrize(
+    "extra", [{"tuning": "full"}, {"gradient_accumulation_steps": 2}, {"checkpointing": "full"}]
+)
+def test_resume_is_bit_equal_in_other_modes(extra, pairs, tmp_path):
+    if "tuning" in extra:
+        extra = {**extra, "lora_rank": None}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(Config(**options(pairs, whole, max_train_steps=3, **extra)))
+    train(Config(**options(pairs, broken, max_train_steps=2, **extra)))
+    train(Config(**options(pairs, broken, max_train_steps=3, **extra)))
+    a = load_file(whole / "checkpoint-3" / "parameters.safetensors")
+    b = load_file(broken / "checkpoint-3" / "parameters.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    if "tuning" in extra:
+        assert (whole / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_checkpointing_changes_nothing(pairs, unbroken, tmp_path):
+    train(Config(**options(pairs, tmp_path, checkpointing="full")))
+    for name, value in adapter(tmp_path).items():
+        torch.testing.assert_close(value, adapter(unbroken[1])[name], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_one_large_batch(pairs, tmp_path):
+    train(Config(**options(pairs, tmp_path / "a", max_train_steps=1, train_batch_size=4)))
+    train(
+        Config(**options(pairs, tmp_path / "b", max_train_steps=1, gradient_accumulation_steps=2))
+    )
+    (a,), (b,) = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert a["errors/policy_w"] == pytest.approx(b["errors/policy_w"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "victim", ["parameters.safetensors", "optimizer.safetensors", "manifest.json"]
+)
+def test_damaged_checkpoint_falls_back(victim, pairs, unbroken, tmp_path, capsys):
+    train(Config(**options(pairs, tmp_path, max_train_steps=4)))
+    path = tmp_path / "checkpoint-4" / victim
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(Config(**options(pairs, tmp_path)))
+    said = capsys.readouterr()
+    assert "checkpoint-4 is damaged" in said.err and "falling back to" in said.err
+    assert f"resumed from {tmp_path / 'checkpoint-2'}" in said.out
+    assert_equal_adapters(tmp_path, unbroken[1])
+
+
+def test_finished_run_is_left_alone(pairs, unbroken, capsys):
+    before = {p: p.stat().st_mtime_ns for p in unbroken[1].rglob("*")}
+    again = train(Config(**options(pairs, unbroken[1])))
+    assert again == unbroken[0] and "already trained to step 6" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in unbroken[1].rglob("*")} == before
+
+
+def test_another_runs_folder_is_refused(pairs, unbroken):
+    with pytest.raises(ValueError, match=r"holds another run: beta \(1000.0 there, 500.0 here\)"):
+        train(Config(**options(pairs, unbroken[1], beta=500.0)))
+
+
+def test_prompt_dropout_and_window_change_the_run(pairs, unbroken, tmp_path):
+    for name, change in (("a", {"prompt_dropout": 0.9}), ("b", {"timestep_range": (0.5, 1.0)})):
+        train(Config(**options(pairs, tmp_path / name, max_train_steps=2, **change)))
+        first, reference = rows(tmp_path / name)[0], rows(unbroken[1])[0]
+        assert first["errors/reference_w"] != reference["errors/reference_w"]
+        assert first["rewards/margins"] == 0
+
+
+def test_bf16_trains(pairs, tmp_path):
+    result = train(Config(**options(pairs, tmp_path, mixed_precision="bf16", max_train_steps=4)))
+    assert math.isfinite(result["metrics"]["loss"])
+    assert all(v.dtype == torch.float32 for v in adapter(tmp_path).values())
+    assert any(v.abs().sum() > 0 for k, v in adapter(tmp_path).items() if "lora_B" in k)
+
+
+def test_exported_adapter_loads_back(pairs, unbroken):
+    from fastpref import checkpoint, models, reference
+
+    family = models.family("toy")
+    model = checkpoint.load_lora(unbroken[1], family.load(BASE, torch.float32))
+    base = family.load(BASE, torch.float32)
+    x, t = (
+        torch.randn(1, 3, 8, 12, 12, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([500.0]),
+    )
+    cond = family.encode_text(family.pipeline(BASE, torch.float32), ["a red disc moving left"])[0]
+    cond = {k: v.unsqueeze(0) for k, v in cond.items()}
+    with torch.no_grad():
+        adapted, plain = family.predict(model, x, t, cond), family.predict(base, x, t, cond)
+        assert not torch.equal(adapted, plain)
+        with reference.disabled(reference.adapter_layers(model)):
+            assert torch.equal(family.predict(model, x, t, cond), plain)
+    trained = load_file(unbroken[1] / "checkpoint-6" / "parameters.safetensors")
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value.data, trained[name]), name
+
+
+def test_adapter_loads_as_diffusers_does(unbroken):
+    """The keys and metadata are what a diffusers model's own loader expects."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel.from_pretrained(BASE, subfolder="transformer")
+    model.load_lora_adapter(unbroken[1] / "pytorch_lora_weights.safetensors", prefix="transformer")
+    loaded = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+    values = adapter(unbroken[1])
+    assert len(loaded) == len(values)
+    for name, value in values.items():
+        place = name.removeprefix("transformer.").replace(".weight", ".default_0.weight")
+        assert torch.equal(loaded[place].float(), value), name
+
+
+def test_guard_skips_and_gives_up():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = Guard(torch.device("cpu"), patience=3)
+    for step in range(3):
+        weight.grad = torch.full((3,), float("nan"))
+        guard.watch(optimizer, weight.grad.norm())
+        optimizer.step()
+        assert torch.equal(weight.data, torch.ones(3))
+        if step == 1:
+            assert "2 steps skipped" in guard.judge({}, step)
+    with pytest.raises(Diverged, match="the last 3 steps"):
+        guard.judge({}, 3)
+    weight.grad = torch.ones(3)
+    guard.watch(optimizer, weight.grad.norm())
+    optimizer.step()
+    assert not torch.equal(weight.data, torch.ones(3)) and guard.judge({}, 4) is None
+    warning = guard.judge({"errors/policy_w": 2.0, "errors/reference_w": 1.0}, 5)
+    assert "100 % above the reference" in warning
+
+
+# ---- the command line
+
+
+def fails(capsys, *parts):
+    from fastpref.cli import main
+
+    assert main(list(parts)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"beta": -1}, "beta must be finite and > 0, got -1"),
+        ({"objective": "dmpo", "alpha": 0.5}, "alpha must be finite and > 0 and < 0.5, got 0.5"),
+        ({"alpha": 0.1}, "dpo has no option 'alpha'"),
+        ({"importance_steps": 5}, "importance_steps has no effect with objective dpo"),
+        ({"objective": "best"}, "objective"),
+        ({"bta": 3}, "bta"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"family": "nope"}, "nope"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"lora_targets": "['nothing']"}, "nothing"),
+        ({"tuning": "full"}, "lora_rank has no effect with tuning full"),
+        ({"train_batch_size": 11}, "10"),
+        ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint"),
+        ({"report_to": "paper"}, "report_to"),
+        ({"timestep_range": "[0.9, 0.1]"}, "timestep_range"),
+    ],
+)
+def test_mistakes_are_one_line(change, says, pairs, tmp_path, capsys):
+    assert says in fails(capsys, "train", *arguments(options(pairs, tmp_path) | change))
+
+
+def test_unknown_field_in_yaml(pairs, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("famly: toy\n")
+    assert "famly" in fails(
+        capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path))
+    )
+
+
+def test_yaml_and_flags_agree(pairs, tmp_path):
+    file = tmp_path / "run.yaml"
+    Config(**options(pairs, tmp_path, objective="sdpo", importance_steps=5)).save(file)
+    assert parse(["--config", str(file)]) == Config(
+        **options(pairs, tmp_path, objective="sdpo", importance_steps=5)
+    )
+    assert parse(["--config", str(file), "--beta", "3"]).beta == 3.0
+
+
+def test_same_config_from_another_process_resumes_after_sigterm(pairs, unbroken, tmp_path):
+    parts = (
+        "train",
+        *arguments(options(pairs, tmp_path, max_train_steps=2000, checkpointing_steps=1000)),
+    )
+    process = command(*parts)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "run the same command to go on" in said
+    saved = [p.name for p in tmp_path.glob("checkpoint-*")]
+    assert len(saved) == 1 and int(saved[0].split("-")[1]) < 2000
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_kill_nine_anywhere_loses_nothing(pairs, tmp_path):
+    """Killed ten times, some of them in the middle of a save, the run ends as the unbroken one
+    does.
+    """
+    steps = {"max_train_steps": 24, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = command("train", *arguments(options(pairs, whole, **steps)))
+    assert process.wait(timeout=300) == 0, process.communicate()
+    in_a_save = 0
+    for attempt in range(10):
+        process = command("train", *arguments(options(pairs, broken, **steps)))
+        goal = 2 * (attempt + 1)
+        partial, final = broken / f".checkpoint-{goal}.tmp", broken / f"checkpoint-{goal}"
+        # Every second time as soon as a save is under way.
+        early = [partial, final] if attempt % 2 else [final]
+        wait_for(lambda early=early: any(path.exists() for path in early), process)
+        in_a_save += partial.exists()
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        newest = max(int(p.name.split("-")[1]) for p in broken.glob("checkpoint-*"))
+        assert goal - 1 <= newest <= goal + 3  # at most the steps since the last save are lost
+    assert in_a_save > 0
+    process = command("train", *arguments(options(pairs, broken, **steps)))
+    assert process.wait(timeout=300) == 0, process.communicate()
+    assert_equal_adapters(whole, broken)
+    steps_logged = [row["global_step"] for row in rows(broken)]
+    assert steps_logged == list(range(1, 25))
