@@ -121,7 +121,7 @@ def sample(rest: list[str]) -> None:
     options = options.parse_args(rest)
     import torch
 
-    from .report import save_mp4
+    from .media import write_clip
     from .sample import sample as draw
 
     try:
@@ -138,7 +138,7 @@ def sample(rest: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for seed, prompt, latent in zip(seeds, options.prompts, latents, strict=True):
         path = folder / f"{seed:04d}.mp4"
-        save_mp4(path, family.decode(pipe, latent), options.fps)
+        write_clip(path, family.decode(pipe, latent), options.fps)
         print(f"{path}: {prompt}")
 
 
