@@ -53,7 +53,7 @@ class Batch:
     prompts: list[str]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """On `device`; latents and floating conditions in `dtype`; pinned memory without waiting."""
+        """On `device`; latents and floating conditions in `dtype`. Pinned memory is not waited for."""
 
         def move(value: Tensor, cast: bool) -> Tensor:
             target = dtype if cast and value.is_floating_point() else None
@@ -125,14 +125,20 @@ class PairDataset:
                 f"{folder}: no index.parquet; expected a set made by fastpref encode "
                 "(if its encoding was interrupted, run the same command again)"
             )
-        columns = pq.read_table(index).to_pydict()
-        self.fingerprint: dict[str, Any] = json.loads(
-            (self.folder / "fingerprint.json").read_text(encoding="utf-8")
-        )
-        self.pair_ids: list[int] = columns["pair_id"]
-        self.prompts: list[str] = columns["prompt"]
-        self.weights: list[float] = columns["weight"]
-        self.shapes: list[str] = columns["shapes"]
+        try:
+            columns = pq.read_table(index).to_pydict()
+            self.fingerprint: dict[str, Any] = json.loads(
+                (self.folder / "fingerprint.json").read_bytes()
+            )
+            self.pair_ids: list[int] = columns["pair_id"]
+            self.prompts: list[str] = columns["prompt"]
+            self.weights: list[float] = columns["weight"]
+            self.shapes: list[str] = columns["shapes"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder}: index.parquet or fingerprint.json is damaged ({error}); "
+                "delete index.parquet and run the same fastpref encode again"
+            ) from None
         self.empty_cond = conditions(read_tensors(self.folder / "empty.safetensors"))
 
     def __len__(self) -> int:

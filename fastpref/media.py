@@ -109,8 +109,6 @@ def timeline(data: bytes) -> tuple[list[Fraction], Fraction]:
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         if not packets:
             raise MediaError("unreadable", "holds no frames")
-        if stream.frames > len(packets) + 1 and all(p.is_corrupt for p in packets[-1:]):
-            raise MediaError("truncated", f"is truncated: {len(packets)} of {stream.frames} frames")
         stamps = [p.pts if p.pts is not None else p.dts for p in packets]
         base = packets[0].time_base or Fraction(1)
         if None in stamps or len(set(stamps)) < len(stamps):
@@ -179,7 +177,7 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
 
 
 def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:
-    """`uint8 [H, W, 3]` scaled (bicubic, antialiased) to cover height x width, cropped centrally."""
+    """`uint8 [H, W, 3]` scaled (bicubic, antialiased) to cover height x width, centre cropped."""
     h, w = frame.shape[:2]
     if height is None or width is None or (h, w) == (height, width):
         return frame.contiguous()

@@ -9,8 +9,6 @@ Layouts, told apart by their columns (weight and negative_prompt are optional in
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -19,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .sources import open_source
+
 Media = Path | bytes
 LAYOUTS = {
     "chosen": ("prompt", "chosen", "rejected"),
@@ -26,7 +26,6 @@ LAYOUTS = {
     "video_a": ("prompt", "video_a", "video_b", "winner"),
     "candidates": ("prompt", "candidates"),
 }
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 class BadRow(ValueError):
@@ -69,15 +68,8 @@ class Rows:
             raise ValueError(f"ranked: expected all or best_worst, got {ranked!r}")
         self.ranked = ranked
         self.ties = self.records = 0
-        self.path = find(data)
-        if self.path is None:
-            from .hub import HubRecords
-
-            self._source: Any = HubRecords(str(data), split)
-        else:
-            self._source = {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}[
-                self.path.suffix.lower()
-            ](self.path)
+        self._source = open_source(data, split)
+        self.path: Path | None = self._source.path
         self.root: Path = self._source.root.resolve()
         self.name: str = self._source.name
         self.total: int | None = self._source.total
@@ -88,8 +80,8 @@ class Rows:
         for where, record in self._source:
             self.records += 1
             try:
-                if isinstance(record, BadRow):
-                    raise record
+                if isinstance(record, str):
+                    raise BadRow("not_json", f"{self.name} {where}", "line", record)
                 yield from self._pairs(Reader(record, f"{self.name} {where}", self.root))
             except BadRow as bad:
                 yield bad
@@ -155,27 +147,6 @@ def nothing(rows: Rows) -> str:
     return f"{rows.name}: no rows; expected one row per pair ({', '.join(LAYOUTS[rows.layout])})"
 
 
-def find(data: str | Path) -> Path | None:
-    """The metadata file of `data`, or None where `data` must be a Hugging Face dataset."""
-    path = Path(data)
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{path}: expected a folder or a {', '.join(SUFFIXES)} file, got {path.suffix!r}"
-            )
-        return path
-    if not path.is_dir():
-        return None
-    if (path / "fingerprint.json").exists():
-        raise ValueError(f"{path}: is an encoded set already; expected the folder of its media")
-    found = [path / f"metadata{suffix}" for suffix in SUFFIXES]
-    found = [file for file in found if file.is_file()]
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise ValueError(f"{path}: holds {names}; pass the file that is meant")
-    return found[0] if found else None
-
-
 def layout(columns: list[str] | None, name: str) -> str:
     """Which of LAYOUTS the columns are (None: no record, so nothing is known)."""
     if columns is None:
@@ -235,9 +206,10 @@ class Reader:
     def label(self) -> float:
         """Pick-a-Pic: 1 where the first image wins, 0 the second, 0.5 a tie."""
         label = self.record.get("label_0")
-        if self.record.get("has_label") is False or label not in (0, 1, 0.5, "0", "1", "0.5"):
+        known = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "0.5": 0.5}.get(str(label))
+        if known is None or self.record.get("has_label") is False:
             raise self.bad("unknown_label", "label_0", f"expected 0, 1 or 0.5, got {label!r:.40}")
-        return float(label)
+        return known
 
     def winner(self) -> float:
         winner = str(self.record.get("winner")).strip().lower()
@@ -300,86 +272,3 @@ class Reader:
             if not isinstance(value, list):
                 raise self.bad("missing_value", field, "expected a JSON list")
         return value or None
-
-
-class Jsonl:
-    """Records of a .jsonl file; bytes that are not UTF-8 become surrogates, which Reader refuses."""
-
-    def __init__(self, path: Path) -> None:
-        self.name, self.root, self.columns = path.name, path.parent, None
-        self._records = []
-        for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            if raw.strip():
-                self._records.append((f"line {line}", self._parse(raw, f"{path.name} line {line}")))
-        self.total = len(self._records)
-        parsed = [record for _, record in self._records if isinstance(record, dict)]
-        if parsed:
-            self.columns = list(dict.fromkeys(key for record in parsed for key in record))
-
-    @staticmethod
-    def _parse(raw: bytes, where: str) -> dict[str, Any] | BadRow:
-        try:
-            record = json.loads(raw.decode(errors="surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            return BadRow("not_json", where, "line", f"expected a JSON object ({error})")
-        if not isinstance(record, dict):
-            return BadRow("not_json", where, "line", "expected a JSON object")
-        return record
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-        return iter(self._records)
-
-
-class Csv:
-    """Records of a .csv file with a header line."""
-
-    def __init__(self, path: Path) -> None:
-        self.name, self.root = path.name, path.parent
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            self._records = [(f"line {reader.line_num}", record) for record in reader]
-        except csv.Error as error:
-            raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
-        self.columns = list(reader.fieldnames) if reader.fieldnames else None
-        self.total = len(self._records)
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        return iter(self._records)
-
-
-class Parquet:
-    """Records of a .parquet file, read a few at a time: media bytes may stand in its columns."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.name, self.root = path.name, path.parent
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
-        self.columns = self._file.schema_arrow.names
-        self.total = self._file.metadata.num_rows
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        row = 0
-        for batch in self._file.iter_batches(batch_size=16):
-            columns = {
-                name: values(column)
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
-            for i in range(batch.num_rows):
-                row += 1
-                yield f"row {row}", {name: column[i] for name, column in columns.items()}
-
-
-def values(column: Any) -> list[Any]:
-    """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates."""
-    import pyarrow as pa
-
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
-    return column.to_pylist()

@@ -1,0 +1,179 @@
+"""Sources: the records of a metadata file (jsonl, csv, parquet) or of a Hugging Face dataset.
+
+Each has `name`, `path` (the file, or None), `root` (the folder media paths are relative to),
+`columns` (None where there is no record), `total` (records, where known), and iterates over
+(where, record): a dict, or the reason why there is none. Only the file itself is checked here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+BOM = b"\xef\xbb\xbf"
+Records = Iterator[tuple[str, dict[str, Any] | str]]
+
+
+def open_source(data: str | Path, split: str) -> Jsonl | Csv | Parquet | HuggingFace:
+    """The source `data` names; ValueError: there is none, or it cannot be read."""
+    path = find(data)
+    if path is None:
+        return HuggingFace(str(data), split)
+    return {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}[path.suffix.lower()](path)
+
+
+def find(data: str | Path) -> Path | None:
+    """The metadata file of `data`, or None where `data` must be a Hugging Face dataset."""
+    path = Path(data)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"{path}: expected a folder or a {', '.join(SUFFIXES)} file, got {path.suffix!r}"
+            )
+        return path
+    if not path.is_dir():
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(data)):
+            raise ValueError(
+                f"data {data}: no such file or folder; expected a folder with metadata.jsonl, "
+                "metadata.csv or metadata.parquet, such a file, or a dataset OWNER/NAME"
+            )
+        return None
+    if (path / "fingerprint.json").exists():
+        raise ValueError(f"{path}: is an encoded set already; expected the folder of its media")
+    found = [path / f"metadata{suffix}" for suffix in SUFFIXES]
+    found = [file for file in found if file.is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise ValueError(f"{path}: holds {names}; pass the file that is meant")
+    return found[0] if found else None
+
+
+class Jsonl:
+    """Records of a .jsonl file; bytes that are not UTF-8 become surrogates, later refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path, self.root = path.name, path, path.parent
+        self.columns: list[str] | None = None
+        self._records: list[tuple[str, dict[str, Any] | str]] = []
+        for line, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), 1):
+            if raw.strip():
+                self._records.append((f"line {line}", self._parse(raw)))
+        self.total = len(self._records)
+        parsed = [record for _, record in self._records if isinstance(record, dict)]
+        if parsed:
+            self.columns = list(dict.fromkeys(key for record in parsed for key in record))
+
+    @staticmethod
+    def _parse(raw: bytes) -> dict[str, Any] | str:
+        try:
+            record = json.loads(raw.decode(errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            return f"expected a JSON object ({error})"
+        return record if isinstance(record, dict) else "expected a JSON object"
+
+    def __iter__(self) -> Records:
+        return iter(self._records)
+
+
+class Csv:
+    """Records of a .csv file with a header line."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path, self.root = path.name, path, path.parent
+        text = path.read_bytes().removeprefix(BOM).decode(errors="surrogateescape")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            self._records = [(f"line {reader.line_num}", record) for record in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+        self.columns = list(reader.fieldnames) if reader.fieldnames else None
+        self.total = len(self._records)
+
+    def __iter__(self) -> Records:
+        return iter(self._records)
+
+
+class Parquet:
+    """Records of a .parquet file, read a few at a time: media bytes may stand in its columns."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.name, self.path, self.root = path.name, path, path.parent
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
+        self.columns = self._file.schema_arrow.names
+        self.total = self._file.metadata.num_rows
+
+    def __iter__(self) -> Records:
+        row = 0
+        for batch in self._file.iter_batches(batch_size=16):
+            columns = {
+                name: values(column)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+            for i in range(batch.num_rows):
+                row += 1
+                yield f"row {row}", {name: column[i] for name, column in columns.items()}
+
+
+def values(column: Any) -> list[Any]:
+    """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
+    return column.to_pylist()
+
+
+class HuggingFace:
+    """Records of one split; images and videos come as their bytes, undecoded.
+
+    Raises:
+        ValueError: nothing there can be loaded, or the split does not exist.
+    """
+
+    def __init__(self, data: str, split: str) -> None:
+        path = Path(data)
+        self.name, self.path = data, None
+        self.root = path if path.is_dir() else Path()
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            raise ValueError(
+                f"data {data}: no metadata.jsonl, metadata.csv or metadata.parquet there; "
+                "for a Hugging Face dataset install the package datasets"
+            ) from None
+        try:
+            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+                stored = datasets.load_from_disk(data)
+                stored = stored[split] if isinstance(stored, datasets.DatasetDict) else stored
+            else:
+                stored = datasets.load_dataset(data, split=split, streaming=True)
+        except Exception as error:  # datasets raises errors of many libraries
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"data {data}: expected a folder with metadata.jsonl, metadata.csv or "
+                f"metadata.parquet, such a file, or a Hugging Face dataset ({reason})"
+            ) from None
+        features = stored.features or {}
+        for name, feature in features.items():
+            if isinstance(feature, (datasets.Image, datasets.Video)):
+                stored = stored.cast_column(name, type(feature)(decode=False))
+        self._records = stored
+        self.columns: list[str] | None = stored.column_names
+        self.total = len(stored) if hasattr(stored, "__len__") else None
+
+    def __iter__(self) -> Records:
+        for row, record in enumerate(self._records, 1):
+            yield f"row {row}", record
