@@ -6,8 +6,8 @@ import hashlib
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class Batch:
     prompts: list[str]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """On `device`; latents and floating conditions in `dtype`. Pinned memory is not waited for."""
+        """On `device`; floating latents and conditions in `dtype`; does not wait for pinned."""
 
         def move(value: Tensor, cast: bool) -> Tensor:
             target = dtype if cast and value.is_floating_point() else None
@@ -246,9 +246,10 @@ def batches(
     shapes = getattr(dataset, "shapes", None) or [""] * len(dataset)
     per_epoch = batches_per_epoch(shapes, batch_size)
 
-    def load(rows: tuple[int, ...]) -> Batch:
+    def load(planned: tuple[int, tuple[int, ...]]) -> tuple[int, Batch]:
+        epoch, rows = planned
         batch = collate([dataset[i] for i in rows])
-        return batch.pin_memory() if pin_memory else batch
+        return epoch, batch.pin_memory() if pin_memory else batch
 
     def plan() -> Iterator[tuple[int, tuple[int, ...]]]:
         epoch, skip = divmod(start, per_epoch)
@@ -257,21 +258,24 @@ def batches(
                 yield epoch, rows
             epoch, skip = epoch + 1, 0
 
-    return _load_ahead(plan(), load, num_workers)
+    return map_ahead(load, plan(), num_workers)
 
 
-def _load_ahead(plan: Iterator[Any], load: Any, num_workers: int) -> Iterator[tuple[int, Batch]]:
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], num_workers: int
+) -> Iterator[Any]:
+    """map(function, items) in order, worked on ahead by `num_workers` threads (0: when asked for)."""
     if num_workers == 0:
-        for epoch, rows in plan:
-            yield epoch, load(rows)
+        yield from map(function, items)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastpref-data")
     try:
-        ahead: deque[Any] = deque()
-        for epoch, rows in plan:
-            ahead.append((epoch, pool.submit(load, rows)))
+        ahead: deque[Future[Any]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
             if len(ahead) > 2 * num_workers:
-                epoch, future = ahead.popleft()
-                yield epoch, future.result()
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

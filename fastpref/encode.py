@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,13 @@ from . import models
 from .data import pair_file
 from .files import identity, write_atomic
 from .media import Sampling
-from .prepare import Counts, Prepared, finish, prepared, stored_shapes, survey
+from .prepare import Prepared, finish, prepared, stored_shapes, survey
 from .rows import BadRow, Row, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@torch.no_grad()
 def encode(
     family: str | ModuleType,
     model: str | Path,
@@ -67,27 +69,32 @@ def encode(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipe, "to"):
         pipe = pipe.to(device)
-    counts, waiting = Counts(), []
     index: list[dict[str, Any]] = []
     bad: list[BadRow] = []
-    bar = tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None)
-    for item in prepared(rows, sampling, folder, num_workers):
+    waiting: list[Prepared] = []
+    before = 0
+
+    def flush() -> None:
+        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype]):
+            (bad if isinstance(result, BadRow) else index).append(result)
+        waiting.clear()
+
+    with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
+        for item in prepared(rows, sampling, folder, num_workers):
+            if isinstance(item, BadRow):
+                bad.append(item)
+            elif item.clips is None:
+                before += 1
+                index.append(entry(item))
+            else:
+                waiting.append(item)
+            if len(waiting) == batch_size:
+                flush()
+            bar.update(rows.records - bar.n)
+            bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
+        flush()
         bar.update(rows.records - bar.n)
-        if isinstance(item, BadRow):
-            bad.append(item)
-        elif item.clips is None:
-            counts.already_encoded += 1
-            index.append(entry(item))
-        else:
-            waiting.append(item)
-        if len(waiting) == batch_size:
-            encode_pairs(module, pipe, waiting, folder, index, bad, DTYPES[dtype])
-            waiting = []
-        bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
-    encode_pairs(module, pipe, waiting, folder, index, bad, DTYPES[dtype])
-    bar.update(rows.records - bar.n)
-    bar.close()
-    finish(folder, rows, len(index), bad, counts)
+    counts = finish(folder, rows, len(index), bad, before)
     empty = embeddings(module.encode_text(pipe, [""])[0])
     write_tensors(folder / "empty.safetensors", empty, DTYPES[dtype])
     write_index(folder, index)
@@ -96,17 +103,13 @@ def encode(
     return folder
 
 
-@torch.no_grad()
 def encode_pairs(
-    module: ModuleType,
-    pipe: Any,
-    items: list[Prepared],
-    folder: Path,
-    index: list[dict[str, Any]],
-    bad: list[BadRow],
-    dtype: torch.dtype,
-) -> None:
-    """Encodes and writes some pairs; a ValueError of the family makes a row bad, not the run."""
+    module: ModuleType, pipe: Any, items: list[Prepared], folder: Path, dtype: torch.dtype
+) -> Iterator[dict[str, Any] | BadRow]:
+    """Encodes and writes pairs, giving each one's line of the index.
+
+    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end.
+    """
     prompts = list(dict.fromkeys(item.row.prompt for item in items))
     texts = dict(zip(prompts, module.encode_text(pipe, prompts), strict=True)) if prompts else {}
     latents: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
@@ -116,12 +119,12 @@ def encode_pairs(
                 if digest not in latents:
                     latents[digest] = module.encode_media(pipe, clip.frames)
         except ValueError as error:
-            bad.append(BadRow("not_encodable", item.row.where, "chosen, rejected", str(error)))
+            yield BadRow("not_encodable", item.row.where, "chosen, rejected", str(error))
             continue
         tensors = {"latents_w": latents[item.digests[0]], "latents_l": latents[item.digests[1]]}
         tensors |= embeddings(texts[item.row.prompt])
         write_tensors(pair_file(folder, item.pair_id), tensors, dtype)
-        index.append(entry(item))
+        yield entry(item)
 
 
 def entry(item: Prepared) -> dict[str, Any]:

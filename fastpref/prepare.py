@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .data import pair_file
+from .data import map_ahead, pair_file
 from .files import write_atomic
 from .media import Clip, MediaError, Sampling, decode, load
 from .rows import BadRow, Row, Rows, nothing
@@ -94,33 +94,20 @@ def prepared(
     rows: Rows, sampling: Sampling, folder: Path | None, num_workers: int
 ) -> Iterator[Prepared | BadRow]:
     """Every row prepared, in order, by `num_workers` threads (PyAV decodes without the GIL)."""
+
+    def work(row: Row | BadRow) -> Prepared | BadRow:
+        return row if isinstance(row, BadRow) else prepare(row, sampling, folder)
+
     seen: dict[int, str] = {}
-
-    def once(item: Prepared | BadRow) -> Prepared | BadRow:
-        if isinstance(item, Prepared):
-            if item.pair_id in seen:
-                reason = f"prompt and media are those of {seen[item.pair_id]}"
-                return BadRow("duplicate", item.row.where, "row", reason)
+    for item in map_ahead(work, rows, num_workers):
+        if isinstance(item, BadRow):
+            yield item
+        elif item.pair_id in seen:
+            reason = f"prompt and media are those of {seen[item.pair_id]}"
+            yield BadRow("duplicate", item.row.where, "row", reason)
+        else:
             seen[item.pair_id] = item.row.where
-        return item
-
-    if num_workers == 0:
-        for row in rows:
-            yield once(row if isinstance(row, BadRow) else prepare(row, sampling, folder))
-        return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastpref-decode")
-    try:
-        ahead: deque[Any] = deque()
-        for row in rows:
-            ready = isinstance(row, BadRow)
-            ahead.append(row if ready else pool.submit(prepare, row, sampling, folder))
-            if len(ahead) > 2 * num_workers:
-                item = ahead.popleft()
-                yield once(item if isinstance(item, BadRow) else item.result())
-        for item in ahead:
-            yield once(item if isinstance(item, BadRow) else item.result())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            yield item
 
 
 def stored_shapes(path: Path) -> str | None:
@@ -133,10 +120,12 @@ def stored_shapes(path: Path) -> str | None:
     return " ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
-def finish(folder: Path | None, rows: Rows, pairs: int, bad: list[BadRow], counts: Counts) -> None:
-    """Completes the counts and writes them with the bad rows; ValueError where no pair is left."""
-    counts.records, counts.ties, counts.pairs = rows.records, rows.ties, pairs
-    counts.bad.update(row.kind for row in bad)
+def finish(
+    folder: Path | None, rows: Rows, pairs: int, bad: list[BadRow], before: int = 0
+) -> Counts:
+    """Counts what became of the rows, written with the bad ones; ValueError: no pair is left."""
+    kinds = Counter(row.kind for row in bad)
+    counts = Counts(rows.records, rows.ties, pairs, before, kinds)
     if folder is not None:
         names = ("where", "field", "kind", "reason")
         lines = [json.dumps({name: getattr(row, name) for name in names}) for row in bad]
@@ -144,11 +133,12 @@ def finish(folder: Path | None, rows: Rows, pairs: int, bad: list[BadRow], count
         write_atomic(folder / "counts.json", (json.dumps(asdict(counts), indent=1) + "\n").encode())
     if not pairs:
         if folder is not None:  # nothing is encoded yet: the repaired data may come here
-            (folder / "fingerprint.json").unlink()
+            (folder / "fingerprint.json").unlink(missing_ok=True)
         if not bad:
             raise ValueError(nothing(rows))
         rest = f"; the others are in {folder / 'bad_rows.jsonl'}" if folder and len(bad) > 1 else ""
         raise ValueError(f"{rows.name}: no usable pair, {len(bad)} bad rows; first: {bad[0]}{rest}")
+    return counts
 
 
 def survey(
@@ -166,24 +156,19 @@ def survey(
     the least, median and greatest number of frames and of seconds. Raises like `encode`.
     """
     rows = Rows(data, ranked=ranked, split=split)
-    counts, pairs = Counts(), 0
     bad: list[BadRow] = []
-    sizes: Counter[str] = Counter()
-    frames, seconds = [], []
-    bar = tqdm(total=rows.total, desc="dry run", unit="row", disable=not progress or None)
-    for item in prepared(rows, sampling or Sampling(), None, num_workers):
+    clips: list[Clip] = []
+    with tqdm(total=rows.total, desc="dry run", unit="row", disable=not progress or None) as bar:
+        for item in prepared(rows, sampling or Sampling(), None, num_workers):
+            if isinstance(item, BadRow):
+                bad.append(item)
+            else:
+                clips += [replace(clip, frames=torch.empty(0)) for clip in item.clips]
+            bar.update(rows.records - bar.n)
         bar.update(rows.records - bar.n)
-        if isinstance(item, BadRow):
-            bad.append(item)
-            continue
-        pairs += 1
-        for clip in item.clips:
-            sizes[f"{clip.source_height}x{clip.source_width}"] += 1
-            frames.append(clip.source_frames)
-            seconds.append(clip.seconds)
-    bar.update(rows.records - bar.n)
-    bar.close()
-    finish(None, rows, pairs, bad, counts)
+    counts = finish(None, rows, len(clips) // 2, bad)
+    sizes = Counter(f"{clip.source_height}x{clip.source_width}" for clip in clips)
+    frames, seconds = [c.source_frames for c in clips], [c.seconds for c in clips]
     spread = {
         name: [min(of), statistics.median(of), max(of)]
         for name, of in (("frames", frames), ("seconds", seconds))
