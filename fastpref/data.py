@@ -264,7 +264,7 @@ def batches(
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], num_workers: int
 ) -> Iterator[Any]:
-    """map(function, items) in order, worked on ahead by `num_workers` threads (0: when asked for)."""
+    """map(function, items) in order, worked ahead by `num_workers` threads (0: none)."""
     if num_workers == 0:
         yield from map(function, items)
         return

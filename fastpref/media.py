@@ -238,3 +238,18 @@ def _segment_end(data: bytes) -> int:
     length = 9 - data[at].bit_length()
     value = int.from_bytes(data[at : at + length]) & ((1 << 7 * length) - 1)
     return 0 if value == (1 << 7 * length) - 1 else at + length + value
+
+
+def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:
+    """Writes `uint8 [F, H, W, 3]` losslessly: RGB mp4, since 4:2:0 shifts colours of small clips."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for frame in frames.contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
