@@ -3,16 +3,24 @@
 // FASTPREF_ISA names the table, FASTPREF_WIDTH the floats in a vector. Compiler vectors, no intrinsics:
 // multiplications and additions stay apart (-ffp-contract=off), so the width never shows in a result.
 #define FASTPREF_HD static inline  // own copies of the inline functions: each set compiles its own
+#include <utility>
+
 #include "cpu_kernels.h"
 
 namespace fastpref::cpu {
 namespace {
 
 constexpr int kWidth = FASTPREF_WIDTH;
-constexpr int kVectors = kLanes / kWidth;
+constexpr int kStep = 2 * kWidth;  // elements handled at once
+constexpr int kSteps = kLanes / kStep;
 typedef float F __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t U __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t H __attribute__((vector_size(2 * kWidth)));
+
+// kStep elements, those at even and at odd places apart: two 16-bit values then come out of one word with
+// a shift and a mask. So element e of a group of kLanes belongs to lane e / 2, plus kLanes / 2 if e is odd.
+struct Both {
+  F even, odd;
+};
 
 template <class V>
 inline V read(void const* from) {
@@ -21,43 +29,73 @@ inline V read(void const* from) {
   return v;
 }
 
+#ifdef __clang__
+#define FASTPREF_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else
+#define FASTPREF_SHUFFLE(a, b, index) __builtin_shuffle(a, b, U{(index)...})
+#endif
+template <uint32_t... I>
+inline Both apart(F a, F b, std::integer_sequence<uint32_t, I...>) {
+  return {FASTPREF_SHUFFLE(a, b, 2 * I), FASTPREF_SHUFFLE(a, b, 2 * I + 1)};
+}
+template <uint32_t... I>
+inline Both together(F a, F b, std::integer_sequence<uint32_t, I...>) {
+  return {FASTPREF_SHUFFLE(a, b, I / 2 + I % 2 * kWidth),
+          FASTPREF_SHUFFLE(a, b, kWidth / 2 + I / 2 + I % 2 * kWidth)};
+}
+#undef FASTPREF_SHUFFLE
+using Places = std::make_integer_sequence<uint32_t, kWidth>;
+
 struct F32 {
   using Scalar = float;
-  static inline F load(float const* p) { return read<F>(p); }
-  static inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+  static inline Both load(float const* p) { return apart(read<F>(p), read<F>(p + kWidth), Places()); }
+  static inline void store(float* p, Both v) {
+    Both const flat = together(v.even, v.odd, Places());
+    memcpy(p, &flat, sizeof flat);
+  }
 };
 
 struct Bf16 {
   using Scalar = uint16_t;
-  static inline F load(uint16_t const* p) { return (F)(__builtin_convertvector(read<H>(p), U) << 16); }
-  static inline void store(uint16_t* p, F v) {
+  static inline Both load(uint16_t const* p) {
+    U const words = read<U>(p);
+    return {(F)(words << 16), (F)(words & 0xffff0000u)};
+  }
+  // The upper half of the word holds the value, rounded to nearest even; a NaN stays one.
+  static inline U round(F v) {
     U const bits = (U)v;
-    U const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-    U const nan = (bits >> 16) | 0x40u;
-    H const h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, H);
-    memcpy(p, &h, sizeof h);
+    return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+  }
+  static inline void store(uint16_t* p, Both v) {
+    U const words = (round(v.even) >> 16) | (round(v.odd) & 0xffff0000u);
+    memcpy(p, &words, sizeof words);
   }
 };
 
 struct F16 {
   using Scalar = uint16_t;
-  static inline F load(uint16_t const* p) {
-    U const h = __builtin_convertvector(read<H>(p), U);
+  static inline F widen(U h) {
     U const exponent = h & 0x7c00u;
     U const bits = ((h & 0x7fffu) << 13) + (112u << 23);
     F const subnormal = (F)(bits + (1u << 23)) - 0x1p-14f;
     U const finite = exponent == 0u ? (U)subnormal : bits;
     return (F)((exponent == 0x7c00u ? bits + (112u << 23) : finite) | ((h & 0x8000u) << 16));
   }
-  static inline void store(uint16_t* p, F v) {
+  static inline U narrow(F v) {
     U const all = (U)v, bits = all & 0x7fffffffu;
     U const normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
     U const subnormal = (U)((F)bits + 0.5f) - 0x3f000000u;  // the addition rounds to 2^-24
-    U const special = bits > 0x7f800000u ? (U){} + 0x7e00u : (U){} + 0x7c00u;
+    U const special = v == v ? (U){} + 0x7c00u : (U){} + 0x7e00u;
     U const finite = bits < (113u << 23) ? subnormal : normal;
-    U const half = (bits >= (143u << 23) ? special : finite) | ((all >> 16) & 0x8000u);
-    H const h = __builtin_convertvector(half, H);
-    memcpy(p, &h, sizeof h);
+    return (bits >= (143u << 23) ? special : finite) | ((all >> 16) & 0x8000u);
+  }
+  static inline Both load(uint16_t const* p) {
+    U const words = read<U>(p);
+    return {widen(words & 0xffffu), widen(words >> 16)};
+  }
+  static inline void store(uint16_t* p, Both v) {
+    U const words = narrow(v.even) | (narrow(v.odd) << 16);
+    memcpy(p, &words, sizeof words);
   }
 };
 
@@ -69,33 +107,41 @@ struct Padded {
   Padded(typename T::Scalar const* from, int64_t n) { memcpy(data, from, n * sizeof *from); }
 };
 
-inline void add_lanes(F const* sums, double* lanes) {
-  float flat[kLanes];
-  memcpy(flat, sums, sizeof flat);
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(flat[lane]);
-}
+// Even lanes first, then odd ones.
+struct Sums {
+  F even[kSteps] = {}, odd[kSteps] = {};
+  inline void add(int step, F even_residual, F odd_residual) {
+    even[step] += even_residual * even_residual;
+    odd[step] += odd_residual * odd_residual;
+  }
+  inline void add_to(double* lanes) const {
+    float flat[kLanes];
+    memcpy(flat, even, sizeof even);
+    memcpy(flat + kLanes / 2, odd, sizeof odd);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(flat[lane]);
+  }
+};
 
 template <class P, class T, bool kRef>
 void error_loop(typename P::Scalar const* pred, typename P::Scalar const* ref,
                 typename T::Scalar const* target, int64_t n, double* lanes, double* ref_lanes) {
   int64_t i = 0;
   while (i + kLanes <= n) {
-    F sums[kVectors] = {}, ref_sums[kVectors] = {};
+    Sums sums, ref_sums;
     for (int64_t const end = i + kBlock; i < end && i + kLanes <= n; i += kLanes) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        int64_t const at = i + v * kWidth;
-        F const y = T::load(target + at);
-        F const d = P::load(pred + at) - y;
-        sums[v] += d * d;
+      for (int step = 0; step < kSteps; ++step) {
+        int64_t const at = i + step * kStep;
+        Both const y = T::load(target + at), p = P::load(pred + at);
+        sums.add(step, p.even - y.even, p.odd - y.odd);
         if (kRef) {
-          F const r = P::load(ref + at) - y;
-          ref_sums[v] += r * r;
+          Both const r = P::load(ref + at);
+          ref_sums.add(step, r.even - y.even, r.odd - y.odd);
         }
       }
     }
-    add_lanes(sums, lanes);
-    if (kRef) add_lanes(ref_sums, ref_lanes);
+    sums.add_to(lanes);
+    if (kRef) ref_sums.add_to(ref_lanes);
   }
   if (int64_t const rest = n - i) {
     Padded<P> const p(pred + i, rest), r(kRef ? ref + i : pred + i, rest);
@@ -118,20 +164,24 @@ void gradient_loop(typename P::Scalar const* pred, typename T::Scalar const* tar
                    typename P::Scalar* out, double* lanes) {
   int64_t i = 0;
   while (i + kLanes <= n) {
-    F sums[kVectors] = {};
+    Sums sums;
     for (int64_t const end = i + kBlock; i < end && i + kLanes <= n; i += kLanes) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        int64_t const at = i + v * kWidth;
-        F const p = P::load(pred + at);
-        F const d = p - T::load(target + at);
-        if (kError) sums[v] += d * d;
-        F g = d * factor;
-        if (kOther) g += (p - T::load(other + at)) * other_factor;
+      for (int step = 0; step < kSteps; ++step) {
+        int64_t const at = i + step * kStep;
+        Both const p = P::load(pred + at), y = T::load(target + at);
+        F const even = p.even - y.even, odd = p.odd - y.odd;
+        if (kError) sums.add(step, even, odd);
+        Both g{even * factor, odd * factor};
+        if (kOther) {
+          Both const o = T::load(other + at);
+          g.even += (p.even - o.even) * other_factor;
+          g.odd += (p.odd - o.odd) * other_factor;
+        }
         P::store(out + at, g);
       }
     }
-    if (kError) add_lanes(sums, lanes);
+    if (kError) sums.add_to(lanes);
   }
   if (int64_t const rest = n - i) {
     Padded<P> const p(pred + i, rest);
@@ -165,20 +215,23 @@ void normals_loop(Key const& key, uint32_t first, int64_t groups, float* out) {
 }
 
 template <class T>
+void load_group(typename T::Scalar const* from, float* to) {
+#pragma GCC unroll 16
+  for (int step = 0; step < kSteps; ++step) F32::store(to + step * kStep, T::load(from + step * kStep));
+}
+
+template <class T>
 void combine_loop(float on_eps, float const* eps, float on_x0, void const* x0, int64_t n, float* out) {
   auto const from = static_cast<typename T::Scalar const*>(x0);
   float x[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    int64_t const some = n - i < kLanes ? n - i : kLanes;
-    Padded<T> last;
-    auto group = from + i;
-    if (some < kLanes) {
-      last = Padded<T>(group, some);
-      group = last.data;
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) F32::store(x + v * kWidth, T::load(group + v * kWidth));
-    for (int64_t k = 0; k < some; ++k) out[i + k] = combine(on_eps, eps[i + k], on_x0, x[k]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    load_group<T>(from + i, x);
+    for (int k = 0; k < kLanes; ++k) out[i + k] = combine(on_eps, eps[i + k], on_x0, x[k]);
+  }
+  if (int64_t const rest = n - i) {
+    load_group<T>(Padded<T>(from + i, rest).data, x);
+    for (int64_t k = 0; k < rest; ++k) out[i + k] = combine(on_eps, eps[i + k], on_x0, x[k]);
   }
 }
 
@@ -186,7 +239,7 @@ template <class T>
 void store_loop(float const* from, int64_t n, void* to) {
   auto const out = static_cast<typename T::Scalar*>(to);
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) T::store(out + i, F32::load(from + i));
+  for (; i + kStep <= n; i += kStep) T::store(out + i, F32::load(from + i));
   if (int64_t const rest = n - i) {
     Padded<F32> const f(from + i, rest);
     Padded<T> t;
