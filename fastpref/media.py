@@ -18,6 +18,7 @@ from torch import Tensor
 FORMATS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 MAX_BYTES = 2 << 30  # of one file
 MAX_FRAME = 1 << 26  # pixels of one decoded frame: 8192 x 8192
+MAX_FRAMES = 1 << 16  # of one clip
 MAX_PIXELS = 1 << 29  # pixels of one clip as kept in memory (3 bytes each)
 
 
@@ -125,6 +126,11 @@ def choose(times: list[Fraction], duration: Fraction, sampling: Sampling) -> lis
         # A twentieth of a frame of tolerance, since containers round times (webm: to milliseconds).
         available = max(1, math.ceil(float(duration) * sampling.fps - 0.05))
         count = min(asked or available, available)
+        if count > MAX_FRAMES:
+            reason = (
+                f"lasts {float(duration):.6g} s: {count} frames, at most {MAX_FRAMES} are taken"
+            )
+            raise MediaError("too_large", f"{reason}; pass --num_frames")
         picks = [_nearest(times, k / sampling.fps) for k in range(count)]
     elif asked and asked < n:
         picks = [round(i * (n - 1) / (asked - 1)) for i in range(asked)] if asked > 1 else [0]
@@ -164,8 +170,8 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
                     raise MediaError("shape_mismatch", f"changes its size at frame {i}")
                 height, width = pixels.shape[:2]
                 kept[i] = resize(pixels, s.height, s.width)
-                if kept[i].numel() // 3 * len(wanted) > MAX_PIXELS:
-                    reason = f"{len(wanted)} frames of {width}x{height} exceed {MAX_PIXELS} pixels"
+                if kept[i].numel() // 3 * len(picks) > MAX_PIXELS:
+                    reason = f"{len(picks)} frames of {width}x{height} exceed {MAX_PIXELS} pixels"
                     raise MediaError("too_large", f"{reason}: pass --num_frames, --height, --width")
             if len(kept) == len(wanted):
                 break
@@ -194,13 +200,15 @@ def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:
 def _open(data: bytes) -> Any:
     import av
 
-    return av.open(io.BytesIO(data), options={"format_whitelist": FORMATS})
+    options = {"format_whitelist": FORMATS}
+    return av.open(io.BytesIO(data), options=options, metadata_errors="replace")
 
 
 def _video(container: Any) -> Any:
-    if not container.streams.video:
-        raise MediaError("unreadable", "holds no video stream")
-    return container.streams.video[0]
+    for stream in container.streams.video:
+        if stream.codec_context is not None:  # None: FFmpeg has no decoder for it
+            return stream
+    raise MediaError("unreadable", "holds no video that can be decoded")
 
 
 def truncation(data: bytes) -> str | None:
@@ -241,7 +249,7 @@ def _segment_end(data: bytes) -> int:
 
 
 def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:
-    """Writes `uint8 [F, H, W, 3]` losslessly: RGB mp4, since 4:2:0 shifts colours of small clips."""
+    """Writes `uint8 [F, H, W, 3]` as lossless RGB mp4 (4:2:0 shifts colours of small clips)."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
