@@ -140,8 +140,6 @@ def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> _Unpacked
             f"{function}: {name} must be shaped like pred, {list(pred.shape)} (or have twice its"
             f" rows, where one prediction serves both members), got {list(data.shape)}"
         )
-    if data.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{function}: {name} must not require a gradient (none is computed)")
     if not made:
         return _Unpacked(data, 0, None, None, None, None)
     _check_draws(function, target.draws, data, rows // 2 if paired else None)

@@ -10,7 +10,6 @@ where _C was not built, is computed by the oracle, with one warning in the latte
 """
 
 import contextlib
-import functools
 import math
 import warnings
 
@@ -398,16 +397,26 @@ def _keep_loss_epilogue(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward_loss_epilogue(ctx, grad, *_):
     (coef,) = ctx.saved_tensors
     grad_err = None if grad is None else coef * (grad * (2.0 / coef.shape[0]))
     return grad_err, *[None] * 5
 
 
-for _name in ("pair_error", "pair_loss", "loss_epilogue"):
+def _keep_pair_grad(ctx, inputs, output) -> None:
+    pass
+
+
+def _backward_pair_grad(ctx, grad):
+    # Without this a gradient penalty added to another loss would silently have no gradient.
+    raise RuntimeError("fastpref: the gradient of the loss has no derivative (double backward)")
+
+
+for _name in ("pair_error", "pair_loss", "pair_grad", "loss_epilogue"):
     torch.library.register_autograd(
         f"fastpref::{_name}",
-        once_differentiable(globals()[f"_backward_{_name}"]),  # double backward raises
+        globals()[f"_backward_{_name}"],
         setup_context=globals()[f"_keep_{_name}"],
         lib=_library,
     )

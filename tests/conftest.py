@@ -1,0 +1,30 @@
+"""Fixtures shared by the tests: the devices at hand and the golden cases."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device at hand."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden() -> list[dict]:
+    """Cases with known losses and derivatives, float64, exact to 1e-12."""
+    return json.loads((Path(__file__).parent / "golden.json").read_text())
