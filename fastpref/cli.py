@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
         return USER_ERROR
-    from .guard import Diverged
-    from .train import Interrupted
+    from .guard import Diverged, Interrupted
 
     try:
         commands[name](rest)

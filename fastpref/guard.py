@@ -1,6 +1,10 @@
-"""Says when a run goes wrong: losses that are not finite, a winner's error that rises."""
+"""Says when a run goes wrong or must stop: not finite, a rising winner's error, signals."""
 
 from __future__ import annotations
+
+import contextlib
+import signal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +46,35 @@ class Guard:
         winner, base = metrics.get("errors/policy_w", 0.0), metrics.get("errors/reference_w", 0.0)
         if not self.warned and winner > (1 + self.rise) * base > 0:
             self.warned = True
+            rise = f"{100 * (winner / base - 1):.0f} %"
             return (
-                f"step {step}: the chosen clips' error is {100 * (winner / base - 1):.0f} % above the "
-                "reference's: the policy is leaving the data. Try a higher beta, sft_weight 0.1, or "
-                "objective dpo_cm"
+                f"step {step}: the chosen clips' error is {rise} above the reference's: the policy "
+                "is leaving the data. Try a higher beta, sft_weight 0.1, or objective dpo_cm"
             )
         return None
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived: the run is saved, the same command goes on."""
+
+
+class Signals:
+    """True once SIGINT or SIGTERM has arrived; the loop saves and leaves."""
+
+    def __init__(self) -> None:
+        self.arrived, self.previous = False, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread
+                self.previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.arrived:
+            raise KeyboardInterrupt
+        self.arrived = True
+
+    def __bool__(self) -> bool:
+        return self.arrived
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

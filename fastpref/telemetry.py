@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import PairLoss
+from .objectives import SDPO, Objective
+
 BINS = 10
 
 
@@ -117,3 +120,39 @@ class Log:
             self.tensorboard.close()
         for writer in self.writers:
             writer.finish()
+
+
+def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]:
+    """What one batch adds to the metrics, each [B] (rewards in the plain form, ties half right)."""
+    (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
+    values = {
+        "loss": out.loss.expand_as(err_w),
+        "errors/policy_w": err_w,
+        "errors/policy_l": err_l,
+        "errors/reference_w": ref_w,
+        "errors/reference_l": ref_l,
+    }
+    if objective is None:
+        return values
+    scale = -0.5 * objective.beta
+    margin = scale * ((err_w - ref_w) - (err_l - ref_l))
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    values |= {
+        "rewards/chosen": scale * (err_w - ref_w),
+        "rewards/rejected": scale * (err_l - ref_l),
+        "rewards/margins": margin,
+        "rewards/accuracies": right,
+        "implicit_acc": right,
+    }
+    if out.importance is not None:
+        weights = out.importance.view(2, -1)
+        values["importance/weight"] = weights.mean(0)
+        if isinstance(objective, SDPO):  # one weight for the pair
+            how = {"max": weights.amax(0), "min": weights.amin(0), "mean": weights.mean(0)}
+            weights = how[objective.combine].unsqueeze(0)
+        kept = weights >= objective.mask_threshold
+        values["importance/masked"] = (~kept).double().mean(0)
+        values["importance/kept_clipped"] = (
+            (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
+        )
+    return values

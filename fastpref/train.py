@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,14 +18,11 @@ from . import checkpoint, data, encode, models, reference
 from .config import FREE_FIELDS, Config
 from .files import write_atomic
 from .functional import Draws, PairLoss, loss_from_errors, pair_error, preference_loss
-from .guard import Guard
-from .objectives import DPO, SDPO
+from .guard import Guard, Interrupted, Signals
+from .objectives import DPO
 from .oracle import PROMPT_DROPOUT, uniform
-from .telemetry import Log, Meter
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived: the run is saved, the same command goes on."""
+from .telemetry import Log, Meter, pair_values
+from .validation import sample_prompts, write_validation
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -52,7 +47,8 @@ def train(config: Config) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text())
         print(f"{folder} is already trained to step {result['global_step']}")
         return result
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
 
     # ---- data, model, reference, objective
     family = models.family(config.family)
@@ -96,7 +92,7 @@ def train(config: Config) -> dict[str, Any]:
         batch = batch.to(device, dtype)
         return batch, Draws(draws.seed, draws.pair_id.to(device), draws.index.to(device))
 
-    def forward(batch: data.Batch, draws: Draws, policy: Any = None) -> PairLoss:
+    def forward(batch: data.Batch, draws: Draws) -> PairLoss:
         """Noise, reference, policy, loss of one batch: the pair step."""
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             x_t, t, target = process.noise(batch.latents, draws)
@@ -120,6 +116,17 @@ def train(config: Config) -> dict[str, Any]:
     config.save(folder / "config.yaml")
     announce(config, model, dataset, objective, device, dtype, noise)
 
+    def validate(step: int) -> None:
+        """Clips of the validation prompts, base beside tuned at the same seeds:
+        validation/*.png.
+        """
+        if config.validation_prompts and step % config.validation_steps == 0:
+            clips = sample_prompts(config, family, process, model, dataset[0].latents_w.shape)
+            write_validation(folder / "validation", step, config.validation_prompts, clips)
+
+    if begin == 0:
+        validate(0)
+
     # ---- the loop
     meter, guard = Meter(device), Guard(device)
     log = Log(folder, config.trackers, config.to_dict(), begin)
@@ -136,7 +143,7 @@ def train(config: Config) -> dict[str, Any]:
     progress = tqdm(
         total=config.max_train_steps, initial=begin, unit="step", disable=None, file=sys.stderr
     )
-    interrupted = catch_signals()
+    interrupted = Signals()
     metrics: dict[str, Any] = {}
     waited, since, step = 0.0, time.perf_counter(), begin
     clock = time.perf_counter()
@@ -149,7 +156,7 @@ def train(config: Config) -> dict[str, Any]:
                 batch, draws = prepare(epoch, batch)
                 out = forward(batch, draws)
                 (out.loss / accumulate).backward()
-                meter.add(values_to_log(out, objective, config), process.level(draws))
+                meter.add(pair_values(out, objective), process.level(draws))
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
@@ -188,6 +195,7 @@ def train(config: Config) -> dict[str, Any]:
                     folder, step, model, optimizer, state, config.checkpoints_total_limit
                 )
                 since = time.perf_counter() if step % config.logging_steps == 0 else since
+            validate(step)
             if interrupted and step < config.max_train_steps:
                 raise Interrupted(
                     f"saved at step {step} in {folder}; run the same command to go on"
@@ -333,42 +341,6 @@ def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def values_to_log(out: PairLoss, objective: Any, config: Config) -> dict[str, Tensor]:
-    """What one batch adds to the metrics, each [B] (rewards in the plain form, ties half right)."""
-    (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
-    values = {
-        "loss": out.loss.expand_as(err_w),
-        "errors/policy_w": err_w,
-        "errors/policy_l": err_l,
-        "errors/reference_w": ref_w,
-        "errors/reference_l": ref_l,
-    }
-    if objective is None:
-        return values
-    scale = -0.5 * objective.beta
-    margin = scale * ((err_w - ref_w) - (err_l - ref_l))
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    values |= {
-        "rewards/chosen": scale * (err_w - ref_w),
-        "rewards/rejected": scale * (err_l - ref_l),
-        "rewards/margins": margin,
-        "rewards/accuracies": right,
-        "implicit_acc": right,
-    }
-    if out.importance is not None:
-        weights = out.importance.view(2, -1)
-        values["importance/weight"] = weights.mean(0)
-        if isinstance(objective, SDPO):  # one weight for the pair
-            how = {"max": weights.amax(0), "min": weights.amin(0), "mean": weights.mean(0)}
-            weights = how[objective.combine].unsqueeze(0)
-        kept = weights >= objective.mask_threshold
-        values["importance/masked"] = (~kept).double().mean(0)
-        values["importance/kept_clipped"] = (
-            (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
-        )
-    return values
-
-
 @torch.no_grad()
 def margin_noise(config: Config, dataset: data.PairDataset, prepare: Any, forward: Any) -> float:
     """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
@@ -415,25 +387,3 @@ def postfix(metrics: dict[str, Any]) -> str:
     if "rewards/margins" in metrics:
         parts += [f"acc {metrics['implicit_acc']:.2f}", f"margin {metrics['rewards/margins']:.3g}"]
     return ", ".join([*parts, f"{metrics['perf/seconds_per_pair']:.3g} s/pair"])
-
-
-class catch_signals:
-    """True once SIGINT or SIGTERM has arrived; the loop saves and leaves."""
-
-    def __init__(self) -> None:
-        self.arrived, self.previous = False, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread
-                self.previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.arrived:
-            raise KeyboardInterrupt
-        self.arrived = True
-
-    def __bool__(self) -> bool:
-        return self.arrived
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

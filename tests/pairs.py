@@ -14,7 +14,7 @@ import torch
 
 import fastpref
 from fastpref.demo import clips
-from fastpref.report import save_mp4
+from fastpref.media import write_clip
 
 BASE = Path(fastpref.__file__).parent / "demo" / "base"
 
@@ -29,8 +29,8 @@ def write_pairs(folder: Path, count: int = 10, seed: int = 0) -> Path:
         chosen = clips.perfect(prompt)
         noise = torch.randint(-60, 60, chosen.shape, generator=generator)
         rejected = (chosen.int() + noise).clamp(0, 255).to(torch.uint8)
-        save_mp4(folder / f"{i}_w.mp4", chosen)
-        save_mp4(folder / f"{i}_l.mp4", rejected)
+        write_clip(folder / f"{i}_w.mp4", chosen)
+        write_clip(folder / f"{i}_l.mp4", rejected)
         rows.append({"prompt": prompt, "chosen": f"{i}_w.mp4", "rejected": f"{i}_l.mp4"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

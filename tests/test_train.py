@@ -166,6 +166,16 @@ def test_prompt_dropout_and_window_change_the_run(pairs, unbroken, tmp_path):
         assert first["rewards/margins"] == 0
 
 
+def test_validation_pictures(pairs, tmp_path):
+    prompts = ["a red disc moving left", "a blue disc moving up"]
+    change = {"validation_prompts": prompts, "validation_steps": 2, "validation_sampling_steps": 2}
+    train(Config(**options(pairs, tmp_path, max_train_steps=3, **change)))
+    made = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert made == ["base.safetensors", "step-000000.png", "step-000002.png"]
+    first, second = ((tmp_path / "validation" / name).read_bytes() for name in made[1:])
+    assert first != second
+
+
 def test_bf16_trains(pairs, tmp_path):
     result = train(Config(**options(pairs, tmp_path, mixed_precision="bf16", max_train_steps=4)))
     assert math.isfinite(result["metrics"]["loss"])
