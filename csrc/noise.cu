@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) noise_kernel(NoiseArgs
       out[m] = static_cast<Y*>(args.out) + at;
       wide = wide && aligned(x0[m]) && aligned(out[m]);
     }
-    Key const key = make_key(args.draws.seed, args.draws.pair_id[chunk.pair],
-                             args.draws.index[chunk.pair], Domain::noise);
+    Key const key = make_key(args.draws.seed, args.draws.pair_id[chunk.pair], args.draws.index[chunk.pair],
+                             Domain::noise);
     float const a = args.a[chunk.pair], s = args.s[chunk.pair];
     for_each_vector<W>(chunk, [&](int at, int count) {
       Vector<X, W> clean[2];

@@ -19,7 +19,7 @@ __device__ double* slots_of(void* workspace) { return static_cast<double*>(works
 
 // The functor for every pair, by one block: each thread sums its pairs in order, block_sum the threads.
 __device__ void epilogue(EpilogueArgs const& args) {
-  double losses[1] = {0};
+  double losses[kSums] = {0};
   for (int64_t w = threadIdx.x; w < args.pairs; w += kThreads) {
     int64_t const l = w + args.pairs;
     Hyper hyper;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
     Residuals<P, T> const residuals(shape, args.pred, args.ref, args.target, work.seed, chunk);
     constexpr int W = Residuals<P, T>::W;
     int64_t const from = chunk.pair * shape.elements + chunk.begin;
-    float sums[4] = {0, 0, 0, 0};  // policy w, policy l, reference w, reference l
+    float sums[kSums] = {0};  // policy w, policy l, reference w, reference l
     for_each_vector<W>(chunk, [&](int at, int count) {
       residuals(at, count, [&](int m, float const(&policy)[W], float const(&reference)[W]) {
         sums[m] += sum_squares(policy);
@@ -73,11 +73,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
           float seed[W];
 #pragma unroll
           for (int i = 0; i < W; ++i) seed[i] = work.seed_scale * policy[i];
-          store<W>(static_cast<P*>(work.seed) + from + m * residuals.pred_step + at, seed, count, residuals.wide);
+          store<W>(static_cast<P*>(work.seed) + from + m * residuals.pred_step + at, seed, count,
+                   residuals.wide);
         }
       });
     });
-    double const wide_sums[4] = {sums[0], sums[1], sums[2], sums[3]};
+    double const wide_sums[kSums] = {sums[0], sums[1], sums[2], sums[3]};
     double const sum = block_sum(wide_sums);
     int64_t const row = chunk.pair + threadIdx.x % 2 * shape.pairs, of_ref = threadIdx.x / 2;
     if (row < shape.rows && (of_ref == 0 || (of_ref == 1 && args.ref)))
@@ -93,7 +94,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
 // Bytes: reads the four errors of a pair, writes six scalars.
 // Grid: one block.
 // Sums: as in the error kernel's last step.
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) epilogue_kernel(EpilogueArgs args) { epilogue(args); }
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) epilogue_kernel(EpilogueArgs args) {
+  epilogue(args);
+}
 
 // Bytes: reads pred and target once (from L2 after the error kernel), writes grad_pred once.
 // Grid: one wave; a block takes whole chunks of pairs, winner and loser together.
@@ -101,13 +104,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) epilogue_kernel(Epilog
 template <typename P, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs args) {
   Shape const& shape = args.shape;
-  double const scale = (args.grad ? *args.grad : 1.0) * args.scale * 2.0 / static_cast<double>(shape.elements);
+  double const scale =
+      (args.grad ? *args.grad : 1.0) * args.scale * 2.0 / static_cast<double>(shape.elements);
   bool const shared = shape.pred_rows < shape.rows;
   for_each_chunk(shape, [&](Chunk const& chunk) {
     Residuals<P, T> const residuals(shape, args.pred, nullptr, args.target, args.grad_pred, chunk);
     constexpr int W = Residuals<P, T>::W;
     float const of_w = static_cast<float>(scale * args.coef[chunk.pair]);
-    float const of_l = residuals.two ? static_cast<float>(scale * args.coef[chunk.pair + shape.pairs]) : 0.0f;
+    float const of_l =
+        residuals.two ? static_cast<float>(scale * args.coef[chunk.pair + shape.pairs]) : 0.0f;
     P* const out = static_cast<P*>(args.grad_pred) + chunk.pair * shape.elements + chunk.begin;
     for_each_vector<W>(chunk, [&](int at, int count) {
       float grad[W];
@@ -126,8 +131,8 @@ char const* run_errors(Work const& work, void* stream) {
   ErrorArgs const& args = work.error;
   int64_t const items = args.shape.pairs * chunks_of(args.shape.elements);
   if (items == 0) return nullptr;
-  if (auto error = message(
-          cudaMemsetAsync(args.workspace, 0, sizeof(double), static_cast<cudaStream_t>(stream))))
+  if (auto error =
+          message(cudaMemsetAsync(args.workspace, 0, sizeof(double), static_cast<cudaStream_t>(stream))))
     return error;
   return dispatch(args.dtype, [&](auto pred) {
     return dispatch(args.target.dtype, [&](auto target) {

@@ -230,19 +230,20 @@ inline __device__ double warp_sum(double x) {
   return x;
 }
 
-// The sums of N values over the block: thread n < N returns the sum of values[n].
-template <int N>
-__device__ double block_sum(double const (&values)[N]) {
-  __shared__ double sums[N][kWarps];
+constexpr int kSums = 4;
+
+// Sums of kSums values over the block, warps in order: thread n < kSums returns the sum of values[n].
+inline __device__ double block_sum(double const (&values)[kSums]) {
+  __shared__ double sums[kSums][kWarps];
   __syncthreads();  // the last call's sums have been read
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < kSums; ++n) {
     double const sum = warp_sum(values[n]);
     if (threadIdx.x % 32 == 0) sums[n][threadIdx.x / 32] = sum;
   }
   __syncthreads();
   double total = 0;
-  if (threadIdx.x < N) {
+  if (threadIdx.x < kSums) {
     for (int warp = 0; warp < kWarps; ++warp) total += sums[threadIdx.x][warp];
   }
   return total;
@@ -288,7 +289,8 @@ template <typename... Params, typename... Args>
 char const* launch(void (*kernel)(Params...), int64_t items, void* stream, Args const&... args) {
   int device = 0, multiprocessors = 0;
   if (auto error = message(cudaGetDevice(&device))) return error;
-  if (auto error = message(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)))
+  if (auto error =
+          message(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)))
     return error;
   int64_t const wave = static_cast<int64_t>(multiprocessors) * kBlocksPerSm;
   cudaLaunchConfig_t config{};
