@@ -29,14 +29,14 @@ class Counts:
     ties: int = 0
     pairs: int = 0
     already_encoded: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         bad = ", ".join(f"{n} {kind}" for kind, n in sorted(self.bad.items()))
         before = f" ({self.already_encoded} already encoded)" if self.already_encoded else ""
         return (
             f"{self.records} rows: {self.pairs} pairs{before}, {self.ties} ties dropped, "
-            f"{self.bad.total()} bad rows{f' ({bad})' if bad else ''}"
+            f"{sum(self.bad.values())} bad rows{f' ({bad})' if bad else ''}"
         )
 
 
@@ -124,7 +124,7 @@ def finish(
     folder: Path | None, rows: Rows, pairs: int, bad: list[BadRow], before: int = 0
 ) -> Counts:
     """Counts what became of the rows, written with the bad ones; ValueError: no pair is left."""
-    kinds = Counter(row.kind for row in bad)
+    kinds = dict(Counter(row.kind for row in bad))
     counts = Counts(rows.records, rows.ties, pairs, before, kinds)
     if folder is not None:
         names = ("where", "field", "kind", "reason")
