@@ -114,7 +114,7 @@ class FlowMatching(Process):
             num_train_timesteps=config.get("num_train_timesteps", 1000),
         )
 
-    def _shifted(self, u):  # noqa: ANN001, ANN202  float or Tensor
+    def _shifted(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def _window(self) -> tuple[float, float]:

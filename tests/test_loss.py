@@ -1,7 +1,7 @@
 """The native losses and gradients against the float64 oracle, and what users can get wrong.
 
-Tolerances are derived, not tuned: fp32 residuals move an error e by some eps32 e, and what that does
-to a loss or a coefficient follows from the oracle's own derivatives.
+Tolerances are derived, not tuned: fp32 residuals move an error e by some eps32 e, and what that
+does to a loss or a coefficient follows from the oracle's own derivatives.
 """
 
 import math
@@ -235,7 +235,7 @@ def test_first_step(dtype):
 @pytest.mark.parametrize("where", ["pred", "ref", "ref_err", "target", "x0"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_nan_and_inf_reach_the_loss(name, where, bad):
-    """One bad element in a masked, saturated pair: loss and that pair's gradients are not finite."""
+    """One bad element in a masked, saturated pair: the loss and its gradients are not finite."""
     obj = objective(name, beta=1e6)
     batch = Batch(obj, 3, (37,), torch.float32, where == "x0", False)
     gain = torch.full((3,), 1e30, dtype=torch.float64) if obj.needs_gain else None
