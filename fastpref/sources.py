@@ -45,7 +45,9 @@ def find(data: str | Path) -> Path | None:
             )
         return None
     if (path / "fingerprint.json").exists():
-        raise ValueError(f"{path}: is an encoded set already; expected the folder of its media")
+        unfinished = not (path / "index.parquet").exists()
+        state = "unfinished: run its fastpref encode again" if unfinished else "finished"
+        raise ValueError(f"{path}: is an encoded set ({state}); expected a folder of media")
     found = [path / f"metadata{suffix}" for suffix in SUFFIXES]
     found = [file for file in found if file.is_file()]
     if len(found) > 1:

@@ -380,7 +380,11 @@ def test_mistakes_in_data_are_one_line(pairs, tmp_path, capsys):
     assert user_error(capsys, *given, str(data)).startswith("metadata.jsonl: all 10 pairs are ties")
     assert "--family, --model, --output_dir required" in user_error(capsys, "--data", str(pairs))
     run(pairs, tmp_path / "encoded")
-    assert "is an encoded set already" in user_error(capsys, *given, str(tmp_path / "encoded"))
+    said = user_error(capsys, *given, str(tmp_path / "encoded"))
+    assert said.endswith("is an encoded set (finished); expected a folder of media")
+    (tmp_path / "encoded" / "index.parquet").unlink()
+    said = user_error(capsys, *given, str(tmp_path / "encoded"))
+    assert "(unfinished: run its fastpref encode again)" in said
 
 
 def test_ranked_candidates_are_encoded_once(pairs, slow, tmp_path):
