@@ -1,7 +1,12 @@
 """Fixtures shared by the tests: the devices at hand and the golden cases."""
 
 import json
+import os
 from pathlib import Path
+
+# Tiny models: a second thread gains nothing, and on a busy machine OpenMP's waiting costs 50 times
+# the work. Before torch is imported, so that the processes started by tests have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
