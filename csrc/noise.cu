@@ -14,22 +14,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) noise_kernel(NoiseArgs
   for_each_chunk(args.shape, [&](Chunk const& chunk) {
     X const* x0[2];
     Y* out[2];
-    bool wide = true;
+    bool aligned_rows = true;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       int64_t const row = m && two ? chunk.pair + args.shape.pairs : chunk.pair;
       int64_t const at = row * args.shape.elements + chunk.begin;
       x0[m] = static_cast<X const*>(args.x0) + at;
       out[m] = static_cast<Y*>(args.out) + at;
-      wide = wide && aligned(x0[m]) && aligned(out[m]);
+      aligned_rows = aligned_rows && aligned(x0[m]) && aligned(out[m]);
     }
     Key const key = make_key(args.draws.seed, args.draws.pair_id[chunk.pair], args.draws.index[chunk.pair],
                              Domain::noise);
     float const a = args.a[chunk.pair], s = args.s[chunk.pair];
-    for_each_vector<W>(chunk, [&](int at, int count) {
+    for_each_vector<W>(chunk, aligned_rows, [&](int at, int count, bool wide) {
       Vector<X, W> clean[2];
-      clean[0] = load<W>(x0[0] + at, count, wide);
-      if (two) clean[1] = load<W>(x0[1] + at, count, wide);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if (m && !two) break;
+        clean[m] = wide ? load_wide<W>(x0[m] + at) : load_some<W>(x0[m] + at, count);
+      }
       float eps[W];
       noise<W>(key, chunk.group(at), eps);
 #pragma unroll

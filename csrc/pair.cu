@@ -22,8 +22,7 @@ __device__ void epilogue(EpilogueArgs const& args) {
   double losses[kSums] = {0};
   for (int64_t w = threadIdx.x; w < args.pairs; w += kThreads) {
     int64_t const l = w + args.pairs;
-    Hyper hyper;
-    memcpy(&hyper, args.hyper, sizeof hyper);
+    Hyper const hyper = *reinterpret_cast<Hyper const*>(args.hyper);
     PairResult const out =
         evaluate(args.objective, args.err[w], args.err[l], args.ref_err[w], args.ref_err[l],
                  args.gain ? args.gain[w] : 0.0, args.weight ? args.weight[w] : 1.0, hyper);
@@ -65,16 +64,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
     constexpr int W = Residuals<P, T>::W;
     int64_t const from = chunk.pair * shape.elements + chunk.begin;
     float sums[kSums] = {0};  // policy w, policy l, reference w, reference l
-    for_each_vector<W>(chunk, [&](int at, int count) {
-      residuals(at, count, [&](int m, float const(&policy)[W], float const(&reference)[W]) {
+    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, bool wide) {
+      residuals(at, count, wide, [&](int m, float const(&policy)[W], float const(&reference)[W]) {
         sums[m] += sum_squares(policy);
         sums[2 + m] += sum_squares(reference);
         if (work.seed) {
           float seed[W];
 #pragma unroll
           for (int i = 0; i < W; ++i) seed[i] = work.seed_scale * policy[i];
-          store<W>(static_cast<P*>(work.seed) + from + m * residuals.pred_step + at, seed, count,
-                   residuals.wide);
+          store<W>(static_cast<P*>(work.seed) + from + m * residuals.pred_step + at, seed, count, wide);
         }
       });
     });
@@ -114,14 +112,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs a
     float const of_l =
         residuals.two ? static_cast<float>(scale * args.coef[chunk.pair + shape.pairs]) : 0.0f;
     P* const out = static_cast<P*>(args.grad_pred) + chunk.pair * shape.elements + chunk.begin;
-    for_each_vector<W>(chunk, [&](int at, int count) {
+    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, bool wide) {
       float grad[W];
-      residuals(at, count, [&](int m, float const(&policy)[W], float const(&)[W]) {
+      residuals(at, count, wide, [&](int m, float const(&policy)[W], float const(&)[W]) {
 #pragma unroll
         for (int i = 0; i < W; ++i)
           grad[i] = m == 0 ? of_w * policy[i] : shared ? grad[i] + of_l * policy[i] : of_l * policy[i];
         if (m == 0 && shared) return;
-        store<W>(out + m * residuals.pred_step + at, grad, count, residuals.wide);
+        store<W>(out + m * residuals.pred_step + at, grad, count, wide);
       });
     });
   });

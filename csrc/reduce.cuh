@@ -63,37 +63,40 @@ struct Vector {
   }
 };
 
-// The first `count` of W elements, zeros behind them. `wide`: `from` is 16-byte aligned.
+// W elements from where 16 bytes are aligned, in one instruction.
 template <int W, typename T>
-__device__ Vector<T, W> load(T const* from, int count, bool wide) {
-  Vector<T, W> out{};
-  if (wide && count == W) {
-    if constexpr (out.kWords == 4) {
-      uint4 const raw = *reinterpret_cast<uint4 const*>(from);
-      return {raw.x, raw.y, raw.z, raw.w};
-    } else {
-      uint2 const raw = *reinterpret_cast<uint2 const*>(from);
-      return {raw.x, raw.y};
-    }
+__device__ Vector<T, W> load_wide(T const* from) {
+  if constexpr (Vector<T, W>::kWords == 4) {
+    uint4 const raw = *reinterpret_cast<uint4 const*>(from);
+    return {raw.x, raw.y, raw.z, raw.w};
   } else {
+    uint2 const raw = *reinterpret_cast<uint2 const*>(from);
+    return {raw.x, raw.y};
+  }
+}
+
+// The first `count` of W elements from anywhere, zeros behind them.
+template <int W, typename T>
+__device__ Vector<T, W> load_some(T const* from, int count) {
+  Vector<T, W> out{};
 #pragma unroll
-    for (int i = 0; i < W; ++i) {
-      if (i < count) out.set(i, from[i]);
-    }
+  for (int i = 0; i < W; ++i) {
+    if (i < count) out.set(i, from[i]);
   }
   return out;
 }
 
+// The first `count` of W elements. `wide`: all of them, to where 16 bytes are aligned.
 template <int W, typename T>
 __device__ void store(T* to, float const (&values)[W], int count, bool wide) {
-  if (wide && count == W) {
+  if (wide) {
     Vector<T, W> in{};
 #pragma unroll
     for (int i = 0; i < W; ++i) in.set(i, round_to<T>(values[i]));
     if constexpr (in.kWords == 4) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(in.word[0], in.word[1], in.word[2], in.word[3]);
+      __stwb(reinterpret_cast<uint4*>(to), make_uint4(in.word[0], in.word[1], in.word[2], in.word[3]));
     } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(in.word[0], in.word[1]);
+      __stwb(reinterpret_cast<uint2*>(to), make_uint2(in.word[0], in.word[1]));
     }
   } else {
 #pragma unroll
@@ -133,13 +136,16 @@ __device__ void for_each_chunk(Shape const& shape, Use use) {
   }
 }
 
-// use(at, count) for this thread's vectors of a chunk: elements at .. at + count - 1, counted from its
-// begin. Neighbouring threads have neighbouring vectors.
+// use(at, count, wide) for this thread's vectors of a chunk: elements at .. at + count - 1, counted from
+// its begin; `wide` where there are W of them and the rows are aligned. Neighbouring threads have
+// neighbouring vectors.
 template <int W, typename Use>
-__device__ void for_each_vector(Chunk const& chunk, Use use) {
+__device__ void for_each_vector(Chunk const& chunk, bool aligned_rows, Use use) {
 #pragma unroll 1
-  for (int at = threadIdx.x * W; at < chunk.size; at += kThreads * W)
-    use(at, chunk.size - at < W ? chunk.size - at : W);
+  for (int at = threadIdx.x * W; at < chunk.size; at += kThreads * W) {
+    int const count = chunk.size - at < W ? chunk.size - at : W;
+    use(at, count, aligned_rows && count == W);
+  }
 }
 
 // ---- one pair's residuals ----
@@ -154,7 +160,7 @@ struct Residuals {
   Chunk chunk;
   Key key;
   float p, q;
-  bool two, regenerate, wide;
+  bool two, regenerate, aligned_rows;
 
   // `out`: a tensor shaped and typed like pred that the caller writes, or null.
   __device__ Residuals(Shape const& shape, void const* preds, void const* refs, Target const& target,
@@ -168,9 +174,9 @@ struct Residuals {
     pred = static_cast<P const*>(preds) + at;
     ref = refs ? static_cast<P const*>(refs) + at : nullptr;
     data = static_cast<T const*>(target.data) + at;
-    wide = aligned(pred) && aligned(pred + pred_step) && aligned(data) && aligned(data + data_step) &&
-           (!refs || (aligned(ref) && aligned(ref + pred_step))) &&
-           (!out || aligned(static_cast<P const*>(out) + at));  // as far from alignment as pred[1]
+    aligned_rows = aligned(pred) && aligned(pred + pred_step) && aligned(data) &&
+                   aligned(data + data_step) && (!out || aligned(static_cast<P const*>(out) + at)) &&
+                   (!refs || aligned(ref));  // steps of pred's size have been looked at
     if (regenerate) {
       key = make_key(target.draws.seed, target.draws.pair_id[chunk.pair], target.draws.index[chunk.pair],
                      Domain::noise);
@@ -181,15 +187,22 @@ struct Residuals {
   // use(member, policy, reference): W residuals of each, zero behind `count`. All loads are issued
   // before the noise is computed, so that they are in flight meanwhile.
   template <typename Use>
-  __device__ void operator()(int at, int count, Use use) const {
+  __device__ void operator()(int at, int count, bool wide, Use use) const {
     Vector<P, W> policy[2], reference[2];
     Vector<T, W> target[2];
+    auto const load_all = [&](auto load) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m && !two) break;
-      policy[m] = load<W>(pred + m * pred_step + at, count, wide);
-      if (ref) reference[m] = load<W>(ref + m * pred_step + at, count, wide);
-      target[m] = load<W>(data + m * data_step + at, count, wide);
+      for (int m = 0; m < 2; ++m) {
+        if (m && !two) break;
+        policy[m] = load(pred + m * pred_step + at);
+        if (ref) reference[m] = load(ref + m * pred_step + at);
+        target[m] = load(data + m * data_step + at);
+      }
+    };
+    if (wide) {
+      load_all([](auto const* from) { return load_wide<W>(from); });
+    } else {
+      load_all([&](auto const* from) { return load_some<W>(from, count); });
     }
     float eps[W];
     if (regenerate) noise<W>(key, chunk.group(at), eps);
