@@ -1,4 +1,4 @@
-"""What a tuned model is worth: win rate and score gain over the base, errors against the reference."""
+"""What a tuned model is worth: win rate and score gain over the base, errors beside its."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def win_rate(tuned: Tensor, base: Tensor) -> Interval:
 
 
 def gain(tuned: Tensor, base: Tensor, *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of `tuned - base` over pairs `[N]`, with the percentile interval of a paired bootstrap."""
+    """Mean of `tuned - base` over pairs `[N]`, with a paired bootstrap's percentile interval."""
     _check("gain", tuned, base)
     difference = tuned.double() - base.double()
     n = len(difference)

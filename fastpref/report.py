@@ -1,4 +1,4 @@
-"""Pictures of a run and one HTML page that opens offline: curves, clips base against tuned, tables."""
+"""Pictures of a run and one HTML page that opens offline: curves, clips, tables."""
 
 from __future__ import annotations
 
@@ -34,20 +34,6 @@ class Point(NamedTuple):
     winner_error: float
 
 
-def save_mp4(path: Path, frames: Tensor, fps: int = 8) -> None:
-    """Writes uint8 [F, H, W, 3] losslessly: RGB without chroma subsampling, which shifts colours of
-    small clips."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264rgb", rate=fps, options={"qp": "0"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "rgb24"
-        for frame in frames.contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
 def _enlarged(frames: Tensor, width: int = THUMBNAIL) -> list[Any]:
     """PIL images of about `width`; small clips grow by whole factors, pixels stay squares."""
     from PIL import Image
@@ -56,7 +42,8 @@ def _enlarged(frames: Tensor, width: int = THUMBNAIL) -> list[Any]:
     images = [Image.fromarray(f.numpy()) for f in frames]
     if frames.shape[2] > width:
         return [i.resize((width, i.height * width // i.width)) for i in images]
-    return [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
+    size = (images[0].width * factor, images[0].height * factor)
+    return [i.resize(size, Image.Resampling.NEAREST) for i in images]
 
 
 def contact_sheet(path: Path, comparisons: Sequence[Comparison], *, columns: int = 8) -> None:
@@ -74,12 +61,12 @@ def contact_sheet(path: Path, comparisons: Sequence[Comparison], *, columns: int
     width, height = rows[0][1][0].size
     strip = len(rows[0][1]) * (width + 1)
     margin, line, gap = 6, 16, 18
-    sheet = Image.new(
-        "RGB", (2 * margin + 2 * strip + gap, margin + line + len(rows) * (height + line + 6)), "white"
-    )
+    size = (2 * margin + 2 * strip + gap, margin + line + len(rows) * (height + line + 6))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    right = "tuned (same prompt, same starting noise)"
     draw.text((margin, margin), "base", fill="black")
-    draw.text((margin + strip + gap, margin), "tuned (same prompt, same starting noise)", fill="black")
+    draw.text((margin + strip + gap, margin), right, fill="black")
     for i, (caption, *sides) in enumerate(rows):
         top = margin + line + i * (height + line + 6)
         draw.text((margin, top + 2), caption, fill="black")
@@ -90,8 +77,10 @@ def contact_sheet(path: Path, comparisons: Sequence[Comparison], *, columns: int
     sheet.save(path)
 
 
-def animation(path: Path, comparisons: Sequence[Comparison], *, fps: int = 8, across: int = 4) -> None:
-    """A looping GIF of the comparisons in a grid: base on the left of each couple, tuned on the right."""
+def animation(
+    path: Path, comparisons: Sequence[Comparison], *, fps: int = 8, across: int = 4
+) -> None:
+    """A looping GIF of the comparisons in a grid: base left in each couple, tuned right."""
     from PIL import Image
 
     if not comparisons:
@@ -108,9 +97,7 @@ def animation(path: Path, comparisons: Sequence[Comparison], *, fps: int = 8, ac
             picture.paste(base[f], (left, top))
             picture.paste(tuned[f], (left + width + 2, top))
         pictures.append(picture)
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0, optimize=False
-    )
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -137,7 +124,8 @@ def curves(run: Path, path: Path) -> None:
     def line(axis: Any, key: str, label: str | None = None, **style: Any) -> None:
         if any(row.get(key) is not None for row in rows):
             values = [float("nan") if row.get(key) is None else row[key] for row in rows]
-            axis.plot(steps, values, label=label, **style)
+            marker = "." if len(values) < 3 else None
+            axis.plot(steps, values, label=label, marker=marker, **style)
 
     line(axes[0], "loss")
     axes[0].set(title="loss", xlabel="step")
@@ -157,7 +145,7 @@ def curves(run: Path, path: Path) -> None:
 
 
 def _levels(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """Means over the run per noise-level bin: the importance weight where there is one, else margins."""
+    """Means over the run per noise-level bin: importance weights if there are any, or margins."""
     for key, title in (
         ("importance/weight", "importance weight by noise level"),
         ("rewards/margins", "margin by noise level"),
@@ -176,7 +164,7 @@ def _levels(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def gain_against_winner_error(path: Path, points: Sequence[Point]) -> None:
-    """The trade every preference objective makes: score gained against damage to the chosen clips."""
+    """The trade that every objective makes: score gained against damage to the chosen clips."""
     figure, (axis,) = _figure(1)
     figure.set_size_inches(6.5, 4.5)
     names = list(dict.fromkeys(p.name for p in points))
@@ -205,9 +193,11 @@ def gain_against_winner_error(path: Path, points: Sequence[Point]) -> None:
     figure.savefig(path, dpi=110)
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse}
-td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #ddd}pre{background:#f5f5f5;padding:.8rem;overflow:auto}"""
+td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #ddd}
+pre{background:#f5f5f5;padding:.8rem;overflow:auto}"""
 
 
 class Page:
@@ -233,15 +223,20 @@ class Page:
         body = "".join(cells("td", row) for row in rows)
         self.parts.append(f"<table>{cells('th', header)}{body}</table>")
 
+    def link(self, text: str, target: str) -> None:
+        self.parts.append(f'<p><a href="{html.escape(target)}">{html.escape(text)}</a></p>')
+
     def picture(self, path: Path) -> None:
         kind = {".png": "image/png", ".gif": "image/gif"}[path.suffix]
         data = base64.b64encode(path.read_bytes()).decode()
-        self.parts.append(f'<p><img alt="{html.escape(path.name)}" src="data:{kind};base64,{data}"></p>')
+        name = html.escape(path.name)
+        self.parts.append(f'<p><img alt="{name}" src="data:{kind};base64,{data}"></p>')
 
     def save(self, path: Path) -> Path:
+        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         path.write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f"<style>{STYLE}</style><body>{''.join(self.parts)}</body></html>\n"
+            f'<!doctype html><html lang="en">{head}<style>{STYLE}</style>'
+            f"<body>{''.join(self.parts)}</body></html>\n"
         )
         return path
 

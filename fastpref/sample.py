@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from . import oracle
 from .process import Diffusion, FlowMatching
+
+Predict = Callable[[Tensor, float], Tensor]  # (x, t) -> prediction
 
 
 def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -71,15 +74,15 @@ def sample(
     return x
 
 
-def _euler(process: FlowMatching, predict, x: Tensor, steps: int) -> Tensor:
+def _euler(process: FlowMatching, predict: Predict, x: Tensor, steps: int) -> Tensor:
     """dx = (r - s) v from sigma s to r, along the process's own grid from 1 to 0."""
     sigmas = process.sigmas(steps).tolist()
-    for s, r in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (r - s) * predict(x, 1000.0 * s)
+    for s, r in pairwise(sigmas):
+        x = x + (r - s) * predict(x, process.num_train_timesteps * s)
     return x
 
 
-def _ddim(process: Diffusion, predict, x: Tensor, steps: int) -> Tensor:
+def _ddim(process: Diffusion, predict: Predict, x: Tensor, steps: int) -> Tensor:
     """x_r = a_r x0-hat + s_r eps-hat with eta 0, on a grid that starts at the last timestep."""
     alphas = process.alphas_cumprod.double()
     total = len(alphas)

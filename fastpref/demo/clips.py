@@ -1,8 +1,6 @@
-"""Procedural clips of a coloured disc that moves as the prompt says, and the judge of such clips."""
+"""Procedural clips of a coloured disc that moves as the prompt says, and the judge of them."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -28,7 +26,13 @@ DIRECTIONS = {
     "up": (-1, 0),
     "up-right": (-1, 1),
 }  # (y, x), y downwards
-PARTS = ("direction", "smoothness", "colour", "background")
+FLAWS = {
+    "direction": (0.15, 1.0),
+    "smoothness": (0.3, 3.0),
+    "colour": (0.1, 0.6),
+    "background": (0.05, 0.2),
+}  # what the judge looks at: the largest flaw it does not see, the smallest that scores 0
+PARTS = tuple(FLAWS)
 
 
 def prompt(colour: str, direction: str) -> str:
@@ -87,9 +91,10 @@ def perfect(text: str) -> Tensor:
 
 
 def flawed(prompts: list[str], generator: torch.Generator) -> Tensor:
-    """Training clips `[N, F, H, W, 3]` in [0, 1] with flaws of random size in every clip:
+    """Training clips `[N, F, H, W, 3]` in [0, 1]; each kind of flaw strikes some of them.
 
-    a wrong heading and a shaky path, a leak of another colour, a tinted and speckled background.
+    Flaws: a wrong heading, a slow or a shaky path, a leak of another colour, a tinted and a
+    speckled background.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -99,23 +104,29 @@ def flawed(prompts: list[str], generator: torch.Generator) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
     n = len(prompts)
+
+    def strike(probability: float, low: float, high: float) -> Tensor:
+        """Sizes [N]: 0 where the flaw is absent, else uniform in [low, high]."""
+        return (uniform(n) < probability) * (low + (high - low) * uniform(n))
+
     asked = [parse(p) for p in prompts]
     colour = torch.stack([c for c, _ in asked])
     direction = torch.stack([d for _, d in asked])
-    turn = 0.35 * normal(n)  # radians
+    turn = strike(0.3, 0.3, 1.0) * (1 - 2 * (uniform(n) < 0.5).float())  # radians, either way
     cos, sin = turn.cos(), turn.sin()
     y, x = direction.unbind(1)
     heading = torch.stack([cos * y + sin * x, cos * x - sin * y], dim=1)
-    heading = heading * (1 - 0.35 * uniform(n))[:, None]  # some are slow
-    centres = path(heading, 0.5 * normal(n, 2).clamp(-2, 2))
-    centres = centres + 0.7 * uniform(n)[:, None, None] * normal(n, FRAMES, 2)
+    heading = heading * (1 - strike(0.3, 0.2, 0.6))[:, None]
+    centres = path(heading, 0.4 * normal(n, 2).clamp(-2, 2))
+    shake = 0.03 + strike(0.35, 0.3, 0.7)
+    centres = centres + shake[:, None, None] * normal(n, FRAMES, 2)
     other = torch.tensor(list(COLOURS.values()))[
         torch.randint(len(COLOURS), (n,), generator=generator)
     ]
-    leak = 0.6 * uniform(n)[:, None]
+    leak = strike(0.4, 0.2, 0.9)[:, None]
     colour = (1 - leak) * colour + leak * other
-    tint = 0.35 * uniform(n)[:, None] * uniform(n, 3)
-    speckle = 0.12 * uniform(n)[:, None, None, None, None]
+    tint = strike(0.4, 0.15, 0.45)[:, None] * uniform(n, 3)
+    speckle = strike(0.3, 0.05, 0.15)[:, None, None, None, None]
     background = BACKGROUND + tint[:, None, None, None]
     background = background + speckle * normal(n, FRAMES, SIZE, SIZE, 3)
     return render(centres, colour, background).clamp(0, 1)
@@ -124,10 +135,12 @@ def flawed(prompts: list[str], generator: torch.Generator) -> Tensor:
 def judge(text: str, clip: Tensor) -> dict[str, float]:
     """How well `clip uint8 [F, H, W, 3]` does what the prompt asks: each part in [0, 1].
 
-    `direction`: 1 - |moved - asked| / |asked| of the disc's centre between first and last frames;
-    `smoothness`: exp(-rms of the path's second difference / 1 px); `colour`: 1 - distance of the
-    disc's mean colour / 0.6; `background`: 1 - rms distance from the clean one / 0.3; `score`: the
-    mean of the four. A frame without a disc counts as a centre in the middle and no colour.
+    Each part measures a flaw and sees nothing below a threshold, as people do:
+    part = 1 - (flaw - unseen) / (worst - unseen), clamped, with (unseen, worst) of FLAWS.
+    `direction`: |moved - asked| / |asked| of the disc's mean velocity; `smoothness`: rms of the
+    second difference of its path, px; `colour`: distance of its mean colour, RGB; `background`:
+    rms distance from the clean one. `score` is the mean of the four parts. A frame without a disc
+    counts as one in the middle, without colour.
     """
     colour, direction = parse(text)
     pixels = clip.float() / 255  # [F, H, W, 3]
@@ -152,11 +165,14 @@ def judge(text: str, clip: Tensor) -> dict[str, float]:
     near_x = torch.arange(width)[None, None, :] - centre[:, 1, None, None]
     outside = (near_y.square() + near_x.square()).sqrt() > RADIUS + 1.5
     dirt = (pixels - BACKGROUND).square().mean(-1)[outside].mean().sqrt()
-    parts = {
-        "direction": 1 - float((moved - asked).norm() / asked.norm()),
-        "smoothness": math.exp(-float(bend)),
-        "colour": 1 - float(off) / 0.6,
-        "background": 1 - float(dirt) / 0.3,
+    flaws = {
+        "direction": (moved - asked).norm() / asked.norm(),
+        "smoothness": bend,
+        "colour": off,
+        "background": dirt,
     }
-    parts = {name: min(max(value, 0.0), 1.0) for name, value in parts.items()}
+    parts = {}
+    for name, (unseen, worst) in FLAWS.items():
+        part = 1 - (float(flaws[name]) - unseen) / (worst - unseen)
+        parts[name] = min(max(part, 0.0), 1.0)
     return {"score": sum(parts.values()) / len(parts), **parts}

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..process import Diffusion, FlowMatching, from_config
+
 TEXT_DIM = 32
 SLOTS = 8
 PATCH = 4
@@ -65,20 +67,16 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def process(scheduler_config: dict[str, Any]) -> Any:
+def process(scheduler_config: dict[str, Any]) -> FlowMatching | Diffusion:
     """The noising process of the folder's scheduler: flow matching with its shift."""
-    from ..process import from_config
-
     return from_config(scheduler_config)
 
 
 def coordinates(like: Tensor) -> Tensor:
     """Channels t, y, x in [-1, 1] for a batch `[N, C, F, H, W]` -> `[N, 3, F, H, W]`."""
-    axes = [
-        torch.linspace(-1, 1, n, device=like.device) if n > 1 else torch.zeros(1, device=like.device)
-        for n in like.shape[2:]
-    ]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    sizes = like.shape[2:]
+    axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in sizes]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(like.device)
     return grid.to(like.dtype).expand(like.shape[0], -1, -1, -1, -1)
 
 

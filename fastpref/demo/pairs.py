@@ -1,0 +1,120 @@
+"""The demo's pairs: candidates from the base model, a noisy judge, best and worst as mp4."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import write_atomic
+from ..media import write_clip
+from ..sample import sample
+from . import clips
+
+CANDIDATES = 6
+JUDGE_NOISE = 0.05  # standard deviation, on scores between 0 and 1
+SAMPLING_STEPS = 20
+SHAPE = (3, clips.FRAMES, clips.SIZE, clips.SIZE)
+CHUNK = 96  # clips sampled at once: what fits a laptop's cache best
+
+# Fixed before anything was tuned. A sample's seed is its block plus its number: no clip of one
+# block shares its starting noise with another's.
+SEEDS = {"pairs": 1_000_000, "validation": 2_000_000, "evaluation": 3_000_000}
+
+
+@dataclass
+class Sampler:
+    """A model with what turns prompts and seeds into clips."""
+
+    model: nn.Module
+    family: ModuleType
+    process: Any
+    pipe: Any
+
+    def clips(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+        """One clip `uint8 [F, H, W, 3]` per prompt and seed."""
+        result = []
+        for start in range(0, len(prompts), CHUNK):
+            some = slice(start, start + CHUNK)
+            rows = self.family.encode_text(self.pipe, list(prompts[some]))
+            cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            latents = sample(
+                self.model,
+                self.family,
+                self.process,
+                cond,
+                SHAPE,
+                steps=SAMPLING_STEPS,
+                seeds=seeds[some],
+            )
+            result += [self.family.decode(self.pipe, latent) for latent in latents]
+        return result
+
+
+def judge_all(prompts: Sequence[str], videos: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Noise-free scores `[N]` float64: the whole `score` and each of its parts."""
+    each = [clips.judge(p, v) for p, v in zip(prompts, videos, strict=True)]
+    return {k: torch.tensor([e[k] for e in each], dtype=torch.float64) for k in each[0]}
+
+
+def make_pairs(sampler: Sampler, folder: Path, count: int, block: str) -> dict[str, Any]:
+    """Writes `count` pairs: clips/*.mp4 and metadata.jsonl with prompt, chosen, rejected.
+
+    For each pair the base model draws CANDIDATES clips of one prompt; the judge's scores get normal
+    noise; the best becomes `chosen`, the worst `rejected`. Returns what is known of the labels:
+    `right` is the share of pairs whose chosen clip is really the better one.
+    """
+    prompts = [clips.PAIR_PROMPTS[i % len(clips.PAIR_PROMPTS)] for i in range(count)]
+    asked = [p for p in prompts for _ in range(CANDIDATES)]
+    seeds = [SEEDS[block] + i for i in range(len(asked))]
+    videos = sampler.clips(asked, seeds)
+    scores = judge_all(asked, videos)["score"]
+    generator = torch.Generator().manual_seed(SEEDS[block])
+    noise = torch.randn(len(scores), generator=generator, dtype=torch.float64)
+    seen = (scores + JUDGE_NOISE * noise).view(count, CANDIDATES)
+    best, worst = seen.argmax(1), seen.argmin(1)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        names = []
+        for kind, member in (("chosen", best[i]), ("rejected", worst[i])):
+            names.append(f"clips/{i:03d}-{kind}.mp4")
+            write_clip(folder / names[-1], videos[i * CANDIDATES + int(member)])
+        rows.append({"prompt": prompt, "chosen": names[0], "rejected": names[1]})
+    write_rows(folder / "metadata.jsonl", rows)
+    table = scores.view(count, CANDIDATES)
+    gap = table.gather(1, best[:, None])[:, 0] - table.gather(1, worst[:, None])[:, 0]
+    return {
+        "candidates": len(scores),
+        "mean_score": scores.mean().item(),
+        "gaps": gap.tolist(),
+        "right": (gap > 0).double().mean().item(),
+    }
+
+
+def shuffle_labels(folder: Path, target: Path) -> list[int]:
+    """Writes the same pairs with chosen and rejected swapped in a random half of them.
+
+    Returns which rows were swapped. Exactly half, so that chance leaves no net preference.
+    """
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEEDS["pairs"]))
+    swapped = sorted(order[: len(rows) // 2].tolist())
+    for i in swapped:
+        rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+    for row in rows:
+        for kind in ("chosen", "rejected"):
+            copy = target / row[kind]
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((folder / row[kind]).read_bytes())
+    write_rows(target / "metadata.jsonl", rows)
+    return swapped
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,0 +1,252 @@
+"""`fastpref demo`: pairs from a tiny video model, training on them, a table of who wins."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import checkpoint, evaluate
+from ..config import Config
+from ..data import PairDataset
+from ..encode import encode
+from ..files import write_atomic
+from ..models import toy
+from ..process import from_config
+from ..report import Comparison, run_report
+from ..train import train
+from . import clips
+from .pairs import CANDIDATES, SEEDS, Sampler, judge_all, make_pairs, shuffle_labels
+from .summary import Row, summarise
+
+BASE = Path(__file__).parent / "base"
+OBJECTIVES = ("dpo", "ipo", "hinge", "dmpo", "dpo_cm", "sdpo")
+CONTROLS = ("sft", "dpo_windowed", "dpo_shuffled")
+VALIDATION_PAIRS = 24
+VALIDATION_SEED = 7
+
+# What an objective needs beside beta. Times are unshifted here, so a grid of 5 steps decides what
+# dpo_cm and sdpo mask: roughly s < 0.4. dmpo's alpha is the paper's.
+HYPER: dict[str, dict[str, Any]] = {
+    "dmpo": {"alpha": 0.01},
+    "dpo_cm": {"importance_steps": 5},
+    "sdpo": {"importance_steps": 5},
+    "sft": {"objective": "sft", "beta": None},
+    "dpo_windowed": {"objective": "dpo", "timestep_range": (0.35, 1.0)},
+    "dpo_shuffled": {"objective": "dpo"},
+}
+
+
+@dataclass
+class Options:
+    """What `fastpref demo` can be asked for."""
+
+    objectives: list[str] = field(default_factory=lambda: ["dpo"])
+    betas: list[float] = field(default_factory=lambda: [1000.0])
+    seeds: int = 1
+    output_dir: Path = Path("runs/demo")
+    pairs: int = 96
+    steps: int = 80
+    clips: int = 96
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Flags to options; ValueError with one line for any mistake."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            raise ValueError(message)
+
+    default = Options()
+    parser = Parser(prog="fastpref demo", description=__doc__.strip())
+    add = parser.add_argument
+    add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OBJECTIVES)}")
+    add("--betas", default="1000", help="comma-separated; every objective is trained at each")
+    add("--seeds", type=int, default=1, help="initialisations and data orders per objective")
+    add("--output_dir", type=Path, default=default.output_dir)
+    add("--pairs", type=int, default=default.pairs, help="preference pairs to make")
+    add("--steps", type=int, default=default.steps, help="training steps of 8 pairs")
+    add("--clips", type=int, default=default.clips, help="clips to evaluate on")
+    found = parser.parse_args(list(arguments))
+    objectives = list(dict.fromkeys(found.objectives.split(",")))
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise ValueError(f"--objectives: expected some of {','.join(OBJECTIVES)}, got {name!r}")
+    try:
+        betas = list(dict.fromkeys(float(b) for b in found.betas.split(",")))
+    except ValueError:
+        raise ValueError(f"--betas: expected numbers with commas, got {found.betas!r}") from None
+    for name, least in (("seeds", 1), ("pairs", 8), ("steps", 1), ("clips", 1)):
+        if getattr(found, name) < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {getattr(found, name)}")
+    return Options(
+        objectives=objectives,
+        betas=betas,
+        seeds=found.seeds,
+        output_dir=found.output_dir,
+        pairs=found.pairs,
+        steps=found.steps,
+        clips=found.clips,
+    )
+
+
+def base_sampler() -> Sampler:
+    """The shipped base model."""
+    config = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text())
+    return Sampler(toy.load(BASE).eval(), toy, from_config(config), toy.pipeline(BASE))
+
+
+def evaluation_set(count: int) -> tuple[list[str], list[int]]:
+    """Held-out prompts in turn, each with seeds of its own that nothing else uses."""
+    prompts = [clips.HELD_OUT[i % len(clips.HELD_OUT)] for i in range(count)]
+    return prompts, [SEEDS["evaluation"] + i for i in range(count)]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class Demo:
+    """One demo's folder, base model, data and evaluation, made once and shared by all its runs."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.folder = options, options.output_dir
+        self.base = base_sampler()
+        self.claim()
+        self.prepare_data()
+        self.prompts, self.seeds = evaluation_set(options.clips)
+        self.base_clips = self.base.clips(self.prompts, self.seeds)
+        self.base_scores = judge_all(self.prompts, self.base_clips)
+        self.validation = PairDataset(self.folder / "encoded" / "validation")
+        self.base_errors = self.errors(self.base)
+
+    def claim(self) -> None:
+        """A folder keeps the data of one size of demo; runs in it are taken up where they stand."""
+        path = self.folder / "demo.json"
+        now = {"pairs": self.options.pairs, "steps": self.options.steps}
+        if path.exists():
+            before = json.loads(path.read_text())
+            if before != now:
+                raise ValueError(
+                    f"output_dir {self.folder} holds a demo with {before['pairs']} pairs and "
+                    f"{before['steps']} steps, got {now['pairs']} and {now['steps']}: "
+                    "choose another output_dir"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"output_dir {self.folder} holds something else: choose another one")
+        else:
+            write_atomic(path, json.dumps(now).encode())
+
+    def prepare_data(self) -> None:
+        """Candidates, labels, clips on disk, and the encoded sets made of them."""
+        start, folder = time.perf_counter(), self.folder
+        labels = folder / "labels.json"
+        if not labels.exists():
+            count = self.options.pairs
+            say(f"1. sampling {CANDIDATES} clips for each of {count} pairs from the base model,")
+            say("   scoring them with a noisy judge, writing the best and the worst as mp4 ...")
+            known = make_pairs(self.base, folder / "pairs", self.options.pairs, "pairs")
+            make_pairs(self.base, folder / "validation", VALIDATION_PAIRS, "validation")
+            known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
+            write_atomic(labels, json.dumps(known).encode())
+        self.labels = json.loads(labels.read_text())
+        took, right = time.perf_counter() - start, 100 * self.labels["right"]
+        rows = folder / "pairs" / "metadata.jsonl"
+        say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")
+        for name in ("pairs", "validation", "pairs-shuffled"):
+            encode("toy", BASE, folder / name, folder / "encoded" / name, progress=False)
+
+    def errors(self, sampler: Sampler) -> Tensor:
+        return evaluate.errors(
+            sampler.model, toy, sampler.process, self.validation, seed=VALIDATION_SEED
+        )
+
+    def config(self, name: str, beta: float, seed: int, folder: Path) -> Config:
+        """The same options as `fastpref train` takes, for one row of the table."""
+        data = "pairs-shuffled" if name == "dpo_shuffled" else "pairs"
+        settings: dict[str, Any] = {"objective": name, "beta": beta, **HYPER.get(name, {})}
+        return Config(
+            family="toy",
+            model=str(BASE),
+            data=str(self.folder / "encoded" / data),
+            output_dir=str(folder),
+            lora_rank=8,
+            learning_rate=5e-4,
+            train_batch_size=8,
+            max_train_steps=self.options.steps,
+            checkpointing_steps=self.options.steps,
+            logging_steps=min(10, self.options.steps),
+            seed=seed,
+            **settings,
+        )
+
+    def run(self, name: str, beta: float, seed: int, label: str) -> Row:
+        """Trains, samples and evaluates one row of the table; writes its folder and report."""
+        start = time.perf_counter()
+        folder = self.folder / label
+        config = self.config(name, beta, seed, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "train.log").open("w") as log, contextlib.redirect_stdout(log):
+            trained = train(config)
+        model = checkpoint.load_lora(trained["artifact"], toy.load(BASE)).eval()
+        tuned = Sampler(model, toy, self.base.process, self.base.pipe)
+        videos = tuned.clips(self.prompts, self.seeds)
+        scores = judge_all(self.prompts, videos)
+        winner, loser = evaluate.relative_errors(self.errors(tuned), self.base_errors)
+        row = Row(
+            name=name,
+            beta=config.beta,
+            seed=seed,
+            folder=folder,
+            scores=scores,
+            base_scores=self.base_scores,
+            winner_error=winner,
+            loser_error=loser,
+            seconds_per_pair=trained["seconds_per_pair"],
+        )
+        run_report(folder, self.comparisons(videos, scores["score"]), row.results())
+        say(f"   {label}: {row.line()} ({time.perf_counter() - start:.0f} s)")
+        return row
+
+    def comparisons(self, videos: list[Tensor], scores: Tensor) -> list[Comparison]:
+        """The first clip of every held-out prompt, base against tuned."""
+        chosen = range(min(len(clips.HELD_OUT), len(videos)))
+        return [
+            Comparison(
+                f"{self.prompts[i]}   score {self.base_scores['score'][i]:.2f} -> {scores[i]:.2f}",
+                self.base_clips[i],
+                videos[i],
+            )
+            for i in chosen
+        ]
+
+
+def main(arguments: Sequence[str] = ()) -> list[Row]:
+    """Runs the demo and prints its table; returns the rows."""
+    options = parse(arguments)
+    start = time.perf_counter()
+    names = ", ".join(options.objectives)
+    say(f"fastpref demo: {names} and three controls, into {options.output_dir}")
+    demo = Demo(options)
+    # The controls stand beside the first beta only.
+    wanted = [(name, beta) for name in options.objectives for beta in options.betas]
+    wanted += [(name, options.betas[0]) for name in CONTROLS]
+    say(f"2. training ({options.steps} steps of 8 pairs), sampling, evaluating ...")
+    rows = []
+    for name, beta in wanted:
+        for seed in range(options.seeds):
+            label = name
+            if len(options.betas) > 1 and name not in CONTROLS:
+                label += f"-beta{beta:g}"
+            if options.seeds > 1:
+                label += f"-seed{seed}"
+            rows.append(demo.run(name, beta, seed, label))
+    summarise(demo.folder, rows, demo.labels, time.perf_counter() - start)
+    return rows

@@ -1,0 +1,123 @@
+"""The toy family: a folder that loads back, prompts, media, and the shape of what it predicts."""
+
+import pytest
+import torch
+
+from fastpref import models
+from fastpref.demo.run import BASE
+from fastpref.models import toy
+from fastpref.process import FlowMatching
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy.load(BASE).eval()
+
+
+def test_the_family_has_its_nine_names():
+    assert models.family("toy") is toy
+
+
+def test_the_shipped_folder_is_small_bf16_and_loads_as_diffusers_would(model):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+    from safetensors.torch import load_file
+
+    files = [path for path in BASE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4_000_000
+    tensors = load_file(BASE / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    theirs = WanTransformer3DModel.from_pretrained(BASE, subfolder="transformer").eval()
+    for (name, a), (_, b) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(a, b.float()), name
+    assert sum(p.numel() for p in model.parameters()) == 549_264
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(BASE, subfolder="scheduler")
+    process = toy.process(dict(scheduler.config))
+    assert isinstance(process, FlowMatching)
+    assert process.shift == 1.0
+
+
+def test_what_is_saved_predicts_the_same_when_loaded(tmp_path, model):
+    toy.save(model, tmp_path, torch.float32)
+    again = toy.load(tmp_path).eval()
+    noisy = torch.randn(2, 3, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    cond = {"text": torch.randn(2, toy.SLOTS, toy.TEXT_DIM)}
+    t = torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        first = toy.predict(model, noisy, t, cond)
+        assert first.shape == noisy.shape
+        assert torch.equal(first, toy.predict(again, noisy, t, cond))
+
+
+def test_every_adapter_target_is_in_every_block(model):
+    blocks = model.get_submodule(toy.BLOCKS)
+    assert len(blocks) == 4
+    for block in blocks:
+        names = [name for name, _ in block.named_modules()]
+        for target in toy.LORA_TARGETS:
+            assert sum(name.endswith(f".{target}") for name in names) == 2, target
+
+
+def test_a_word_has_one_vector_whatever_the_prompt():
+    pipe = toy.pipeline(BASE)
+    one, other, empty = (c["text"] for c in toy.encode_text(pipe, ["A red disc.", "red fox", ""]))
+    assert one.shape == (toy.SLOTS, toy.TEXT_DIM)
+    assert torch.equal(one[1], other[0])
+    assert torch.equal(one[1], toy.embed_word("red"))
+    assert not torch.equal(one[1], one[2])
+    assert one[3:].abs().max() == 0
+    assert empty.abs().max() == 0
+
+
+def test_embeddings_are_the_same_on_every_machine_and_unit_normal():
+    vector = toy.embed_word("red")
+    expected = torch.tensor([-0.2958518863, -1.6530983448, 0.4115250707, 0.1961626410])
+    assert torch.allclose(vector[:4], expected, atol=1e-6)
+    many = torch.stack([toy.embed_word(f"word{i}") for i in range(500)])
+    assert many.mean().abs() < 0.03
+    assert (many.std() - 1).abs() < 0.03
+
+
+def test_words_beyond_the_slots_still_count():
+    pipe = toy.pipeline(BASE)
+    words = [f"w{i}" for i in range(toy.SLOTS + 1)]
+    (cond,) = toy.encode_text(pipe, [" ".join(words)])
+    assert torch.equal(cond["text"][0], toy.embed_word("w0") + toy.embed_word(f"w{toy.SLOTS}"))
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(8, 12, 12), (1, 4, 20), (5, 16, 8)])
+def test_media_of_any_size_come_back_to_the_byte(frames, height, width, model):
+    pipe = toy.pipeline(BASE)
+    generator = torch.Generator().manual_seed(frames)
+    clip = torch.randint(256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    latents = toy.encode_media(pipe, clip)
+    assert latents.shape == (3, frames, height, width)
+    assert latents.abs().max() <= 1
+    assert torch.equal(toy.decode(pipe, latents), clip)
+    with torch.no_grad():
+        cond = {"text": torch.zeros(1, toy.SLOTS, toy.TEXT_DIM)}
+        assert toy.predict(model, latents[None], torch.tensor([500.0]), cond).isfinite().all()
+
+
+def test_coordinates_run_from_minus_one_to_one():
+    t, y, x = toy.coordinates(torch.zeros(2, 3, 1, 4, 8))[1]
+    assert t.abs().max() == 0
+    assert (y[0, 0, 0].item(), y[0, 3, 0].item()) == (-1, 1)
+    assert (x[0, 0, 0].item(), x[0, 0, 7].item()) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (torch.zeros(8, 12, 10, 3, dtype=torch.uint8), "divisible by 4, got 12x10"),
+        (torch.zeros(8, 12, 12, 3), "expected uint8"),
+        (torch.zeros(8, 3, 12, 12, dtype=torch.uint8), r"\[F, H, W, 3\]"),
+    ],
+)
+def test_media_that_do_not_fit_are_named(frames, message):
+    with pytest.raises(ValueError, match=message):
+        toy.encode_media(toy.pipeline(BASE), frames)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"transformer/config\.json"):
+        toy.load(tmp_path)
