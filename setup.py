@@ -1,9 +1,9 @@
-"""Builds fastpref._C: the C++ core for the CPU always, the CUDA kernels where nvcc is found. Needs no torch.
+"""Builds fastpref._C, without torch: the core for the CPU, and for CUDA where nvcc is found.
 
 Environment:
   FASTPREF_CUDA   auto (default): CUDA where nvcc is found | 1: fail without it | 0: CPU only
-  FASTPREF_ARCHS  "90" (default): compute capabilities, separated by ; or spaces, to compile machine code
-                  for; the last one is also kept as PTX, which later chips compile at load time
+  FASTPREF_ARCHS  "90" (default): compute capabilities to compile for, separated by ; or spaces;
+                  the last one also as PTX, from which later chips make their own code
   FASTPREF_DEBUG  1: -O1 -g and assertions instead of -O3
   FASTPREF_WERROR 1: warnings are errors
   CUDA_HOME       the toolkit to take nvcc from, before PATH
@@ -14,6 +14,7 @@ Environment:
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,8 @@ class Build(build_ext):
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         if archs:
             gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        device = f"-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -lineinfo -cudart static {gencode} -Xcompiler "
+        device = "-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -lineinfo -cudart static "
+        device += f"{gencode} -Xcompiler "
         device += "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wno-unknown-pragmas"
         if flag("FASTPREF_WERROR"):
             device += " -Werror all-warnings"
@@ -141,7 +143,7 @@ rule link
     @staticmethod
     def _write_facts(work: Path, cxx: str, archs: list[str], nvcc: str, why_not: str) -> None:
         facts = {
-            "COMPILER": output_of(cxx, "--version").splitlines()[0],
+            "COMPILER": output_of(*shlex.split(cxx), "--version").splitlines()[0],
             "CUDA_ARCHS": " ".join(f"sm_{arch}" for arch in archs),
             "NVCC": nvcc,
             "WHY_NOT_CUDA": why_not,

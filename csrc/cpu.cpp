@@ -135,9 +135,13 @@ struct Piece {
   int64_t pair, chunk, begin, length;
 };
 
+// Less than this for a helper is not worth waking it.
+constexpr int64_t kWorthWaking = 65536;  // elements
+
 template <class F>
 void for_each_chunk(Shape const& shape, int threads, F const& body) {
   int64_t const chunks = chunks_of(shape.elements);
+  threads = static_cast<int>(std::min<int64_t>(threads, 1 + shape.rows * shape.elements / kWorthWaking));
   Pool::instance().run(shape.pairs * chunks, threads, [&](int64_t i) {
     int64_t const begin = i % chunks * kChunk;
     body(Piece{i / chunks, i % chunks, begin, std::min(kChunk, shape.elements - begin)});

@@ -1,12 +1,12 @@
-"""The native operations as torch operators `fastpref::*`: schemas, fakes, gradients; the only user of _C.
+"""The native operations as torch operators `fastpref::*`: schemas, fakes, gradients.
 
-Rows r of a target belong to pair r % pairs, winners first, and read prediction row r % len(pred). A
-target is a tensor, or x0 with pair_id, index [P] int64 and p, q [P] float32: y = p eps + q x0 with eps
-regenerated from (seed, pair_id, index). Errors, losses and everything else per pair is float64.
+Row r of a target belongs to pair r % pairs, winners first, and reads prediction row r % len(pred).
+A target is a tensor, or x0 with pair_id, index [P] int64 and p, q [P] float32: y = p eps + q x0 with
+eps regenerated from (seed, pair_id, index). Whatever is one number per row or pair is float64.
 
-The operators allocate their outputs, never mutate, never wait for the device, and read the stream on
-every call. float32, bfloat16 and float16 on CPU and CUDA run natively; anything else, and everything
-where _C was not built, is computed by the oracle, with one warning in the latter case.
+The operators allocate their outputs, mutate nothing, never wait for the device, and read the stream
+on every call. float32, bfloat16 and float16 on CPU and CUDA run natively; the oracle computes the
+rest, and everything where _C was not built, which is said once.
 """
 
 import contextlib
@@ -34,14 +34,16 @@ _SCHEMAS = {
     "add_noise": "(Tensor x0, Tensor pair_id, Tensor index, Tensor a, Tensor s, int seed,"
     " ScalarType? dtype=None) -> Tensor",
     "pair_error": f"(Tensor pred, Tensor target, {_TARGET}) -> Tensor",
-    "pair_loss": "(Tensor pred, Tensor target, Tensor? ref, Tensor? ref_err, Tensor hyper, Tensor? gain,"
-    f" Tensor? weight, int objective, {_TARGET}) -> (Tensor loss, Tensor pair_loss, Tensor err,"
-    " Tensor ref_err, Tensor margin, Tensor importance, Tensor coef)",
+    "pair_loss": "(Tensor pred, Tensor target, Tensor? ref, Tensor? ref_err, Tensor hyper,"
+    f" Tensor? gain, Tensor? weight, int objective, {_TARGET}) -> (Tensor loss, Tensor pair_loss,"
+    " Tensor err, Tensor ref_err, Tensor margin, Tensor importance, Tensor coef)",
     "pair_grad": f"(Tensor pred, Tensor target, Tensor coef, Tensor? grad, float scale, {_TARGET})"
     " -> Tensor",
     "loss_epilogue": "(Tensor err, Tensor ref_err, Tensor hyper, Tensor? gain, Tensor? weight,"
-    " int objective) -> (Tensor loss, Tensor pair_loss, Tensor margin, Tensor importance, Tensor coef)",
-    "unit_seed": f"(Tensor pred, Tensor target, float scale, {_TARGET}) -> (Tensor err, Tensor seed)",
+    " int objective) -> (Tensor loss, Tensor pair_loss, Tensor margin, Tensor importance,"
+    " Tensor coef)",
+    "unit_seed": f"(Tensor pred, Tensor target, float scale, {_TARGET}) -> (Tensor err,"
+    " Tensor seed)",
 }
 _library = torch.library.Library("fastpref", "DEF")
 for _name, _schema in _SCHEMAS.items():
@@ -51,7 +53,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of cs
 
 
 def build_info() -> dict[str, object]:
-    """What was compiled: cpu (instruction set in use), compiler, cuda (architectures), nvcc, or why not."""
+    """What was compiled: cpu (instruction set in use), compiler, cuda (archs), nvcc, or why not."""
     if _C is None:
         return {
             "cpu": "",
@@ -74,7 +76,7 @@ def _native(device: torch.device, *dtypes: torch.dtype):
 
 
 def _last(device: torch.device) -> int:
-    """A launcher's last argument: the number of threads, or the current stream, read on every call."""
+    """A launcher's last argument: the number of threads, or the current stream."""
     if device.type == "cpu":
         return torch.get_num_threads()
     return torch._C._cuda_getCurrentRawStream(device.index)
@@ -130,7 +132,7 @@ def _check_draws(op: str, pairs: int, like: Tensor, ids: dict, scales: dict) -> 
 def _shape(
     op: str, pred: Tensor, target: Tensor, pairs: int | None, pair_id, index, p, q
 ) -> tuple[int, int, int, int]:
-    """(rows, pairs, pred_rows, elements) of kernels.h's Shape, after checking what is read by pointer."""
+    """(rows, pairs, pred_rows, elements) as in kernels.h, after checking what pointers read."""
     rows, pred_rows = target.shape[0], pred.shape[0]
     if pairs is None:
         pairs = len(pair_id) if pair_id is not None else min(rows, pred_rows)

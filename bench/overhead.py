@@ -1,0 +1,104 @@
+"""Microseconds a call of each operator costs beside its work: `python -m bench.overhead`
+
+On tensors too small to matter: the pybind11 function alone, the torch operator (checks, allocation,
+dispatch), the operator recorded by autograd, that and its backward, and the PyTorch lines it stands
+for. Calls are timed in batches of 100; on a GPU without waiting for it.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+import fastpref
+from bench import timing
+from bench.pair_loss import mean_squares
+from fastpref import ops, oracle
+
+CALLS = 100
+
+
+def variants(device: torch.device) -> dict[str, Callable[[], object]]:
+    pred, ref, target = (torch.randn(2, 64, device=device).bfloat16() for _ in range(3))
+    learned = pred.clone().requires_grad_()
+    pair_id, index = torch.tensor([[7], [0]], device=device)
+    one = torch.ones(1, device=device)
+    objective = fastpref.objective("dpo", beta=2000.0)
+    hyper = objective.hyper_tensor(device)
+    op = torch.ops.fastpref
+    no_draws = (0, None, None, None, None)
+    err = torch.empty(2, dtype=torch.float64, device=device)
+
+    def loss(policy: torch.Tensor) -> torch.Tensor:
+        return op.pair_loss(policy, target, ref, None, hyper, None, None, 0, *no_draws)[0]
+
+    def eager(policy: torch.Tensor) -> torch.Tensor:
+        errors, ref_errors = mean_squares(policy, target), mean_squares(ref, target)
+        return oracle.loss(objective, *errors.chunk(2), *ref_errors.chunk(2)).mean()
+
+    def public(policy: torch.Tensor) -> torch.Tensor:
+        return fastpref.preference_loss(policy, target, ref, objective).loss
+
+    def backward(call: Callable) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(call(learned), learned)
+
+    calls: dict[str, Callable[[], object]] = {
+        "pair_error: op": lambda: op.pair_error(pred, target, *no_draws),
+        "pair_error: eager": lambda: mean_squares(pred, target),
+        "add_noise: op": lambda: op.add_noise(target, pair_id, index, one, one, 1),
+        "add_noise: eager": lambda: target * one + torch.randn_like(target) * one,
+        "pair_loss: op": lambda: loss(pred),
+        "pair_loss: op, recorded": lambda: loss(learned),
+        "pair_loss: op, backward": backward(loss),
+        "preference_loss: backward": backward(public),
+        "pair_loss: eager": lambda: eager(pred),
+        "pair_loss: eager, recorded": lambda: eager(learned),
+        "pair_loss: eager, backward": backward(eager),
+    }
+    native = ops._native(device, pred.dtype)
+    if native is not None:
+        workspace = ops._workspace(native, (2, 2, 2, 64), False, device)
+        calls["pair_error: direct"] = lambda: native.pair_error(
+            2, 2, 2, 64, pred.data_ptr(), 0, 1, target.data_ptr(), 1, 0, 0, 0, 0, 0,
+            err.data_ptr(), 0, ops._address(workspace), ops._last(device),
+        )  # fmt: skip
+    return calls
+
+
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+    batches = {name: repeated(call) for name, call in variants(device).items()}
+    # The wall clock for every device: what is measured is the host.
+    timings = timing.interleave(batches, torch.device("cpu"), rounds=args.rounds, warmup=1)
+    facts = timing.environment(device)
+    rows = [
+        {
+            "bench": "overhead",
+            "call": name,
+            "us": round(taken.median / CALLS * 1e6, 2),
+            "us_quartiles": [round(q / CALLS * 1e6, 2) for q in taken.quartiles],
+            **facts,
+        }
+        for name, taken in sorted(timings.items())
+    ]
+    path = timing.append("overhead", rows)
+    print(f"microseconds a call; {facts['device']}, torch {facts['torch']}; to {path}")
+    for row in rows:
+        low, high = row["us_quartiles"]
+        print(f"{row['call']:<28} {row['us']:8.2f}  ({low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Timing for every benchmark: variants take turns in one process; medians, spread, JSON rows."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+import fastpref
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median, the quartiles, and all samples in the order they were taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = quantiles(self.samples, n=4)
+        return low, high
+
+    def times_slower_than(self, other: "Timing") -> float:
+        """The median of the ratios within a round: noise that lasts longer than a round cancels."""
+        return median(a / b for a, b in zip(self.samples, other.samples, strict=True))
+
+
+def _on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _on_gpu(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """Time each variant once a round, in turn: on a GPU by events, elsewhere by the wall clock."""
+    measure = _on_gpu if device.type == "cuda" else _on_cpu
+    for call in variants.values():
+        for _ in range(warmup):
+            measure(call)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            samples[name].append(measure(call))
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a row needs to be repeated: device, versions, commit, instruction set, threads."""
+    info = fastpref.build_info()
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "cpu_features": info["cpu"],
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if gpu else "",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "cpu")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def append(name: str, rows: list[dict[str, object]]) -> Path:
+    """Append rows to results/<name>.jsonl, one JSON object a line."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
