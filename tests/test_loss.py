@@ -40,9 +40,18 @@ def make_objective(variant: str, elements: int) -> Objective:
 
 
 class Batch:
-    """Predictions near a target, and everything else a loss takes."""
+    """Predictions near a target, and everything else a loss takes; y is the target on the CPU."""
 
-    def __init__(self, obj: Objective, pairs: int, shape, dtype, regenerated: bool, shared: bool):
+    def __init__(
+        self,
+        obj: Objective,
+        pairs: int,
+        shape,
+        dtype,
+        regenerated=False,
+        shared=False,
+        device="cpu",
+    ):
         g = torch.Generator().manual_seed(hash((obj.number, pairs, shape, regenerated)) % 2**31)
 
         def randn(rows: int) -> Tensor:
@@ -71,6 +80,16 @@ class Batch:
             self.gain = scale * torch.rand(pairs, generator=g, dtype=torch.float64)
         self.weight = torch.rand(pairs, generator=g, dtype=torch.float64) * 2
         self.weight[0] = 0.0 if pairs > 1 else 1.7
+        if torch.device(device).type == "cpu":
+            return
+        self.pred = self.pred.detach().to(device).requires_grad_()
+        self.ref, self.weight = self.ref.to(device), self.weight.to(device)
+        self.gain = None if self.gain is None else self.gain.to(device)
+        if regenerated:
+            draws = fastpref.Draws(draws.seed, pair_id.to(device), draws.index.to(device))
+            self.target = fastpref.Target(x0.to(device), draws, p.to(device), q.to(device))
+        else:
+            self.target = self.target.to(device)
 
 
 def near_an_edge(obj: Objective, err: Tensor, ref: Tensor, gain: Tensor, margin: Tensor) -> Tensor:
@@ -133,14 +152,18 @@ def check(obj: Objective, batch: Batch, ref: Tensor, weight: Tensor | None) -> i
     pred.grad = None
     out = fastpref.preference_loss(pred, batch.target, ref, obj, gain=batch.gain, weight=weight)
     (3 * out.loss).backward()
+    assert out.loss.device == pred.grad.device == pred.device
+    result = pred.grad.cpu()
+    out = fastpref.PairLoss(*(None if x is None else x.detach().cpu() for x in out))
+    pred, ref = pred.detach().cpu(), ref.cpu()
     pairs, rows = len(y) // 2, len(y)
-    err = oracle.pair_error(pred.detach(), y)
+    err = oracle.pair_error(pred, y)
     ref_err = ref.double() if ref.shape == (rows,) else oracle.pair_error(ref, y)
     torch.testing.assert_close(out.err, err, rtol=4 * EPS32, atol=0)
     torch.testing.assert_close(out.ref_err, ref_err, rtol=4 * EPS32, atol=0)
 
-    full = torch.ones(pairs, dtype=torch.float64) if weight is None else weight
-    gain = torch.zeros(pairs, dtype=torch.float64) if batch.gain is None else batch.gain
+    full = torch.ones(pairs, dtype=torch.float64) if weight is None else weight.cpu()
+    gain = torch.zeros(pairs, dtype=torch.float64) if batch.gain is None else batch.gain.cpu()
     loss, coef, loss_tol, coef_tol, edge = expected_with_tolerance(obj, err, ref_err, gain, full)
     assert_within(out.pair_loss, loss, loss_tol, ~edge)
     assert_within(out.coef, coef, coef_tol, ~edge.repeat(2))
@@ -152,7 +175,7 @@ def check(obj: Objective, batch: Batch, ref: Tensor, weight: Tensor | None) -> i
 
     # d pred = grad_out / B * coef * 2 (pred - y) / D, the members of a shared prediction summed.
     times = rows // len(pred)
-    wide = pred.detach().double().flatten(1).repeat(times, 1)
+    wide = pred.double().flatten(1).repeat(times, 1)
     flat = y.double().flatten(1)
     per_row = (2 * 3 / pairs / flat.shape[1]) * (wide - flat)
     grad = (coef[:, None] * per_row).view(times, len(pred), -1).sum(0)
@@ -162,38 +185,41 @@ def check(obj: Objective, batch: Batch, ref: Tensor, weight: Tensor | None) -> i
     )
     slack = slack.view(times, len(pred), -1).sum(0) + ulp(grad, pred.dtype)
     keep = ~(edge.repeat(2 // times)[:, None].expand_as(grad))
-    assert pred.grad.dtype == pred.dtype
-    assert_within(pred.grad.double().flatten(1), grad, slack, keep)
+    assert result.dtype == pred.dtype
+    assert_within(result.double().flatten(1), grad, slack, keep)
     return int((~edge).sum())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_against_the_oracle(variant, shape, dtype):
+def test_against_the_oracle(variant, shape, dtype, device):
     """Every objective x dtype x shape x target form x reference form, forward and backward."""
     obj = make_objective(variant, math.prod(shape))
     kept, total = 0, 0
     small = ((1, False), (3, False), (1, True), (5, True))
     for pairs, regenerated in small if math.prod(shape) < 1000 else ((1, False), (2, True)):
         for shared in [False, True] if obj.name == "spo" else [False]:
-            batch = Batch(obj, pairs, shape, dtype, regenerated, shared)
+            batch = Batch(obj, pairs, shape, dtype, regenerated, shared, device)
             kept += check(obj, batch, batch.ref, batch.weight)
-            ref_err = oracle.pair_error(batch.ref, batch.y)
+            ref_err = oracle.pair_error(batch.ref.cpu(), batch.y).to(device)
             kept += check(obj, batch, ref_err.float(), None)
             total += 2 * pairs
     assert kept >= 0.75 * total
 
 
-def test_golden(golden):
-    """loss_from_errors to 1e-9, all cases of an objective in one batch as well as alone."""
+def test_golden(golden, device):
+    """loss_from_errors to 1e-9."""
+
+    def f64(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
     for case in golden:
         obj = objective(case["objective"], **case["hyper"])
-        err = torch.tensor([case["err_w"], case["err_l"]], dtype=torch.float64, requires_grad=True)
-        ref = torch.tensor([case["ref_w"], case["ref_l"]], dtype=torch.float64)
-        gain = torch.tensor([case["gain"]], dtype=torch.float64) if obj.needs_gain else None
-        weight = torch.tensor([case["weight"]], dtype=torch.float64)
-        out = fastpref.loss_from_errors(err, ref, obj, gain=gain, weight=weight)
+        err = f64(case["err_w"], case["err_l"]).requires_grad_()
+        ref = f64(case["ref_w"], case["ref_l"])
+        gain = f64(case["gain"]) if obj.needs_gain else None
+        out = fastpref.loss_from_errors(err, ref, obj, gain=gain, weight=f64(case["weight"]))
         out.loss.backward()
         slopes = [case["dloss_derr_w"], case["dloss_derr_l"]]
         assert out.loss.item() == pytest.approx(case["loss"], rel=1e-9, abs=0), case
@@ -220,10 +246,10 @@ def test_extreme_margins(name, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_first_step(dtype):
+def test_first_step(dtype, device):
     """Policy equal to reference: m is exactly 0, the loss ln 2, the accuracy 0.5."""
     obj = objective("dpo", beta=5000.0)
-    batch = Batch(obj, 4, (3, 5, 7), dtype, True, False)
+    batch = Batch(obj, 4, (3, 5, 7), dtype, regenerated=True, device=device)
     out = fastpref.preference_loss(batch.pred, batch.target, batch.pred.detach(), obj)
     assert out.margin.tolist() == [0.0] * 4
     assert out.loss.item() == pytest.approx(math.log(2), rel=1e-15)
@@ -234,17 +260,18 @@ def test_first_step(dtype):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["pred", "ref", "ref_err", "target", "x0"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_nan_and_inf_reach_the_loss(name, where, bad):
+def test_nan_and_inf_reach_the_loss(name, where, bad, device):
     """One bad element in a masked, saturated pair: the loss and its gradients are not finite."""
     obj = objective(name, beta=1e6)
-    batch = Batch(obj, 3, (37,), torch.float32, where == "x0", False)
-    gain = torch.full((3,), 1e30, dtype=torch.float64) if obj.needs_gain else None
+    batch = Batch(obj, 3, (37,), torch.float32, regenerated=where == "x0", device=device)
+    masked = torch.full((3,), 1e30, dtype=torch.float64, device=device)
+    gain = masked if obj.needs_gain else None
     pred, target, ref = batch.pred.detach(), batch.target, batch.ref
     if where == "ref_err":
-        ref = oracle.pair_error(ref, batch.y)
+        ref = fastpref.pair_error(ref, target)
         ref[4] = bad
     else:
-        tensor = {"pred": pred, "ref": ref, "target": batch.y}.get(where)
+        tensor = {"pred": pred, "ref": ref, "target": target}.get(where)
         tensor = target.x0 if tensor is None else tensor
         tensor[4, 30] = bad
     pred.requires_grad_()
@@ -256,10 +283,10 @@ def test_nan_and_inf_reach_the_loss(name, where, bad):
     assert not finite[[1, 4]].any() and finite[[0, 2, 3, 5]].all()
 
 
-def test_bits_do_not_depend_on_threads_run_or_company():
+def test_bits_do_not_depend_on_threads_run_or_company(device):
     """Equal bits from run to run, for 1 to 7 threads, and for a pair alone or in a batch."""
     obj = objective("dpo", beta=500.0)
-    batch = Batch(obj, 3, (4, 33, 129), torch.bfloat16, True, False)
+    batch = Batch(obj, 3, (4, 33, 129), torch.bfloat16, regenerated=True, device=device)
     threads = torch.get_num_threads()
 
     def run(pred, target, ref):
@@ -331,10 +358,10 @@ def test_float64_is_served_by_the_oracle():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("regenerated", [False, True])
-def test_the_deferred_form_gives_the_joint_gradient(dtype, regenerated):
+def test_the_deferred_form_gives_the_joint_gradient(dtype, regenerated, device):
     """unit_seed times coef / scale is preference_loss's gradient; its errors are pair_error's."""
     obj = objective("dpo", beta=800.0)
-    batch = Batch(obj, 3, (3, 57, 49), dtype, regenerated, False)
+    batch = Batch(obj, 3, (3, 57, 49), dtype, regenerated, device=device)
     err, seed, scale = fastpref.unit_seed(batch.pred, batch.target)
     elements = batch.pred[0].numel()
     assert math.log2(scale).is_integer() and 0.7 < scale / elements < 1.42
@@ -358,7 +385,7 @@ def test_unit_seed_does_not_underflow_at_video_size():
 
 def test_only_the_loss_carries_a_gradient_and_only_once():
     obj = objective("dpo_cm", beta=5.0)
-    batch = Batch(obj, 2, (11,), torch.float32, False, False)
+    batch = Batch(obj, 2, (11,), torch.float32)
     out = fastpref.preference_loss(batch.pred, batch.target, batch.ref, obj, gain=batch.gain)
     assert out.loss.requires_grad
     assert not any(value.requires_grad for value in out[1:])
@@ -377,7 +404,7 @@ def test_compile_parity(name, regenerated):
     """Noise, loss and gradient under torch.compile(fullgraph=True) have the bits of eager mode."""
     torch.compiler.reset()
     obj = objective(name, beta=20.0)
-    batch = Batch(obj, 2, (3, 5), torch.float32, regenerated, False)
+    batch = Batch(obj, 2, (3, 5), torch.float32, regenerated)
     process = fastpref.FlowMatching(shift=3.0)
     draws = fastpref.Draws(1, torch.tensor([5, 6]), torch.tensor([0, 1]))
 
