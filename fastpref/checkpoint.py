@@ -204,6 +204,33 @@ def export(folder: Path, model: nn.Module) -> Path:
     return path
 
 
+def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> str:
+    """README.md of what `export` wrote: base model, data, objective, beta with its convention."""
+    lora = config["tuning"] == "lora"
+    beta = f"{config['beta']:g} ({config['beta_convention']})" if config["beta"] else "none"
+    rows = {
+        "base model": config["model"],
+        "objective": config["objective"],
+        "beta (convention)": beta,
+        "data": f"{config['data']} ({pairs} pairs, fingerprint {data})",
+        "timestep range": config["timestep_range"],
+        "steps": config["max_train_steps"],
+        "pairs per step": config["train_batch_size"] * config["gradient_accumulation_steps"],
+        "learning rate": config["learning_rate"],
+        "seed": config["seed"],
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    kind = "A LoRA adapter" if lora else "A fully fine-tuned model"
+    use = f'pipeline.load_lora_weights("{artifact}")' if lora else f'from_pretrained("{artifact}")'
+    return (
+        f"---\nbase_model: {config['model']}\nlibrary_name: diffusers\n"
+        f"tags: [fastpref, preference-optimization, {config['objective']}"
+        f"{', lora' if lora else ''}]\n---\n\n"
+        f"{kind} trained on preference pairs with fastpref. Every setting is in config.yaml.\n\n"
+        f"| | |\n|---|---|\n{table}\n```python\n{use}\n```\n"
+    )
+
+
 def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
     """Puts an exported adapter file (or the folder that holds it) into a base model, in place."""
     import peft

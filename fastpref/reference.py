@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,30 @@ def adapters_off(model: nn.Module, predict: Predict) -> Reference:
             return predict(model, noisy, t, cond)
 
     return reference
+
+
+def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) -> None:
+    """Self-check: with its adapters off the model says what the base said, bit for bit."""
+    with disabled(adapter_layers(model)):
+        off = probe()
+    if not torch.equal(off, base_says):
+        raise ValueError(
+            "self-check: with its adapters off the model differs from the base by "
+            f"{(off.float() - base_says.float()).abs().max():.3g}, so it cannot be the reference"
+        )
+
+
+def check_on(model: nn.Module, probe: Callable[[], Tensor]) -> None:
+    """Self-check after the first optimiser step: the adapters change what the model says."""
+    on = probe()
+    with disabled(adapter_layers(model)):
+        off = probe()
+    if torch.equal(on, off):
+        print(
+            "warning: self-check: after the first step the adapters change nothing "
+            "(the learning rate may be too small for this dtype)",
+            file=sys.stderr,
+        )
 
 
 def frozen_copy(model: nn.Module, predict: Predict) -> Reference:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import checkpoint, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import write_atomic
+from .files import identity, write_atomic
 from .functional import Draws, PairLoss, loss_from_errors, pair_error, preference_loss
 from .guard import Guard, Interrupted, Signals
 from .objectives import DPO
@@ -54,26 +54,9 @@ def train(config: Config) -> dict[str, Any]:
     family = models.family(config.family)
     dataset = open_data(config, folder)
     torch.manual_seed(config.seed)
-    model = family.load(config.model, dtype).to(device).requires_grad_(config.tuning == "full")
-    if config.tuning == "lora":
-        add_lora(model, config, family.LORA_TARGETS)
-        policy_reference = reference.adapters_off(model, family.predict)
-    else:
-        policy_reference = reference.frozen_copy(model, family.predict)
-    if config.checkpointing == "full":
-        model.enable_gradient_checkpointing()
     process = make_process(config, family)
-    elements = dataset[0].latents_w.numel()
-    objective = config.make_objective(elements)
-    parameters = list(checkpoint.trainable(model).values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    objective = config.make_objective(dataset[0].latents_w.numel())
+    model = family.load(config.model, dtype).to(device).requires_grad_(config.tuning == "full")
     empty = dataset.empty_cond if config.prompt_dropout else None
 
     def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
@@ -91,6 +74,32 @@ def train(config: Config) -> dict[str, Any]:
                 batch.cond[name] = torch.where(where, empty[name].to(value.dtype), value)
         batch = batch.to(device, dtype)
         return batch, Draws(draws.seed, draws.pair_id.to(device), draws.index.to(device))
+
+    @torch.no_grad()
+    def probe() -> Tensor:
+        """What the policy says of the first batch."""
+        batch, draws = prepare(*next(data.batches(dataset, config.train_batch_size, config.seed)))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return family.predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
+
+    if config.tuning == "lora":
+        base_says = probe()
+        add_lora(model, config, family.LORA_TARGETS)
+        policy_reference = reference.adapters_off(model, family.predict)
+        reference.check_off(model, probe, base_says)
+    else:
+        policy_reference = reference.frozen_copy(model, family.predict)
+    if config.checkpointing == "full":
+        model.enable_gradient_checkpointing()
+    parameters = list(checkpoint.trainable(model).values())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
     def forward(batch: data.Batch, draws: Draws) -> PairLoss:
         """Noise, reference, policy, loss of one batch: the pair step."""
@@ -114,6 +123,7 @@ def train(config: Config) -> dict[str, Any]:
     elif objective is not None:
         noise = margin_noise(config, dataset, prepare, forward)
     config.save(folder / "config.yaml")
+    warn_of_repeats(config, len(dataset))
     announce(config, model, dataset, objective, device, dtype, noise)
 
     def validate(step: int) -> None:
@@ -166,6 +176,8 @@ def train(config: Config) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.update()
+            if step == 1 and config.tuning == "lora":
+                reference.check_on(model, probe)
 
             if step % config.logging_steps == 0 or step == config.max_train_steps:
                 metrics = meter.flush(by_level=("rewards/margins", "importance/weight"))
@@ -206,6 +218,10 @@ def train(config: Config) -> dict[str, Any]:
         interrupted.restore()
 
     artifact = checkpoint.export(folder, model)
+    card = checkpoint.model_card(
+        config.to_dict(), artifact.name, identity(dataset.folder / "index.parquet"), len(dataset)
+    )
+    write_atomic(folder / "README.md", card.encode())
     pairs = max(1, (step - begin) * per_step)
     result = {
         "global_step": step,
@@ -225,7 +241,8 @@ def open_run(config: Config, folder: Path) -> Path | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     record, done = folder / "config.yaml", folder / "result.json"
-    if record.exists():
+    started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
+    if started and record.exists():
         before, now = yaml.safe_load(record.read_text()) or {}, config.to_dict()
         differs = [k for k in now if k not in FREE_FIELDS and before.get(k) != now[k]]
         if differs:
@@ -234,7 +251,7 @@ def open_run(config: Config, folder: Path) -> Path | None:
                 f"{folder} holds another run: {listed}. "
                 "Choose another output_dir, or the same values"
             )
-    elif any(folder.glob(f"{checkpoint.PREFIX}*")) or done.exists():
+    elif started:
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
@@ -357,6 +374,17 @@ def margin_noise(config: Config, dataset: data.PairDataset, prepare: Any, forwar
             file=sys.stderr,
         )
     return worst
+
+
+def warn_of_repeats(config: Config, pairs: int) -> None:
+    """With K draws per pair, epochs beyond K repeat earlier draws."""
+    seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
+    if config.draws_per_pair and seen > config.draws_per_pair * pairs:
+        print(
+            f"warning: {seen / pairs:.1f} epochs with draws_per_pair {config.draws_per_pair}: later "
+            "epochs repeat the same timesteps and noise",
+            file=sys.stderr,
+        )
 
 
 def announce(config, model, dataset, objective, device, dtype, noise) -> None:

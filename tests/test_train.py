@@ -8,11 +8,14 @@ import os
 import signal
 import time
 
+import peft
 import pytest
 import torch
+import yaml
 from pairs import BASE, arguments, command, options, write_pairs
 from safetensors.torch import load_file
 
+from fastpref import checkpoint, models, reference
 from fastpref.config import Config, parse
 from fastpref.guard import Diverged, Guard
 from fastpref.train import train
@@ -184,8 +187,6 @@ def test_bf16_trains(pairs, tmp_path):
 
 
 def test_exported_adapter_loads_back(pairs, unbroken):
-    from fastpref import checkpoint, models, reference
-
     family = models.family("toy")
     model = checkpoint.load_lora(unbroken[1], family.load(BASE, torch.float32))
     base = family.load(BASE, torch.float32)
@@ -218,6 +219,44 @@ def test_adapter_loads_as_diffusers_does(unbroken):
     for name, value in values.items():
         place = name.removeprefix("transformer.").replace(".weight", ".default_0.weight")
         assert torch.equal(loaded[place].float(), value), name
+
+
+def test_model_card_and_config(pairs, unbroken):
+    card = (unbroken[1] / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(BASE) and "dpo" in front["tags"]
+    assert "| beta (convention) | 1000 (half_mean) |" in card and "10 pairs" in card
+    recorded = yaml.safe_load((unbroken[1] / "config.yaml").read_text())
+    assert Config(**recorded) == Config(**options(pairs, unbroken[1]))
+
+
+def test_self_check_sees_a_changed_base(pairs):
+    family = models.family("toy")
+    model = family.load(BASE, torch.float32)
+    x, t = torch.ones(1, 3, 8, 12, 12), torch.tensor([500.0])
+    cond = {"text": family.encode_text(family.pipeline(BASE), ["a disc"])[0]["text"][None]}
+
+    def probe():
+        with torch.no_grad():
+            return family.predict(model, x, t, cond)
+
+    before = probe()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=family.LORA_TARGETS), model)
+    reference.check_off(model, probe, before)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "base_layer" in name).mul_(1.01)
+    with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
+        reference.check_off(model, probe, before)
+
+
+def test_self_check_warns_of_adapters_that_do_nothing(pairs, tmp_path, capsys):
+    train(Config(**options(pairs, tmp_path, learning_rate=1e-30, max_train_steps=1)))
+    assert "after the first step the adapters change nothing" in capsys.readouterr().err
+
+
+def test_repeated_draws_are_warned_of(pairs, tmp_path, capsys):
+    train(Config(**options(pairs, tmp_path, draws_per_pair=1, max_train_steps=6)))
+    assert "1.2 epochs with draws_per_pair 1" in capsys.readouterr().err
 
 
 def test_guard_skips_and_gives_up():
