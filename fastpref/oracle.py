@@ -200,10 +200,9 @@ _WORD = 0xFFFFFFFF
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32x32-bit product, by halves: int64 has no room for all 64 bits."""
-    low, high = constant * (word & 0xFFFF), constant * (word >> 16)
-    middle = high + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low word of a 32x32-bit product; int64 wraps, which keeps all 64 bits."""
+    product = constant * word
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(

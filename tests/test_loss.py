@@ -398,9 +398,14 @@ def test_only_the_loss_carries_a_gradient_and_only_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "regenerated"), [("dpo", False), *((name, True) for name in OBJECTIVES)]
+    ("name", "regenerated", "backend"),
+    [
+        ("dpo", False, "aot_eager"),
+        *((name, True, "aot_eager") for name in OBJECTIVES),
+        pytest.param("sdpo", True, "inductor", marks=pytest.mark.slow),
+    ],
 )
-def test_compile_parity(name, regenerated):
+def test_compile_parity(name, regenerated, backend):
     """Noise, loss and gradient under torch.compile(fullgraph=True) have the bits of eager mode."""
     torch.compiler.reset()
     obj = objective(name, beta=20.0)
@@ -414,7 +419,7 @@ def test_compile_parity(name, regenerated):
         return out.loss, out.pair_loss, out.margin, out.err, x_t, t
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         pred = batch.pred.detach().clone().requires_grad_()
         values = function(pred, batch.target, batch.ref, batch.gain, draws)
         values[0].backward()
