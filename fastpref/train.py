@@ -381,8 +381,8 @@ def warn_of_repeats(config: Config, pairs: int) -> None:
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
     if config.draws_per_pair and seen > config.draws_per_pair * pairs:
         print(
-            f"warning: {seen / pairs:.1f} epochs with draws_per_pair {config.draws_per_pair}: later "
-            "epochs repeat the same timesteps and noise",
+            f"warning: {seen / pairs:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
+            "later epochs repeat the same timesteps and noise",
             file=sys.stderr,
         )
 
