@@ -1,0 +1,150 @@
+"""The CogVideoX text-to-video family: v-prediction in 2B (added positions) and 5B (rotary), T5."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..process import Diffusion, from_config
+from .folder import Encoders, load_model, pixels, read_config, to_frames
+
+# Projections of the joint attention over text and video, as diffusers names them.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+BLOCKS = "transformer_blocks"
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The transformer of a diffusers folder or hub id, in `dtype`.
+
+    Raises:
+        ValueError: no such model, another family's, or one that takes more than text.
+    """
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = load_model(CogVideoXTransformer3DModel, path, "transformer", dtype)
+    if model.config.in_channels != model.config.out_channels:
+        raise ValueError(
+            f"cogvideox.load: {path} has {model.config.in_channels} input and "
+            f"{model.config.out_channels} output channels; expected a text-to-video model, which "
+            "has as many of each"
+        )
+    return model
+
+
+def process(scheduler_config: dict[str, Any]) -> Diffusion:
+    """The scheduler's alphas, shifted (2B) and rescaled to zero terminal SNR; v-prediction."""
+    result = from_config(scheduler_config)
+    if not isinstance(result, Diffusion) or result.prediction_type != "v_prediction":
+        raise ValueError(
+            "cogvideox.process: expected a CogVideoX scheduler with prediction_type v_prediction, "
+            f"got {scheduler_config.get('_class_name')} with "
+            f"{scheduler_config.get('prediction_type')}"
+        )
+    return result
+
+
+def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """v = a eps - s x0 at `noisy [N, C, F, h, w]` and timesteps `t [N]`; the model has F before C.
+
+    5B's rotary embeddings follow the clip's size as CogVideoXPipeline's do.
+    """
+    embedding = None
+    if model.config.use_rotary_positional_embeddings:
+        c = model.config
+        sizes = (c.patch_size, c.patch_size_t, c.sample_height, c.sample_width)
+        embedding = rotary(c.attention_head_dim, sizes, tuple(noisy.shape[2:]), noisy.device)
+    return model(
+        hidden_states=noisy.permute(0, 2, 1, 3, 4),
+        encoder_hidden_states=cond["text"].to(noisy.dtype),
+        timestep=t,
+        image_rotary_emb=embedding,
+        return_dict=False,
+    )[0].permute(0, 2, 1, 3, 4)
+
+
+@lru_cache(maxsize=16)
+def rotary(
+    head_dim: int,
+    sizes: tuple[int, int | None, int, int],
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[tokens, head_dim]` for latents of `shape` (F, h, w).
+
+    sizes: the config's patch_size, patch_size_t (1.5 alone has it), sample_height, sample_width.
+    1.0 stretches the grid into the one it was trained on; 1.5 takes the first rows and columns.
+    """
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    patch, patch_t, *base = sizes
+    frames, *grid = shape
+    height, width = (n // patch for n in base)
+    grid = tuple(n // patch for n in grid)
+    if patch_t is None:
+        corners = get_resize_crop_region_for_grid(grid, width, height)
+        how = {"crops_coords": corners, "temporal_size": frames}
+    else:
+        how = {"crops_coords": None, "temporal_size": frames // patch_t}
+        how |= {"grid_type": "slice", "max_size": (height, width)}
+    return get_3d_rotary_pos_embed(embed_dim=head_dim, grid_size=grid, device=device, **how)
+
+
+def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
+    """T5 and the VAE in `dtype`, each loaded when first used."""
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    pipe = Encoders(CogVideoXPipeline, path, dtype)
+    pipe.transformer = read_config(CogVideoXTransformer3DModel, path, "transformer")
+    return pipe
+
+
+@torch.no_grad()
+def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
+    """Pixels `uint8 [F, H, W, 3]` -> `[C, (F-1)/4+1, H/8, W/8]`: posterior mode * scaling_factor.
+
+    The VAE's `invert_scale_latents` concerns the picture that image-to-video models start from,
+    not the latents a model denoises, in every published CogVideoX.
+
+    Raises:
+        ValueError: F is not 4k+1 (8k+5 for 1.5), or H or W not divisible by 16.
+    """
+    media = pipe.media
+    stride = media.vae_scale_factor_temporal
+    x = pixels(
+        frames, size=media.vae_scale_factor_spatial * pipe.transformer["patch_size"], stride=stride
+    )
+    patch_t, count = pipe.transformer.get("patch_size_t") or 1, (len(frames) - 1) // stride + 1
+    if count % patch_t:
+        near = [(n - 1) * stride + 1 for n in (count - count % patch_t, count + patch_t - 1)]
+        raise ValueError(
+            f"encode_media: latent frames expected divisible by {patch_t}, got {count} from "
+            f"{len(frames)} frames: pass --num_frames {near[-1]}"
+            + (f" or {near[0]}" if near[0] > 0 else "")
+        )
+    x = x.to(pipe.device, media.vae.dtype)
+    return media.vae.encode(x).latent_dist.mode()[0] * media.vae_scaling_factor_image
+
+
+@torch.no_grad()
+def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
+    """One `{"text": [226, D]}` per prompt, padding embedded too, as CogVideoXPipeline does."""
+    embeddings, _ = pipe.text.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        max_sequence_length=pipe.transformer.get("max_text_seq_length", 226),
+        device=pipe.device,
+    )
+    return [{"text": row} for row in embeddings]
+
+
+@torch.no_grad()
+def decode(pipe: Encoders, latents: Tensor) -> Tensor:
+    """`[C, f, h, w]` -> pixels `uint8 [4(f-1)+1, 8h, 8w, 3]`."""
+    media = pipe.media
+    x = latents[None].to(pipe.device, media.vae.dtype) / media.vae_scaling_factor_image
+    return to_frames(media.vae.decode(x).sample[0])

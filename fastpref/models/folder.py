@@ -1,0 +1,176 @@
+"""What the families share: models and encoders out of a diffusers folder, frames to pixels and back.
+
+Everything is loaded by diffusers' own `from_pretrained`, from safetensors alone, a folder on disk
+or a hub id alike.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
+
+
+def read_config(kind: type, path: str | Path, subfolder: str | None = None) -> dict[str, Any]:
+    """The JSON config of `path` (its model_index.json) or of one of its subfolders.
+
+    Raises:
+        ValueError: it cannot be read, or is that of another model class than `kind`.
+    """
+    where = f"{path}/{subfolder}" if subfolder else str(path)
+    # A hub id is owner/name; anything else that is no folder is a mistake not worth a download.
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise ValueError(f"model {path}: no such folder; expected a diffusers folder or a hub id")
+    try:
+        config = dict(kind.load_config(str(path), subfolder=subfolder))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model {where}: {kind.config_name} cannot be read; expected a diffusers folder or a "
+            f"hub id ({reason})"
+        ) from None
+    if subfolder and config.get("_class_name") != kind.__name__:
+        raise ValueError(
+            f"model {where}: expected a {kind.__name__}, got {config.get('_class_name')}: "
+            "is this another family's model?"
+        )
+    return config
+
+
+def variant(path: str | Path, parts: list[str]) -> str | None:
+    """The file variant to load `parts` of a folder with: none unless only variants are there.
+
+    `fp16` for a folder whose transformer is diffusion_pytorch_model.fp16.safetensors alone; of
+    several the first by name, so bf16 before fp16. A hub id is asked for its plain files.
+    """
+    for part in parts:
+        names = [file.name for file in (Path(path) / part).glob("*.safetensors")]
+        found = {match[1] for name in names if (match := WEIGHTS.fullmatch(name))}
+        if found and None not in found:
+            return min(found)
+    return None
+
+
+def arguments(path: str | Path, parts: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """What every `from_pretrained` is called with."""
+    from diffusers.models import modeling_utils
+
+    # diffusers renamed torch_dtype; the old name warns where the new one is known.
+    name = "dtype" if hasattr(modeling_utils, "_resolve_dtype") else "torch_dtype"
+    return {name: dtype, "variant": variant(path, parts), "use_safetensors": True}
+
+
+def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype) -> nn.Module:
+    """The model in `path/subfolder`, in `dtype`; ValueError: none there, or of another class."""
+    read_config(kind, path, subfolder)
+    try:
+        return kind.from_pretrained(
+            str(path), subfolder=subfolder, **arguments(path, [subfolder], dtype)
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {path}/{subfolder}: weights cannot be read ({reason})") from None
+
+
+class Encoders:
+    """VAE and text encoders of a diffusers folder, each loaded when first used.
+
+    `media` and `text` are the family's own pipeline holding the VAE alone, and the tokenizers and
+    text encoders alone: a run that only embeds prompts never loads a VAE, and neither ever loads
+    the transformer.
+
+    Attributes:
+        index: the folder's model_index.json.
+        device: where `to` moved what is loaded, and where the rest will be.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        path: str | Path,
+        dtype: torch.dtype,
+        *,
+        vae_dtype: torch.dtype | None = None,
+        **extra: Any,
+    ) -> None:
+        self.kind, self.path, self.extra = kind, path, extra
+        self.dtype, self.vae_dtype = dtype, vae_dtype or dtype
+        self.index = read_config(kind, path)
+        self.device = torch.device("cpu")
+
+    def to(self, device: str | torch.device) -> Encoders:
+        """Moves what is loaded and, once it is loaded, the rest to `device`; returns itself."""
+        self.device = torch.device(device)
+        for name in ("text", "media"):
+            if name in self.__dict__:
+                self.__dict__[name].to(self.device)
+        return self
+
+    @cached_property
+    def text(self) -> Any:
+        """The pipeline with its tokenizers and text encoders alone."""
+        return self._load(("tokenizer", "text_encoder"), self.dtype)
+
+    @cached_property
+    def media(self) -> Any:
+        """The pipeline with its VAE alone."""
+        return self._load(("vae",), self.vae_dtype)
+
+    def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
+        parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]
+        kept = [name for name in parts if name.startswith(wanted) and self.index[name][0]]
+        missing = [name for name in kept if Path(self.path).is_dir() and not self._has(name)]
+        if missing or not kept:
+            raise ValueError(
+                f"model {self.path}: expected {' and '.join(missing or wanted)} beside "
+                "model_index.json; media and prompts need the whole diffusers folder"
+            )
+        # The scheduler is a small JSON file, and constructors look into it.
+        left_out = {name: None for name in parts if name not in (*kept, "scheduler")}
+        pipe = self.kind.from_pretrained(
+            str(self.path), **left_out, **self.extra, **arguments(self.path, kept, dtype)
+        )
+        return pipe.to(self.device)
+
+    def _has(self, part: str) -> bool:
+        return (Path(self.path) / part).is_dir()
+
+
+def pixels(frames: Tensor, *, size: int, stride: int = 1) -> Tensor:
+    """Frames `uint8 [F, H, W, 3]` -> float32 `[1, 3, F, H, W]` in [-1, 1].
+
+    Raises:
+        ValueError: H or W not divisible by `size`, or F not k * `stride` + 1.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
+        raise ValueError(
+            "encode_media: frames expected uint8 [F, H, W, 3], got "
+            f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
+        )
+    count, height, width, _ = frames.shape
+    if height % size or width % size:
+        near = f"--height {max(height // size, 1) * size} --width {max(width // size, 1) * size}"
+        raise ValueError(
+            f"encode_media: height and width expected divisible by {size}, got {height}x{width}: "
+            f"pass {near} or other multiples"
+        )
+    if (count - 1) % stride:
+        near = (count - 1) // stride * stride + 1
+        raise ValueError(
+            f"encode_media: frames expected {stride}k+1, got {count}: pass --num_frames {near} "
+            f"or {near + stride}"
+        )
+    return 2 * (frames.permute(3, 0, 1, 2)[None].float() / 255) - 1
+
+
+def to_frames(decoded: Tensor) -> Tensor:
+    """Pixels `[3, F, H, W]` in [-1, 1] -> `uint8 [F, H, W, 3]`, rounded as diffusers rounds."""
+    scaled = (decoded.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
