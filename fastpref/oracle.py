@@ -137,6 +137,10 @@ def loss(
     return _evaluate(objective.number, Hyper(*hyper), err_w, err_l, ref_w, ref_l, gain)[0]
 
 
+# The thread's dispatch state outside any op, as it is at import.
+_DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
 def epilogue(
     number: int,
     hyper: Tensor,
@@ -154,14 +158,16 @@ def epilogue(
     gain = torch.zeros_like(ref_w) if gain is None else gain.detach()
     weight = torch.ones_like(ref_w) if weight is None else weight.detach()
 
-    def total(err: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        value, m = _evaluate(number, h, *err.chunk(2), ref_w, ref_l, gain)
+    def total(err_w: Tensor, err_l: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        value, m = _evaluate(number, h, err_w, err_l, ref_w, ref_l, gain)
         return (value * weight).sum(), (value * weight, m)
 
     err = err.detach()
-    # torch.func works inside an op's implementation too, where autograd itself is switched off.
-    coef, (pair_loss, m) = torch.func.grad(total, has_aux=True)(err)
-    coef = coef + pair_loss.mul(0).repeat(2)
+    # torch.func works inside an op's implementation too, where autograd itself is switched off;
+    # under torch.compile its own dispatch keys are off as well, hence the guard.
+    with torch._C._ForceDispatchKeyGuard(*_DISPATCH):
+        coefs, (pair_loss, m) = torch.func.grad(total, (0, 1), has_aux=True)(*err.chunk(2))
+    coef = torch.cat(coefs) + pair_loss.mul(0).repeat(2)
     weighted = _OBJECTIVES[number] in _WEIGHTED
     wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)
     return pair_loss.mean(), pair_loss, m, wbar, coef
