@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
     return cuda::workspace_bytes({rows, pairs, pred_rows, elements}, with_ref);
   });
 #endif
+  m.attr("objectives") = cpu::objectives();
   m.def("build_info", [] {
     py::dict info;
     info["cpu"] = cpu::features();

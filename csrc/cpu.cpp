@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -105,10 +104,9 @@ Kernels const* named(char const* name) {
   return nullptr;
 }
 
-// The widest set of this machine, or the one FASTPREF_CPU names.
+// The widest set this machine has.
 Kernels const* best() {
-  char const* const asked = std::getenv("FASTPREF_CPU");
-  for (char const* name : {asked ? asked : "", "avx512", "avx2"})
+  for (char const* name : {"avx512", "avx2"})
     if (Kernels const* found = named(name)) return found;
   return &portable;
 }
@@ -208,6 +206,12 @@ bool use(char const* name) {
   Kernels const* const found = named(name);
   if (found) chosen() = found;
   return found;
+}
+
+int objectives() {
+#define FASTPREF_COUNT(number, functor) +1
+  return 0 FASTPREF_OBJECTIVES(FASTPREF_COUNT);
+#undef FASTPREF_COUNT
 }
 
 char const* features() { return chosen().load()->name; }

@@ -32,7 +32,10 @@ extern Kernels const portable;
 extern Kernels const avx2, avx512;
 #endif
 
-// Chooses an instruction set by name (for tests); false where this machine or build has none such.
+// Chooses an instruction set by name, in place of the widest; false where this machine or build has none such.
 bool use(char const* name);
+
+// How many objectives csrc/objectives.h has: numbers from here on are for the oracle.
+int objectives();
 
 }  // namespace fastpref::cpu

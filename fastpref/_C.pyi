@@ -5,6 +5,8 @@
 
 from typing import TypedDict
 
+objectives: int  # how many csrc/objectives.h has
+
 class BuildInfo(TypedDict):
     cpu: str  # the instruction set in use: avx512, avx2 or portable
     compiler: str
@@ -150,7 +152,7 @@ class cpu(_Launchers):
     def features() -> str: ...
     @staticmethod
     def use(name: str, /) -> bool:
-        """Switch to another instruction set (for tests); False where there is none such."""
+        """Switch to another instruction set; False where there is none such."""
 
 class cuda(_Launchers):  # only in builds with CUDA
     @staticmethod

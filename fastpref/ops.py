@@ -1,7 +1,7 @@
 """The native operations as torch operators `fastpref::*`: schemas, fakes, gradients.
 
 Row r of a target belongs to pair r % pairs, winners first, and reads prediction row r % len(pred).
-A target is a tensor, or x0 with pair_id, index [P] int64 and p, q [P] float32: y = p eps + q x0 with
+A target is a tensor, or x0 with pair_id, index [P] int64 and p, q [P] float32: y = p eps + q x0,
 eps regenerated from (seed, pair_id, index). Whatever is one number per row or pair is float64.
 
 The operators allocate their outputs, mutate nothing, never wait for the device, and read the stream
@@ -11,7 +11,9 @@ rest, and everything where _C was not built, which is said once.
 
 import contextlib
 import math
+import os
 import warnings
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -28,6 +30,12 @@ except ImportError as error:
         " PyTorch implementation; `pip install .` builds it",
         stacklevel=2,
     )
+else:
+    # For measuring and for doubts about one of them: results are the same bits.
+    if (_asked := os.environ.get("FASTPREF_CPU")) and not _C.cpu.use(_asked):
+        raise ValueError(
+            f"FASTPREF_CPU: expected avx512, avx2 or portable, as this machine allows, got {_asked}"
+        )
 
 _TARGET = "int seed, Tensor? pair_id, Tensor? index, Tensor? p, Tensor? q"
 _SCHEMAS = {
@@ -75,6 +83,13 @@ def _native(device: torch.device, *dtypes: torch.dtype):
     return getattr(_C, device.type, None) if device.type in ("cpu", "cuda") else None
 
 
+def _known(op: str, objective: int) -> bool:
+    """Whether the core has this objective; one that stands in the oracle alone is served there."""
+    if not 0 <= objective < len(oracle.OBJECTIVES):
+        _fail(op, "objective", f"a number from 0 to {len(oracle.OBJECTIVES) - 1}", objective)
+    return _C is not None and objective < _C.objectives
+
+
 def _last(device: torch.device) -> int:
     """A launcher's last argument: the number of threads, or the current stream."""
     if device.type == "cpu":
@@ -109,7 +124,7 @@ def _workspace(
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _fail(op: str, argument: str, expected: str, got: object) -> None:
+def _fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"fastpref.{op}: {argument} must be {expected}, got {got}")
 
 
@@ -221,6 +236,7 @@ def _pair_loss(
     if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
         _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
     native = _native(pred.device, pred.dtype, target.dtype)
+    native = native if _known("pair_loss", objective) else None
     if ref is not None and (native is None or ref.dtype != pred.dtype):
         ref, ref_err = None, _pair_error(ref, target, seed, pair_id, index, p, q)
     if native is None:
@@ -257,7 +273,7 @@ def _loss_epilogue(err, ref_err, hyper, gain, weight, objective):
     if odd or pairs == 0:
         _fail("loss_epilogue", "err", "[2B], winners first", list(err.shape))
     _check_scalars("loss_epilogue", pairs, err, hyper, gain, weight, err, ref_err)
-    native = _native(err.device)
+    native = _native(err.device) if _known("loss_epilogue", objective) else None
     if native is None:
         return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
     err, ref_err, hyper, gain, weight = _contiguous(err, ref_err, hyper, gain, weight)

@@ -106,14 +106,14 @@ def _spo(h, e_w, e_l, r_w, r_l, gain):
 
 
 # By number: in the order of csrc/objectives.h and of fastpref.objectives.OBJECTIVES.
-_OBJECTIVES = (_dpo, _ipo, _hinge, _dmpo, _dpo_cm, _sdpo, _spo)
+OBJECTIVES = (_dpo, _ipo, _hinge, _dmpo, _dpo_cm, _sdpo, _spo)
 _WEIGHTED = (_dpo_cm, _sdpo)
 
 
 def _evaluate(
     number: int, h: Hyper, err_w: Tensor, err_l: Tensor, ref_w: Tensor, ref_l: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    value, m = _OBJECTIVES[number](h, err_w, err_l, ref_w, ref_l, gain)
+    value, m = OBJECTIVES[number](h, err_w, err_l, ref_w, ref_l, gain)
     # 1, or NaN where an error is not finite: a mask or a saturated sigmoid must not hide it.
     finite = 1 + sum(0 * e.detach() for e in (err_w, err_l, ref_w, ref_l))
     return (value + h.sft_weight * err_w) * finite, m
@@ -168,7 +168,7 @@ def epilogue(
     with torch._C._ForceDispatchKeyGuard(*_DISPATCH):
         coefs, (pair_loss, m) = torch.func.grad(total, (0, 1), has_aux=True)(*err.chunk(2))
     coef = torch.cat(coefs) + pair_loss.mul(0).repeat(2)
-    weighted = _OBJECTIVES[number] in _WEIGHTED
+    weighted = OBJECTIVES[number] in _WEIGHTED
     wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)
     return pair_loss.mean(), pair_loss, m, wbar, coef
 
