@@ -1,0 +1,42 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pairs import BASE, write_pairs
+
+from fastpref.config import parse
+from fastpref.encode import encode
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_loop_runs_and_learns(tmp_path):
+    encoded = tmp_path / "runs" / "demo" / "encoded" / "pairs"
+    encode("toy", BASE, write_pairs(tmp_path / "data"), encoded, progress=False)
+    (code,) = blocks("python")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    printed = [[float(word) for word in line.split()] for line in run.stdout.splitlines()]
+    assert [row[0] for row in printed] == list(range(0, 80, 10))
+    assert printed[0][2] == 0  # policy equals reference: no margin is above zero
+    assert printed[-1][2] > 0.5
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^fastpref train [^`]*?[^\\]$", README, re.S | re.M)
+)
+def test_train_commands_parse(command):
+    words = shlex.split(command.replace("\\\n", " "))
+    assert parse(words[2:]).output_dir
