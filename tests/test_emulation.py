@@ -1,0 +1,154 @@
+"""The CUDA kernels' own source on the CPU: built by g++ against tests/emulation, threads as fibers.
+
+The program checks every kernel against a float64 reference, under AddressSanitizer and UBSan, and
+that the bits are the same in every order of threads and blocks and on every grid. Mistakes planted
+in a copy of the source show that it would notice. Where nvcc is found, its report is read too.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref import oracle
+from fastpref.objectives import OBJECTIVES, objective
+
+ROOT = Path(__file__).parent.parent
+CSRC, EMULATION = ROOT / "csrc", ROOT / "tests" / "emulation"
+SANITIZE = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build with")
+
+
+def build(folder: Path, edits: dict[str, tuple[str, str]] | None = None, flags: str = "") -> Path:
+    """The test program from a copy of csrc with `edits`: {file: (a text that occurs once, new)}."""
+    copy = folder / "csrc"
+    shutil.copytree(CSRC, copy)
+    for name, (old, new) in (edits or {}).items():
+        text = (copy / name).read_text()
+        assert text.count(old) == 1, f"{name} does not have exactly once: {old}"
+        (copy / name).write_text(text.replace(old, new))
+    command = f"g++ -std=c++17 -O1 {flags} -ffp-contract=off -fno-strict-aliasing -Wall -Wextra"
+    command += f" -Wno-unknown-pragmas {'' if edits else '-Werror'} -I{EMULATION} -I{copy} -x c++"
+    sources = [copy / "pair.cu", copy / "noise.cu", EMULATION / "kernels.cpp"]
+    done = subprocess.run(
+        [*command.split(), *sources, "-o", folder / "kernels"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "kernels"
+
+
+def run(program: Path, what: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [program, what], input=given, capture_output=True, text=True, env=environment, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("kernels"), flags=SANITIZE)
+
+
+def test_right_and_the_same_bits_in_every_order(program: Path) -> None:
+    """All dtypes and forms, odd sizes, unaligned rows; 256 threads a block as on the GPU."""
+    result = run(program, "all")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^[6-9]\d cases, 0 differences$", result.stdout, re.M), result.stdout
+
+
+@pytest.mark.parametrize(
+    ("threads", "cases", "flags"), [(64, "all", SANITIZE), (512, "few", "")], ids=["64", "512"]
+)
+def test_other_block_sizes(tmp_path: Path, threads: int, cases: str, flags: str) -> None:
+    """The logic does not lean on 256 threads. (The bits do: a thread's share changes.)"""
+    size = ("constexpr int kThreads = 256;", f"constexpr int kThreads = {threads};")
+    result = run(build(tmp_path, {"reduce.cuh": size}, flags), cases)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_functor_is_the_oracles(program: Path) -> None:
+    """loss_epilogue of every objective and option against autograd of the oracle, to 1e-9."""
+    options = {
+        "dpo": [{"label_smoothing": 0.1}],
+        "hinge": [{"sft_weight": 0.25}],
+        "dmpo": [{"alpha": 0.05}],
+        "dpo_cm": [{"clip": 0.05, "mask_threshold": 0.8}, {"sft_weight": 0.1}],
+        "sdpo": [{"combine": "min"}, {"combine": "mean", "inverse_weight": True}],
+    }
+    generator = torch.Generator().manual_seed(1)
+    lines, expected = [], []
+    for name in OBJECTIVES:
+        for extra in [{}, *options.get(name, [])]:
+            obj = objective(name, beta=10.0, **extra)
+            for _ in range(4):
+                errors = torch.rand(4, 1, generator=generator, dtype=torch.float64)
+                errors.requires_grad_()
+                gain, weight = torch.rand(2, 1, generator=generator, dtype=torch.float64)
+                gain = 0.3 * gain
+                loss = weight * oracle.loss(obj, *errors, gain)
+                slopes = torch.autograd.grad(loss.sum(), errors)[0].flatten().tolist()
+                expected.append([loss.item(), *slopes[:2]])
+                numbers = [*obj.hyper(), *errors.flatten().tolist(), gain.item(), weight.item()]
+                lines.append(" ".join(map(repr, [obj.number, *map(float, numbers)])))
+    result = run(program, "epilogue", "\n".join(lines))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
+    got = torch.tensor(rows, dtype=torch.float64)[:, [0, 4, 5]]
+    want = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-300)
+
+
+def test_a_planted_write_behind_a_tensor_is_reported(tmp_path: Path) -> None:
+    guarded = "if (i < count) to[i] = round_to<T>(values[i]);"
+    edit = {"reduce.cuh": (guarded, "to[i] = round_to<T>(values[i]);")}
+    result = run(build(tmp_path, edit, SANITIZE), "few")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr and "WRITE of size 2" in result.stderr
+
+
+PLANTED: dict[str, tuple[str, str]] = {
+    "no barrier before a block's sums are read": (
+        "  __syncthreads();\n  double total = 0;",
+        "  double total = 0;",
+    ),
+    "no barrier before the next sums are written": (
+        "  __syncthreads();  // the last call's sums have been read\n",
+        "",
+    ),
+    "no barrier between the slots and the ticket": (
+        "  __shared__ bool last;\n  __syncthreads();\n",
+        "  __shared__ bool last;\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_missing_barrier_changes_bits(tmp_path: Path, mistake: str) -> None:
+    result = run(build(tmp_path, {"reduce.cuh": PLANTED[mistake]}), "few")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "orders disagree" in result.stdout
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", ["noise.cu", "pair.cu"])
+def test_nvcc_spills_nothing(tmp_path: Path, source: str) -> None:
+    """For sm_90 without a warning; every kernel within the 80 registers that were promised."""
+    command = f"{NVCC} -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Werror all-warnings"
+    command += " -gencode arch=compute_90,code=sm_90 -Xptxas -v -Xcompiler -fPIC,-Wall,-Wextra"
+    command += ",-Wno-unknown-pragmas,-ffp-contract=off"
+    files = ["-c", CSRC / source, "-o", tmp_path / "object.o"]
+    result = subprocess.run([*command.split(), *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", result.stderr)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", result.stderr)]
+    assert len(registers) == {"noise.cu": 9, "pair.cu": 19}[source]
+    assert set(spills) == {("0", "0", "0")} and max(registers) <= 80, result.stderr
