@@ -19,13 +19,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent.resolve()
-CUDA_SOURCES = ["noise.cu", "pair.cu"]
+CUDA_SOURCES = ["noise", "pair"]
 ISAS = {"portable": (4, "")}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = (8, "-mavx2 -mfma")
@@ -65,54 +66,62 @@ class Build(build_ext):
     """Writes a build.ninja for the one module and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         nvcc, why_not = find_nvcc()
         archs = re.split(r"[;,\s]+", os.environ.get("FASTPREF_ARCHS", "90").strip()) if nvcc else []
-        cxx = os.environ.get("CXX", "c++")
+        version = ""
+        if nvcc:
+            version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version")).group(1)
+        what = (
+            f"CPU and CUDA {version}, sm_{' sm_'.join(archs)}" if nvcc else f"CPU only: {why_not}"
+        )
+        print(f"fastpref: building for {what}", file=sys.stderr, flush=True)
+
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
-
-        version = ""
-        if nvcc:
-            version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version")).group(1)
+        cxx = os.environ.get("CXX", "c++")
         self._write_facts(work, cxx, archs, version, why_not)
+        (work / "build.ninja").write_text(self._rules(work, out, cxx, nvcc, archs))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.run([find_ninja(), "-C", str(work), *jobs], stdout=sys.stderr).returncode:
+            raise SystemExit("fastpref: the build failed; the compiler's message is above")
 
-        optimise = "-O1 -g -D_GLIBCXX_ASSERTIONS" if flag("FASTPREF_DEBUG") else "-O3"
-        # fma only where written; sqrtf may vectorise (errno and traps are all that is given up)
+    @staticmethod
+    def _rules(work: Path, out: Path, cxx: str, nvcc: str, archs: list[str]) -> str:
+        import pybind11
+
+        strict = flag("FASTPREF_WERROR")
+        # fma only where written; sqrtf may vectorise: errno and traps are all that is given up
         host = (
-            f"-std=c++17 {optimise} -ffp-contract=off -fno-math-errno -fno-trapping-math "
-            "-fvisibility=hidden -fPIC -pthread -Wall -Wextra"
+            "-std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden "
         )
-        if flag("FASTPREF_WERROR"):
-            host += " -Werror"
-        includes = [work, HERE / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-        include = " ".join(f"-isystem {quote(path)}" for path in includes[2:])
-        include = " ".join(f"-I{quote(path)}" for path in includes[:2]) + " " + include
+        host += "-fPIC -pthread -Wall -Wextra" + (" -Werror" if strict else "")
+        host += " -O1 -g -D_GLIBCXX_ASSERTIONS" if flag("FASTPREF_DEBUG") else " -O3"
+        device = "-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -lineinfo -cudart static "
+        device += (
+            "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wno-unknown-pragmas"
+        )
+        device += " -Werror all-warnings" if strict else ""
+        for arch in archs:
+            device += f" -gencode arch=compute_{arch},code=sm_{arch}"
+        if archs:
+            device += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        include = (
+            f"-I{quote(work)} -I{quote(HERE / 'csrc')} -isystem {quote(pybind11.get_include())}"
+        )
+        include += f" -isystem {quote(sysconfig.get_path('include'))}"
+        link = f"{quote(nvcc)} -cudart static -Xcompiler -pthread" if nvcc else f"{cxx} -pthread"
 
-        steps = [(f"cpu_{isa}.o", "cxx", "cpu_kernels.cpp",
-                  f"{flags} -DFASTPREF_ISA={isa} -DFASTPREF_WIDTH={width}")
-                 for isa, (width, flags) in ISAS.items()]  # fmt: skip
-        steps += [("cpu.o", "cxx", "cpu.cpp", "")]
-        steps += [
+        steps = [
+            ("cpu.o", "cxx", "cpu.cpp", ""),
             ("bindings.o", "cxx", "bindings.cpp", "-DFASTPREF_WITH_CUDA" if nvcc else ""),
         ]
-        steps += [(f"{Path(name).stem}_cuda.o", "nvcc", name, "") for name in CUDA_SOURCES if nvcc]
-        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        if archs:
-            gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        device = "-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -lineinfo -cudart static "
-        device += f"{gencode} -Xcompiler "
-        device += "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wno-unknown-pragmas"
-        if flag("FASTPREF_WERROR"):
-            device += " -Werror all-warnings"
-        link = (
-            f"{quote(nvcc)} -shared -cudart static -Xcompiler -pthread"
-            if nvcc
-            else f"{cxx} -shared -pthread"
-        )
+        for isa, (width, flags) in ISAS.items():
+            defines = f"-DFASTPREF_ISA={isa} -DFASTPREF_WIDTH={width}"
+            steps.append((f"cpu_{isa}.o", "cxx", "cpu_kernels.cpp", f"{flags} {defines}"))
+        if nvcc:
+            steps += [(f"{name}.o", "nvcc", f"{name}.cu", "") for name in CUDA_SOURCES]
 
         rules = f"""\
 rule cxx
@@ -124,21 +133,11 @@ rule nvcc
   depfile = $out.d
   deps = gcc
 rule link
-  command = {link} $in -o $out
+  command = {link} -shared $in -o $out
 """
         for target, rule, source, flags in steps:
-            rules += f"build {target}: {rule} {ninja_path(HERE / 'csrc' / source)}\n"
-            if flags:
-                rules += f"  flags = {flags}\n"
-        rules += f"build {ninja_path(out)}: link {' '.join(step[0] for step in steps)}\n"
-        (work / "build.ninja").write_text(rules)
-        what = (
-            f"CPU and CUDA {version} (sm_{' sm_'.join(archs)})" if nvcc else f"CPU only: {why_not}"
-        )
-        print(f"fastpref: building for {what}", file=sys.stderr, flush=True)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([find_ninja(), "-C", str(work), *jobs], stdout=sys.stderr).returncode:
-            raise SystemExit("fastpref: the build failed; the compiler's message is above")
+            rules += f"build {target}: {rule} {escape(HERE / 'csrc' / source)}\n  flags = {flags}\n"
+        return rules + f"build {escape(out)}: link {' '.join(step[0] for step in steps)}\n"
 
     @staticmethod
     def _write_facts(work: Path, cxx: str, archs: list[str], nvcc: str, why_not: str) -> None:
@@ -159,7 +158,7 @@ def quote(path: object) -> str:
     return '"' + str(path).replace("$", "$$") + '"'
 
 
-def ninja_path(path: Path) -> str:
+def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
@@ -173,6 +172,6 @@ def find_ninja() -> str:
 
 
 setup(
-    ext_modules=[Extension("fastpref._C", sources=[])],
+    ext_modules=[Extension("fastpref._C", sources=[], depends=sorted(glob("csrc/*")))],
     cmdclass={"build_ext": Build},
 )

@@ -26,16 +26,16 @@ Draws draws(int64_t seed, Address pair_id, Address index) {
   return {static_cast<uint64_t>(seed), pointer<int64_t>(pair_id), pointer<int64_t>(index)};
 }
 
-std::string text(Shape const& s) {
-  return " (rows " + std::to_string(s.rows) + ", pairs " + std::to_string(s.pairs) + ", prediction rows " +
-         std::to_string(s.pred_rows) + ", elements " + std::to_string(s.elements) + ")";
+char const* name_of(int dtype) {
+  constexpr char const* names[] = {"float32", "bfloat16", "float16"};
+  return names[dtype];
 }
 
 // What the two devices' launchers differ in: how they are called and what the last argument means.
 struct Cpu {
   using Last = int;
   template <class Args>
-  static void call(char const*, Shape const&, void (*launch)(Args const&, int), Args const& args, int threads) {
+  static void call(char const*, Shape const&, char const*, void (*launch)(Args const&, int), Args const& args, int threads) {
     py::gil_scoped_release const release;
     launch(args, threads);
   }
@@ -51,10 +51,14 @@ struct Cpu {
 struct Cuda {
   using Last = Address;
   template <class Args>
-  static void call(char const* name, Shape const& shape, char const* (*launch)(Args const&, void*),
-                   Args const& args, Address stream) {
-    if (char const* error = launch(args, pointer<void>(stream)))
-      throw std::runtime_error(std::string("fastpref.") + name + ": " + error + text(shape));
+  static void call(char const* name, Shape const& s, char const* dtype,
+                   char const* (*launch)(Args const&, void*), Args const& args, Address stream) {
+    char const* const error = launch(args, pointer<void>(stream));
+    if (!error) return;
+    throw std::runtime_error(std::string("fastpref.") + name + ": " + error + " (rows " +
+                             std::to_string(s.rows) + ", pairs " + std::to_string(s.pairs) +
+                             ", prediction rows " + std::to_string(s.pred_rows) + ", elements " +
+                             std::to_string(s.elements) + ", " + dtype + ")");
   }
   static constexpr auto add_noise = cuda::add_noise;
   static constexpr auto pair_error = cuda::pair_error;
@@ -75,7 +79,7 @@ void define(py::module_ m) {
                         A pair_id, A index, A a, A s, Last last) {
     NoiseArgs const args{{rows, pairs, rows, elements}, pointer<void>(x0), pointer<void>(out), Dtype(x0_dtype),
                          Dtype(out_dtype), draws(seed, pair_id, index), pointer<float>(a), pointer<float>(s)};
-    Device::call("add_noise", args.shape, Device::add_noise, args, last);
+    Device::call("add_noise", args.shape, name_of(x0_dtype), Device::add_noise, args, last);
   });
 
   m.def("pair_error", [](I rows, I pairs, I pred_rows, I elements, A pred, A ref, int dtype, A target,
@@ -85,7 +89,7 @@ void define(py::module_ m) {
                          Dtype(dtype), {pointer<void>(target), Dtype(target_dtype),
                          draws(seed, pair_id, index), pointer<float>(p), pointer<float>(q)},
                          pointer<double>(err), pointer<double>(ref_err), pointer<void>(workspace)};
-    Device::call("pair_error", args.shape, Device::pair_error, args, last);
+    Device::call("pair_error", args.shape, name_of(dtype), Device::pair_error, args, last);
   });
 
   m.def("pair_loss", [](I pairs, I pred_rows, I elements, A pred, A ref, int dtype, A target,
@@ -100,7 +104,7 @@ void define(py::module_ m) {
         {pairs, objective, pointer<double>(hyper), pointer<double>(gain), pointer<double>(weight),
          pointer<double>(err), pointer<double>(ref_err), pointer<double>(loss), pointer<double>(pair_loss),
          pointer<double>(margin), pointer<double>(importance), pointer<double>(coef)}};
-    Device::call("pair_loss", args.error.shape, Device::pair_loss, args, last);
+    Device::call("pair_loss", args.error.shape, name_of(dtype), Device::pair_loss, args, last);
   });
 
   m.def("loss_epilogue", [](I pairs, int objective, A hyper, A gain, A weight, A err, A ref_err, A loss,
@@ -109,7 +113,7 @@ void define(py::module_ m) {
                             pointer<double>(weight), pointer<double>(err), pointer<double>(ref_err),
                             pointer<double>(loss), pointer<double>(pair_loss), pointer<double>(margin),
                             pointer<double>(importance), pointer<double>(coef)};
-    Device::call("loss_epilogue", {2 * pairs, pairs, 2 * pairs, 0}, Device::loss_epilogue, args, last);
+    Device::call("loss_epilogue", {2 * pairs, pairs, 2 * pairs, 0}, "float64", Device::loss_epilogue, args, last);
   });
 
   m.def("pair_grad", [](I rows, I pairs, I pred_rows, I elements, A pred, int dtype, A target,
@@ -119,7 +123,7 @@ void define(py::module_ m) {
                         {pointer<void>(target), Dtype(target_dtype), draws(seed, pair_id, index),
                          pointer<float>(p), pointer<float>(q)},
                         pointer<double>(coef), pointer<double>(grad), scale, pointer<void>(grad_pred)};
-    Device::call("pair_grad", args.shape, Device::pair_grad, args, last);
+    Device::call("pair_grad", args.shape, name_of(dtype), Device::pair_grad, args, last);
   });
 
   m.def("unit_seed", [](I rows, I pairs, I elements, A pred, int dtype, A target, int target_dtype,
@@ -130,7 +134,7 @@ void define(py::module_ m) {
                           pointer<float>(p), pointer<float>(q)},
                          pointer<double>(err), nullptr, pointer<void>(workspace)},
                         scale, pointer<void>(out)};
-    Device::call("unit_seed", args.error.shape, Device::unit_seed, args, last);
+    Device::call("unit_seed", args.error.shape, name_of(dtype), Device::unit_seed, args, last);
   });
 }
 
