@@ -43,6 +43,11 @@ class Draws:
                 f" got {_describe(self.index)}"
             )
 
+    def to(self, device: torch.device | str) -> "Draws":
+        """The same draws, their tensors on `device`."""
+        ids = (self.pair_id.to(device, non_blocking=True), self.index.to(device, non_blocking=True))
+        return Draws(self.seed, *ids)
+
 
 @dataclass(frozen=True, eq=False)
 class Target:

@@ -2,8 +2,9 @@
 
 A process turns draws into noise levels: x_t = a x0 + s eps, and the network predicts
 y = p eps + q x0.
-Everything is a pure function of the draws (seed, pair id, index), on the draws' device, without a
-synchronisation. Tables and times are float64.
+Everything is a pure function of the draws (seed, pair id, index), computed where the draws are, without
+a synchronisation: on the CPU a batch's few numbers cost less than their launches on a GPU would, and
+`noise` takes them to the latents' device. Tables and times are float64.
 """
 
 import math
@@ -63,9 +64,10 @@ class Process:
     def _noised(
         self, x0: Tensor, draws: Draws, a: Tensor, s: Tensor, t: Tensor, p: Tensor, q: Tensor
     ) -> tuple[Tensor, Tensor, Target]:
-        x_t = add_noise(x0, draws, a.float(), s.float())
-        t = t.float().repeat(x0.shape[0] // t.shape[0])
-        return x_t, t, Target(x0.detach(), draws, p.float(), q.float())
+        draws = draws.to(x0.device)
+        a, s, t, p, q = (v.float().to(x0.device, non_blocking=True) for v in (a, s, t, p, q))
+        x_t = add_noise(x0, draws, a, s)
+        return x_t, t.repeat(x0.shape[0] // t.shape[0]), Target(x0.detach(), draws, p, q)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -60,7 +60,7 @@ def train(config: Config) -> dict[str, Any]:
     empty = dataset.empty_cond if config.prompt_dropout else None
 
     def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
-        """A batch on the device, with the draws of its pairs in this epoch."""
+        """A batch on the device, and the draws of its pairs in this epoch."""
         index = epoch % config.draws_per_pair if config.draws_per_pair else epoch
         draws = Draws(config.seed, batch.pair_id, torch.full_like(batch.pair_id, index))
         if empty is not None:
@@ -72,8 +72,7 @@ def train(config: Config) -> dict[str, Any]:
             for name, value in batch.cond.items():
                 where = dropped.view(-1, *[1] * (value.dim() - 1))
                 batch.cond[name] = torch.where(where, empty[name].to(value.dtype), value)
-        batch = batch.to(device, dtype)
-        return batch, Draws(draws.seed, draws.pair_id.to(device), draws.index.to(device))
+        return batch.to(device, dtype), draws  # the draws' few numbers are turned into times here
 
     @torch.no_grad()
     def probe() -> Tensor:
@@ -111,7 +110,7 @@ def train(config: Config) -> dict[str, Any]:
             err, ref_err = pair_error(pred, target), pair_error(ref, target)
             out = loss_from_errors(err.detach(), ref_err, DPO(beta=1.0), weight=batch.weight)
             return out._replace(loss=err[: len(batch.weight)].mul(batch.weight).mean())
-        gain = process.gain(draws) if objective.needs_gain else None
+        gain = process.gain(draws).to(device) if objective.needs_gain else None
         return preference_loss(pred, target, ref, objective, gain=gain, weight=batch.weight)
 
     # ---- where to begin
@@ -166,7 +165,7 @@ def train(config: Config) -> dict[str, Any]:
                 batch, draws = prepare(epoch, batch)
                 out = forward(batch, draws)
                 (out.loss / accumulate).backward()
-                meter.add(pair_values(out, objective), process.level(draws))
+                meter.add(pair_values(out, objective), process.level(draws).to(device))
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
