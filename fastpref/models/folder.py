@@ -1,4 +1,4 @@
-"""What the families share: models and encoders out of a diffusers folder, frames to pixels and back.
+"""What families share: models and encoders out of a diffusers folder, frames to pixels and back.
 
 Everything is loaded by diffusers' own `from_pretrained`, from safetensors alone, a folder on disk
 or a hub id alike.
@@ -60,10 +60,10 @@ def variant(path: str | Path, parts: list[str]) -> str | None:
 
 def arguments(path: str | Path, parts: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """What every `from_pretrained` is called with."""
-    from diffusers.models import modeling_utils
+    from diffusers import utils
 
     # diffusers renamed torch_dtype; the old name warns where the new one is known.
-    name = "dtype" if hasattr(modeling_utils, "_resolve_dtype") else "torch_dtype"
+    name = "dtype" if hasattr(utils, "_resolve_dtype") else "torch_dtype"
     return {name: dtype, "variant": variant(path, parts), "use_safetensors": True}
 
 
