@@ -27,8 +27,9 @@ skip() {
 need() { command -v "$1" >/dev/null || skip "$1 is not installed"; }
 
 need_gpu() {
-  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    skip "PyTorch sees no GPU"
+  local seen
+  seen=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())') || exit 1
+  [[ $seen == True ]] || skip "PyTorch sees no GPU"
 }
 
 # Test files that import what is not installed here are named and left out; never test_cuda.py.
