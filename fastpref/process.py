@@ -2,9 +2,9 @@
 
 A process turns draws into noise levels: x_t = a x0 + s eps, and the network predicts
 y = p eps + q x0.
-Everything is a pure function of the draws (seed, pair id, index), computed where the draws are, without
-a synchronisation: on the CPU a batch's few numbers cost less than their launches on a GPU would, and
-`noise` takes them to the latents' device. Tables and times are float64.
+Everything is a pure function of the draws (seed, pair id, index), computed where the draws are,
+without a synchronisation: on the CPU a batch's few numbers cost less than their launches on a GPU
+would, and `noise` takes them to the latents' device. Tables and times are float64.
 """
 
 import math
