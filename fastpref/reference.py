@@ -1,4 +1,8 @@
-"""What the reference model says of a batch: the policy with its adapters off, or a frozen copy."""
+"""What the reference says of a batch: the policy with its adapters off, a frozen copy, or a cache.
+
+A reference is a function (noisy, t, cond, draws) -> predictions like noisy, or the errors [2B] of
+the draws' pairs, winners first, float64.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,20 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-# (noisy, t, cond) -> prediction
+from .data import Batch
+from .functional import Draws, Target, pair_error
+from .prefix import Prefix
+
+# (model, noisy, t, cond) -> prediction
 Predict = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
-Reference = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Policy = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Reference = Callable[..., Tensor]
+PairMode = Literal["joint", "deferred"]
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -40,16 +51,44 @@ def disabled(layers: list[nn.Module]) -> Iterator[None]:
 
 def adapters_off(model: nn.Module, predict: Predict) -> Reference:
     """One copy of the weights: the policy itself with its adapters off, without gradient."""
-    layers = adapter_layers(model)
-    if not layers:
-        raise ValueError("reference adapters_off: the model has no LoRA layers; use frozen_copy")
+    layers = _adapters(model)
 
     @torch.no_grad()
-    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def reference(
+        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
+    ) -> Tensor:
         with disabled(layers):
             return predict(model, noisy, t, cond)
 
     return reference
+
+
+def shared_prefix(model: nn.Module, predict: Predict) -> tuple[Policy, Reference]:
+    """(policy, reference) over one copy of the weights, as `adapters_off`, but whatever stands
+    below the first adapter runs once: called after the reference on the very same tensors, the
+    policy starts there. Any other call of either is a whole pass.
+    """
+    layers = _adapters(model)
+    prefix = Prefix(model, layers)
+
+    @torch.no_grad()
+    def reference(
+        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
+    ) -> Tensor:
+        with disabled(layers), prefix.record(noisy, t, cond):
+            return predict(model, noisy, t, cond)
+
+    def policy(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return prefix.run(lambda: predict(model, noisy, t, cond), noisy, t, cond)
+
+    return policy, reference
+
+
+def _adapters(model: nn.Module) -> list[nn.Module]:
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError("reference adapters_off: the model has no LoRA layers; use frozen_copy")
+    return layers
 
 
 def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) -> None:
@@ -81,7 +120,55 @@ def frozen_copy(model: nn.Module, predict: Predict) -> Reference:
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def reference(
+        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
+    ) -> Tensor:
         return predict(frozen, noisy, t, cond)
 
     return reference
+
+
+# ---- Errors of a batch
+
+
+def errors_of(ref: Tensor, target: Tensor | Target) -> Tensor:
+    """Errors, float64, of what a reference said: of its predictions, or as they came."""
+    return ref.double() if ref.dim() == 1 else pair_error(ref, target)
+
+
+def member(
+    noisy: Tensor,
+    t: Tensor,
+    target: Tensor | Target,
+    cond: dict[str, Tensor],
+    row: int,
+    pairs: int,
+) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor | Target]:
+    """((noisy, t, cond), target) of one row of 2 * pairs: a batch of one member."""
+    here = slice(row, row + 1)
+    if isinstance(target, Target):
+        pair = slice(row % pairs, row % pairs + 1)
+        draws = Draws(target.draws.seed, target.draws.pair_id[pair], target.draws.index[pair])
+        own: Tensor | Target = Target(target.x0[here], draws, target.p[pair], target.q[pair])
+    else:
+        own = target[here]
+    return (noisy[here], t[here], {name: value[here] for name, value in cond.items()}), own
+
+
+@torch.no_grad()
+def errors(
+    reference: Reference, process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
+) -> Tensor:
+    """The reference's errors [2B] float64 of a batch, in the compositions of a training step:
+    all members at once (joint), or one after the other (deferred).
+    """
+    noisy, t, target = process.noise(batch.latents, draws)
+    if pair_mode == "joint":
+        return errors_of(reference(noisy, t, batch.cond, draws), target)
+    pairs, parts = len(draws.pair_id), []
+    for row in range(2 * pairs):
+        inputs, own = member(noisy, t, target, batch.cond, row, pairs)
+        pair = slice(row % pairs, row % pairs + 1)
+        said = reference(*inputs, Draws(draws.seed, draws.pair_id[pair], draws.index[pair]))
+        parts.append(errors_of(said, own))
+    return torch.cat(parts)

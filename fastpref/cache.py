@@ -1,0 +1,254 @@
+"""The reference's errors on disk, two float64 numbers per (pair, draw): filled once, read by runs.
+
+A cache is a folder: fingerprint.json says what the errors belong to, errors-N.safetensors hold
+`pair_id [n]` and `errors [n, K, 2]` (winner, loser) of every pair's draws 0 ... K-1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Batch, PairDataset, collate
+from .files import identity, write_atomic
+from .functional import Draws
+from .reference import PairMode, Reference, errors
+
+Prepare = Callable[[int, Batch], tuple[Batch, Draws]]  # (draw's number, batch) -> on the device
+
+CHUNK = 16  # batches per file: what a killed `fill` computes again, at most
+
+
+def fingerprint(
+    *,
+    model: str | Path,
+    data: str | Path,
+    process: Any,
+    seed: int,
+    draws_per_pair: int,
+    batch_size: int,
+    pair_mode: PairMode,
+    compile: str | None,
+    attention: str,
+    dtype: str,
+    prompt_dropout: float,
+) -> dict[str, Any]:
+    """Everything that decides the errors of a reference, by name, as JSON values.
+
+    model: diffusers folder or hub id; data: the encoded set. The objective, beta, the adapters and
+    the process's importance grid change no reference error: a sweep over them shares one cache.
+    """
+    values: dict[str, Any] = {
+        "model": identity(Path(model)) if Path(model).exists() else str(model),
+        "data": identity(Path(data) / "index.parquet"),
+        "encoding": identity(Path(data) / "fingerprint.json"),
+        "process": type(process).__name__,
+        "seed": seed,
+        "draws_per_pair": draws_per_pair,
+        "train_batch_size": batch_size,
+        "pair_mode": pair_mode,
+        "compile": compile,
+        "attention": attention,
+        "dtype": dtype,
+        "prompt_dropout": prompt_dropout,
+        "torch": torch.__version__,
+    }
+    for each in fields(process):
+        if each.init and each.name != "importance_steps":
+            value = getattr(process, each.name)
+            if isinstance(value, Tensor):
+                value = hashlib.blake2b(value.numpy().tobytes(), digest_size=16).hexdigest()
+            values[f"process.{each.name}"] = value
+    return json.loads(json.dumps(values))
+
+
+def fill(
+    path: str | Path,
+    reference: Reference,
+    process: Any,
+    dataset: PairDataset,
+    prepare: Prepare,
+    fingerprint: dict[str, Any],
+    *,
+    batch_size: int,
+    draws_per_pair: int,
+    pair_mode: PairMode = "joint",
+    rank: int = 0,
+    world: int = 1,
+) -> int:
+    """Writes the reference's errors of every pair at draws 0 ... draws_per_pair - 1 into `path`.
+
+    Batches have the training run's size, order of members and shapes (a last one is filled up with
+    pairs already in it). Called again it goes on after the last whole file; rank of world fills
+    every world-th file and waits for nobody. Returns how many pairs this call has computed.
+
+    Raises:
+        ValueError: the folder holds another fingerprint's errors, or an error is not finite.
+    """
+    from safetensors.torch import save
+    from tqdm import tqdm
+
+    folder = Path(path)
+    record = folder / "fingerprint.json"
+    if record.exists():
+        _same(record, fingerprint)
+    elif rank == 0:
+        write_atomic(record, (json.dumps(fingerprint, indent=1) + "\n").encode())
+    chunks = _chunks(dataset.shapes, batch_size)
+    mine = {
+        file: chunk
+        for i, chunk in enumerate(chunks)
+        if i % world == rank and not (file := folder / f"errors-{i:06d}.safetensors").exists()
+    }
+    total = sum(len(rows) for chunk in mine.values() for rows in chunk)
+    with tqdm(total=total, unit="pair", disable=True if rank else None, file=sys.stderr) as bar:
+        for file, chunk in mine.items():
+            kept = []
+            for rows in chunk:
+                filled = [rows[i % len(rows)] for i in range(batch_size)]
+                batch = collate([dataset[i] for i in filled])
+                each = []
+                for k in range(draws_per_pair):
+                    ready, draws = prepare(k, replace(batch, cond=dict(batch.cond)))
+                    each.append(errors(reference, process, ready, draws, pair_mode).view(2, -1).T)
+                kept.append(torch.stack(each, dim=1)[: len(rows)].cpu())  # [pairs, K, 2]
+                bar.update(len(rows))
+            ids = torch.tensor([dataset.pair_ids[i] for rows in chunk for i in rows])
+            table = torch.cat(kept)
+            if not table.isfinite().all():
+                pair = ids[(~table.isfinite()).flatten(1).any(1)][0]
+                raise ValueError(
+                    f"cache-reference: the reference's error of pair {pair:016x} is not finite: "
+                    "try mixed_precision no, or remove the pair"
+                )
+            write_atomic(file, save({"pair_id": ids, "errors": table}))
+    return total
+
+
+def cached(
+    path: str | Path,
+    fingerprint: dict[str, Any],
+    pair_ids: Iterable[int],
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """The errors that `fill` wrote, looked up on `device` by the draws alone: no reference model.
+
+    pair_ids: what the run will ask for. A draw beyond those filled gives NaN, which reaches the
+    loss; no lookup waits for the device.
+
+    Raises:
+        ValueError: no cache there, of another fingerprint (the fields are named), or incomplete.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    record = folder / "fingerprint.json"
+    if not record.exists():
+        raise ValueError(
+            f"reference cached: {folder} holds no reference errors; run fastpref cache-reference "
+            "with the same config first"
+        )
+    _same(record, fingerprint)
+    ids, tables = [], []
+    for file in sorted(folder.glob("errors-*.safetensors")):
+        try:
+            values = load_file(file)
+            ids.append(values["pair_id"])
+            tables.append(values["errors"])
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"reference cache {file}: cannot be read ({error}); delete it and run the same "
+                "fastpref cache-reference again"
+            ) from None
+    known = {i for part in ids for i in part.tolist()}
+    missing = [i for i in pair_ids if i not in known]
+    if missing or not known:
+        first = f" (the first is {missing[0]:016x})" if missing else ""
+        raise ValueError(
+            f"reference cache {folder}: lacks {len(missing)} pairs of the data{first}; "
+            "run the same fastpref cache-reference again"
+        )
+    known_ids, order = torch.cat(ids).sort()
+    table = torch.cat(tables)[order].to(device)  # [N, K, 2]
+    known_ids = known_ids.to(device)
+
+    def reference(noisy: Any, t: Any, cond: Any, draws: Draws) -> Tensor:
+        row = torch.searchsorted(known_ids, draws.pair_id).clamp(max=len(known_ids) - 1)
+        there = (known_ids[row] == draws.pair_id) & (draws.index < table.shape[1])
+        found = table[row, draws.index.clamp(max=table.shape[1] - 1)]  # [B, 2]
+        return torch.where(there[:, None], found, torch.nan).T.reshape(-1)
+
+    return reference
+
+
+@torch.no_grad()
+def drift(
+    cache: Reference,
+    online: Reference,
+    process: Any,
+    batches: Iterable[tuple[Batch, Draws]],
+    *,
+    pair_mode: PairMode,
+    beta: float,
+    margin_noise: float,
+) -> tuple[float, float]:
+    """(max |m_cached - m_online| over the batches, max(2 margin_noise, 1e-6 beta): what it may be).
+
+    m_cached - m_online = (beta/2) (change of r_w - change of r_l), whatever the policy says. Prints
+    a warning when it is not within.
+    """
+    changes = []
+    for batch, draws in batches:
+        change = cache(None, None, None, draws) - errors(online, process, batch, draws, pair_mode)
+        w, l = change.chunk(2)
+        changes.append(0.5 * beta * (w - l))
+    worst = torch.cat(changes).abs().max().item()
+    allowed = max(2 * margin_noise, 1e-6 * beta)
+    if not worst <= allowed:
+        print(
+            f"warning: cached and online margins differ by {worst:.3g}, expected at most "
+            f"{allowed:.3g}: the reference is computed otherwise here than where the cache was "
+            "filled; fill it again on this machine",
+            file=sys.stderr,
+        )
+    return worst, allowed
+
+
+def _same(record: Path, now: dict[str, Any]) -> None:
+    """ValueError names the fields in which a cache's fingerprint is not this run's."""
+    try:
+        there = json.loads(record.read_bytes())
+    except ValueError:
+        raise ValueError(
+            f"reference cache {record}: is not readable; delete its folder and run fastpref "
+            "cache-reference again"
+        ) from None
+    differs = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    if differs:
+        listed = ", ".join(f"{n} ({there.get(n)} there, {now.get(n)} here)" for n in differs)
+        raise ValueError(
+            f"reference cache {record.parent}: filled with another {listed}; use the same values, "
+            "or fill another folder with fastpref cache-reference"
+        )
+
+
+def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:
+    """Rows of equal shapes in batches of at most batch_size, CHUNK of those to a file."""
+    buckets: dict[str, list[int]] = {}
+    for row, shape in enumerate(shapes):
+        buckets.setdefault(shape, []).append(row)
+    batches = [
+        rows[i : i + batch_size]
+        for rows in buckets.values()
+        for i in range(0, len(rows), batch_size)
+    ]
+    return [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]

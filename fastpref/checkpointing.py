@@ -1,0 +1,93 @@
+"""What a block keeps for its backward: everything, its attention outputs, or its input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Mode = Literal["none", "attention", "full"]
+
+
+def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
+    """Checkpoints every block of `model`, in place; returns how many. Before compiling them.
+
+    none: activations stay. full: a block keeps its input and runs again in the backward. attention:
+    so too, but what its attention kernels gave (output and log-sum-exp) stays, so that attention,
+    most of a video model's forward, is not computed twice.
+
+    blocks: paths of the family's blocks, a space between them: lists of blocks, or single ones.
+    Nothing is checkpointed where no gradient is recorded. Random state is not restored for the
+    second run: dropout inside a block is refused.
+
+    Raises:
+        ValueError: an unknown mode, a path that leads nowhere, active dropout in a block.
+    """
+    if mode not in ("none", "attention", "full"):
+        raise ValueError(f"checkpointing: expected none, attention or full, got {mode!r}")
+    found = _blocks(model, blocks)
+    if mode == "none":
+        return 0
+    for block in found:
+        for part in block.modules():
+            if isinstance(part, nn.Dropout) and part.p and part.training:
+                raise ValueError(
+                    f"checkpointing {mode}: {type(block).__name__} has dropout {part.p}, which "
+                    "would differ between a block's two runs: use checkpointing none or no dropout"
+                )
+        # A method, so that a copy of the model runs the copy's blocks.
+        block.forward = MethodType(_checkpointed(mode), block)
+    return len(found)
+
+
+def keeps(op: Any) -> bool:
+    """Whether `op` is an attention kernel's forward, whose outputs mode `attention` keeps.
+
+    By name, since each backend has its own operator: aten's flash, memory-efficient, cuDNN and CPU
+    kernels, flex attention, and those that flash-attn 2 and 3, xformers and diffusers register.
+    What a library calls without an operator, and aten's math path, is made of plain products and is
+    computed again.
+    """
+    name = str(op).lower()
+    attends = any(part in name for part in ("attention", "flash"))
+    return attends and not any(part in name for part in ("backward", "bwd"))
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _blocks(model: nn.Module, paths: str) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for path in paths.split():
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(
+                f"checkpointing: {type(model).__name__} has no blocks at {path!r}"
+            ) from None
+        found += list(part) if isinstance(part, nn.ModuleList) else [part]
+    return found
+
+
+def _checkpointed(mode: Mode) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "attention":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = MethodType(type(block).forward, block)
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, **options, **kwargs)
+
+    return forward
