@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from fastpref import models
 from fastpref.media import write_clip
+from fastpref.process import Diffusion, FlowMatching
 
 PROMPTS = [
     "A red fox  jumps over the old stone wall &amp; runs.",
@@ -47,10 +54,11 @@ def t5_tokenizer() -> Any:
 
     Of words, since ties make trained subwords differ from run to run.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
+    from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
@@ -306,3 +314,115 @@ def write_media(family: Family, folder: Path) -> Path:
         rows.append({"prompt": prompt, "chosen": names[0], "rejected": names[1]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@dataclass
+class Case:
+    """A family, its folder on disk, and what is loaded from it."""
+
+    name: str
+    family: Family
+    path: Path
+
+    @cached_property
+    def module(self) -> ModuleType:
+        return models.family(self.family.name)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return self.module.load(self.path)
+
+    @cached_property
+    def encoders(self) -> Any:
+        return self.module.pipeline(self.path)
+
+    @cached_property
+    def config(self) -> dict:
+        return json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
+
+    @cached_property
+    def process(self) -> FlowMatching | Diffusion:
+        return self.module.process(self.config)
+
+    def pipe(self) -> Any:
+        """The pipeline as a user loads it; a new one, since tests change its parts."""
+        import diffusers
+
+        pipe = getattr(diffusers, self.family.pipeline).from_pretrained(self.path)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """[4, C, F, h, w]: two encoded pairs, winners first."""
+        clips = [frames_of(self.family, seed) for seed in range(4)]
+        return torch.stack([self.module.encode_media(self.encoders, clip) for clip in clips])
+
+    def cond(self, prompts: list[str]) -> dict[str, Tensor]:
+        rows = self.module.encode_text(self.encoders, prompts)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def size_of(case: Case) -> dict[str, int]:
+    """The size of a family's clip as its pipeline's arguments."""
+    size = {"height": case.family.height, "width": case.family.width}
+    return size if case.family.frames == 1 else {**size, "num_frames": case.family.frames}
+
+
+def token_limit(case: Case) -> dict[str, int]:
+    """CogVideoX's pipeline has its text length as a default of its own; tiny folders differ."""
+    return {"max_sequence_length": 24} if case.family.name == "cogvideox" else {}
+
+
+def results(output: Any) -> Any:
+    return output.frames if hasattr(output, "frames") else output.images
+
+
+def run(case: Case, pipe: Any, latents: Tensor, steps: int, **extra: Any) -> Any:
+    """The pipeline on PROMPTS from given noise [N, C, F, h, w], without guidance."""
+    if case.family.name == "cogvideox":
+        latents = latents.permute(0, 2, 1, 3, 4)
+    if case.family.frames == 1:
+        latents = latents.squeeze(2)
+    return results(
+        pipe(
+            PROMPTS[: len(latents)],
+            latents=latents,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            **(size_of(case) | token_limit(case) | extra),
+        )
+    )
+
+
+def ddim_or_euler(case: Case, pipe: Any, steps: int) -> Any:
+    """The scheduler that steps as `fastpref.sample` does: DDIM, or Euler on UniPC's grid."""
+    import diffusers
+
+    if case.family.name == "wan":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=case.config["flow_shift"])
+        grid = np.linspace(1, 1e-3, steps + 1)[:-1]
+        on_grid = partial(scheduler.set_timesteps, sigmas=grid)
+        scheduler.set_timesteps = lambda _, device: on_grid(device=device)
+        return scheduler
+    image = case.family.frames == 1
+    kind = diffusers.DDIMScheduler if image else diffusers.CogVideoXDDIMScheduler
+    settings = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    return kind.from_config({**pipe.scheduler.config, **settings})
+
+
+def ours(case: Case, latents: Tensor) -> Tensor:
+    """A pipeline's latents in our order, [N, C, F, h, w]."""
+    if case.family.name == "cogvideox":
+        return latents.permute(0, 2, 1, 3, 4)
+    return latents.unsqueeze(2) if case.family.frames == 1 else latents
+
+
+FOLDERS = tempfile.TemporaryDirectory(prefix="fastpref-families-")
+
+
+@cache
+def tiny(name: str) -> Case:
+    """The family's folder, written once per process and deleted at its end."""
+    family = FAMILIES[name]
+    return Case(name, family, family.build(Path(FOLDERS.name) / name))

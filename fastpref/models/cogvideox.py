@@ -120,11 +120,11 @@ def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
     )
     patch_t, count = pipe.transformer.get("patch_size_t") or 1, (len(frames) - 1) // stride + 1
     if count % patch_t:
-        near = [(n - 1) * stride + 1 for n in (count - count % patch_t, count + patch_t - 1)]
+        more = count + patch_t - count % patch_t
+        near = [(n - 1) * stride + 1 for n in (more - patch_t, more) if n > 0]
         raise ValueError(
             f"encode_media: latent frames expected divisible by {patch_t}, got {count} from "
-            f"{len(frames)} frames: pass --num_frames {near[-1]}"
-            + (f" or {near[0]}" if near[0] > 0 else "")
+            f"{len(frames)} frames: pass --num_frames {' or '.join(map(str, near))}"
         )
     x = x.to(pipe.device, media.vae.dtype)
     return media.vae.encode(x).latent_dist.mode()[0] * media.vae_scaling_factor_image

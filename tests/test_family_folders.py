@@ -1,0 +1,159 @@
+"""Folders that the families load: parts when first used, variants, and mistakes in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import FAMILIES, PROMPTS, Case, frames_of, tiny
+from safetensors.torch import load_file
+
+from fastpref import models
+from fastpref.models import folder as model_folder
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request) -> Case:
+    return tiny(request.param)
+
+
+def test_encoders_load_when_first_used(case):
+    encoders = case.module.pipeline(case.path, torch.bfloat16)
+    assert encoders.to("cpu") is encoders and not {"text", "media"} & encoders.__dict__.keys()
+    (row,) = case.module.encode_text(encoders, PROMPTS[:1])
+    assert "media" not in encoders.__dict__ and row["text"].dtype == torch.bfloat16
+    assert getattr(encoders.text, "transformer", None) is getattr(encoders.text, "unet", None)
+    latents = case.module.encode_media(encoders, frames_of(case.family, 0))
+    assert latents.dtype == torch.bfloat16
+    upcast = case.name in ("wan", "sdxl")
+    assert encoders.media.vae.dtype == (torch.float32 if upcast else torch.bfloat16)
+    tolerance = 0.02 if upcast else 0.1
+    assert (latents.float() - case.latents[0]).abs().max() < tolerance * case.latents[0].abs().max()
+
+
+def test_a_folder_of_variants_alone_loads(case, tmp_path):
+    pipe = case.pipe()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    model, encoders = case.module.load(tmp_path), case.module.pipeline(tmp_path)
+    for a, b in zip(model.parameters(), case.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(
+        case.module.encode_media(encoders, frames_of(case.family, 0)), case.latents[0]
+    )
+    (row,) = case.module.encode_text(encoders, PROMPTS[:1])
+    assert torch.equal(row["text"], case.cond(PROMPTS[:1])["text"][0])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], None),
+        (["model.fp16.safetensors"], "fp16"),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], "bf16"),
+        (["diffusion_pytorch_model-00001-of-00002.safetensors"], None),
+        (["diffusion_pytorch_model-00001-of-00002.fp16.safetensors"], "fp16"),
+        (["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], "fp16"),
+        (["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.safetensors"],
+         None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_variants_by_file_name(names, expected, tmp_path):
+    (tmp_path / "unet").mkdir()
+    for name in names:
+        (tmp_path / "unet" / name).touch()
+    assert model_folder.variant(tmp_path, ["unet"]) == expected
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("wan", (9, 24, 48), "divisible by 16, got 24x48: pass --height 16 --width 48"),
+        ("wan", (8, 32, 48), "frames expected 4k+1, got 8: pass --num_frames 5 or 9"),
+        ("cogvideox-2b", (9, 32, 40), "divisible by 16, got 32x40"),
+        ("cogvideox-5b", (2, 32, 48), "frames expected 4k+1, got 2: pass --num_frames 1 or 5"),
+        ("sd15", (2, 32, 48), "takes images, got 2 frames: pass --num_frames 1"),
+        ("sdxl", (1, 31, 48), "divisible by 4, got 31x48: pass --height 28 --width 48"),
+    ],
+)
+def test_media_that_do_not_fit_are_named(name, shape, says):
+    case = tiny(name)
+    with pytest.raises(ValueError) as error:
+        case.module.encode_media(case.encoders, torch.zeros(*shape, 3, dtype=torch.uint8))
+    assert says in str(error.value)
+    with pytest.raises(ValueError, match=r"uint8 \[F, H, W, 3\], got float32"):
+        case.module.encode_media(case.encoders, torch.zeros(1, 32, 48, 3))
+
+
+def test_another_familys_folder_is_named(case):
+    other = tiny("sd15" if case.name == "wan" else "wan")
+    subfolder = "unet" if case.family.frames == 1 else "transformer"
+    with pytest.raises(ValueError, match=rf"{other.path}/{subfolder}"):
+        case.module.load(other.path)
+    with pytest.raises(ValueError, match=r"this another family's model|cannot be read"):
+        case.module.pipeline(other.path)
+    for nowhere in ("/nowhere", "no-such-model"):
+        with pytest.raises(ValueError, match=f"model {nowhere}: no such folder"):
+            case.module.load(nowhere)
+        with pytest.raises(ValueError, match=f"model {nowhere}: no such folder"):
+            case.module.pipeline(nowhere)
+    if other.family.name == "wan" or case.name == "wan":
+        with pytest.raises(ValueError, match=f"{case.family.name}.process: expected a"):
+            case.module.process(other.config)
+
+
+def test_a_family_is_known_by_its_class():
+    with pytest.raises(ValueError, match="expected a WanTransformer3DModel, got CogVideoX"):
+        models.family("wan").load(tiny("cogvideox-2b").path)
+
+
+@pytest.mark.parametrize(
+    ("name", "subfolder", "change", "says"),
+    [
+        ("wan", "transformer", {"in_channels": 36}, "36 input and 16 output channels"),
+        ("cogvideox-2b", "transformer", {"in_channels": 8}, "8 input and 4 output channels"),
+        ("sd15", "unet", {"in_channels": 9}, "9 input and 4 output channels"),
+        ("sd15", "unet", {"addition_embed_type": "text"}, "addition_embed_type text"),
+    ],
+)
+def test_models_that_take_more_than_text_are_refused(name, subfolder, change, says, tmp_path):
+    case = tiny(name)
+    kind = type(case.model)
+    model = kind.from_config({**case.model.config, **change})
+    model.save_pretrained(tmp_path / subfolder)
+    with pytest.raises(ValueError, match=says):
+        case.module.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("wan", {"boundary_ratio": 0.875}, "is a Wan2.2 model"),
+        ("wan", {"expand_timesteps": True}, "is a Wan2.2 model"),
+        ("sdxl", {"text_encoder": [None, None]}, "is a refiner"),
+    ],
+)
+def test_pipelines_that_differ_are_refused(name, change, says, tmp_path):
+    case = tiny(name)
+    shutil.copytree(case.path, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    with pytest.raises(ValueError, match=says):
+        case.module.pipeline(tmp_path / "model")
+
+
+def test_missing_and_unsafe_weights_are_named(case, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(case.path, path)
+    subfolder = "unet" if case.family.frames == 1 else "transformer"
+    weights = path / subfolder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))  # a pickle is not read
+    weights.unlink()
+    with pytest.raises(ValueError, match=f"{subfolder}: weights cannot be read"):
+        case.module.load(path)
+    shutil.rmtree(path / "text_encoder")
+    with pytest.raises(ValueError, match="expected text_encoder beside model_index"):
+        case.module.encode_text(case.module.pipeline(path), ["a"])
