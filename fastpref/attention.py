@@ -1,0 +1,287 @@
+"""Which attention kernel runs: what is installed is timed on the run's shape, checked, and set."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+Name = Literal["auto", "native", "cudnn", "flash", "flash3", "xformers"]
+
+# native: whatever PyTorch itself prefers. flash: the FlashAttention-2 inside PyTorch. flash3: the
+# same operator, served by the package flash-attn-3. First the name in diffusers' dispatcher.
+BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
+    "native": ("native", None),
+    "cudnn": ("_native_cudnn", SDPBackend.CUDNN_ATTENTION),
+    "flash": ("_native_flash", SDPBackend.FLASH_ATTENTION),
+    "flash3": ("_native_flash", SDPBackend.FLASH_ATTENTION),
+    "xformers": ("xformers", None),
+}
+_PACKAGES = {
+    "flash3": (
+        "flash_attn_interface",
+        "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
+    ),
+    "xformers": ("xformers", "pip install fastpref[attention]"),
+}
+
+# Norm of the difference to native attention over the norm of native attention, outputs and
+# gradients: a few roundings of the dtype.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Shape, type and place of one attention: query [batch, heads, queries, dim], keys."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        sizes = [self.batch, self.heads, self.queries, self.dim]
+        return f"{sizes} on {self.keys} keys in {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` picked, and on what grounds.
+
+    seconds: of a forward and backward on the run's largest attention, of all that ran and agreed.
+    refused: why the others were not considered, one line each.
+    """
+
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        others = [f"{name} {1e3 * s:.3g} ms" for name, s in sorted(self.seconds.items())]
+        others += [f"{name}: {why}" for name, why in self.refused.items()]
+        return self.name + (f" ({'; '.join(others)})" if others else "")
+
+
+def choose(
+    wanted: Name,
+    model: nn.Module,
+    probe: Callable[[], object],
+    device: torch.device,
+    *,
+    rounds: int = 5,
+) -> Choice:
+    """The backend that `model` shall run with; `use` sets it.
+
+    auto times forward and backward of every backend at hand on the largest attention that `probe`
+    (a forward of the run's batch) computes, leaves out those that are not finite or stray from
+    native attention, and takes the fastest. Where there is nothing to choose, as on a CPU, it is
+    native at once. Another name is checked on the same attention and taken.
+
+    Raises:
+        ValueError: `wanted` does not exist, is not installed, or does not run on this shape, dtype,
+            model or device; one line that says what to do.
+    """
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"attention: expected auto or one of {', '.join(BACKENDS)}, got {wanted}")
+    if wanted == "native" or (wanted == "auto" and device.type != "cuda"):
+        return Choice("native")
+    calls = [] if device.type != "cuda" else observe(probe)
+    if wanted != "auto":
+        why = why_not(wanted, model, calls, device)
+        if why:
+            raise ValueError(f"attention {wanted}: {why}, or use attention auto")
+        return Choice(wanted)
+    if not calls:
+        return Choice("native")
+    runners, refused = {"native": calls[0]}, {}
+    for name in BACKENDS:
+        why = why_not(name, model, calls, device) if name != "native" else None
+        if why:
+            refused[name] = why
+        else:
+            runners[name] = calls[0]
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):  # in turn: a clock that changes hits all alike
+        for name, call in runners.items():
+            taken[name].append(_seconds(name, call))
+    seconds = {name: sorted(each)[rounds // 2] for name, each in taken.items()}
+    return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
+
+
+@contextmanager
+def use(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, `model` computes its attention with backend `name`, also in a backward's recompute.
+
+    A model that goes through diffusers' dispatcher is told there. Of one that calls PyTorch's
+    attention, which backend comes first is set for the process; what that cannot compute falls to
+    the others. Enter it before anything is compiled.
+    """
+    dispatched, first = BACKENDS[name]
+    with ExitStack() as stack:
+        if name == "flash3":
+            stack.enter_context(_flash3())
+        if name != "native" and through_dispatcher(model):
+            stack.callback(model.reset_attention_backend)
+            # That leaves the process's default, which the dispatcher was told too.
+            stack.callback(model.set_attention_backend, "native")
+            model.set_attention_backend(dispatched)
+        elif name == "xformers":
+            model.enable_xformers_memory_efficient_attention()
+            stack.callback(model.disable_xformers_memory_efficient_attention)
+        elif first is not None:
+            rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+            rest += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel([first, *rest], set_priority=True))
+        yield
+
+
+def observe(run: Callable[[], object]) -> list[Call]:
+    """The different attentions that `run` computes, largest first, each [B, H, N, D]."""
+    with _Watch() as watch:
+        run()
+    cost = {call: call.batch * call.heads * call.queries * call.keys for call in watch.calls}
+    return sorted(watch.calls, key=cost.__getitem__, reverse=True)
+
+
+def through_dispatcher(model: nn.Module) -> bool:
+    """Whether the model's attention asks diffusers' dispatcher which backend to run."""
+    processors = (getattr(module, "processor", None) for module in model.modules())
+    return any(hasattr(processor, "_attention_backend") for processor in processors)
+
+
+def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device) -> str | None:
+    """Why `model` cannot run with backend `name` here and what to do about it, or None."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, this run is on {device.type}: use attention native"
+    if name in _PACKAGES:
+        package, install = _PACKAGES[name]
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed: {install}"
+    dispatcher = through_dispatcher(model)
+    if name == "xformers" and not dispatcher and not _swappable(model):
+        return f"{type(model).__name__} calls PyTorch's attention itself: use cudnn or flash"
+    if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "its kernels are for Hopper GPUs (compute capability 9): use cudnn or flash"
+    # Who is not dispatched falls back where a backend cannot serve one of the smaller attentions.
+    for call in calls if dispatcher else calls[:1]:
+        if call.dtype not in _TOLERANCE and name != "xformers":
+            kind = str(call.dtype).removeprefix("torch.")
+            return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
+        try:
+            off = _difference(name, call)
+        except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return f"does not run on {call} ({reason}): use another"
+        allowed = _TOLERANCE.get(call.dtype, 1e-3)
+        if not off <= allowed:
+            return f"strays from native attention on {call}, by {off:.2g} of its norm: use another"
+    return None
+
+
+class _Watch(torch.overrides.TorchFunctionMode):
+    """Notes what `scaled_dot_product_attention` is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is scaled_dot_product_attention:
+            names = ("query", "key")
+            q, k = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names))
+            call = Call(*q.shape[:3], k.shape[2], q.shape[3], q.dtype, q.device)
+            if call not in self.calls:
+                self.calls.append(call)
+        return function(*args, **kwargs)
+
+
+def _inputs(call: Call) -> list[Tensor]:
+    """q, k, v and the gradient of the output, laid out as models make them: heads side by side."""
+    random = torch.Generator(call.device).manual_seed(0)
+    made = []
+    for tokens in (call.queries, call.keys, call.keys, call.queries):
+        shape = (call.batch, tokens, call.heads, call.dim)
+        options = {"dtype": call.dtype, "device": call.device}
+        made.append(torch.randn(shape, generator=random, **options).transpose(1, 2))
+    return [x.requires_grad_() for x in made[:3]] + made[3:]
+
+
+def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One attention, [B, H, N, D], by this backend alone."""
+    if name == "native":
+        return scaled_dot_product_attention(q, k, v)
+    if name == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+    if name == "cudnn":  # as diffusers does
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    with sdpa_kernel(BACKENDS[name][1]):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def _results(name: str, call: Call) -> list[Tensor]:
+    """The output and the three gradients."""
+    q, k, v, grad = _inputs(call)
+    with _flash3() if name == "flash3" else ExitStack():
+        out = _attend(name, q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def _difference(name: str, call: Call) -> float:
+    """How far `name` is from native attention, relative to its norm; nan or inf if not finite."""
+    worst = 0.0
+    for mine, native in zip(_results(name, call), _results("native", call), strict=True):
+        native = native.float()
+        off = ((mine.float() - native).norm() / native.norm()).item()
+        worst = max(worst, off) if off == off else float("inf")
+    return worst
+
+
+def _seconds(name: str, call: Call) -> float:
+    """Of one forward and backward, after one that warms up."""
+    q, k, v, grad = _inputs(call)
+    wait = partial(torch.cuda.synchronize, call.device) if call.device.type == "cuda" else int
+    with _flash3() if name == "flash3" else ExitStack():
+        for _ in range(2):
+            wait()
+            begin = time.perf_counter()
+            torch.autograd.grad(_attend(name, q, k, v), (q, k, v), grad)
+            wait()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def _flash3() -> Iterator[None]:
+    """PyTorch's flash attention served by FlashAttention-3, forward and backward."""
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    activate_flash_attention_impl("FA3")
+    try:
+        yield
+    finally:
+        restore_flash_attention_impl()
+
+
+def _swappable(model: nn.Module) -> bool:
+    """Whether diffusers can put xformers' processor in: it has plain attention processors alone."""
+    processors = getattr(model, "attn_processors", {}).values()
+    return bool(processors) and {type(p).__name__ for p in processors} <= {
+        "AttnProcessor", "AttnProcessor2_0",
+    }  # fmt: skip

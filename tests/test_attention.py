@@ -1,0 +1,269 @@
+"""The choice of an attention backend: what a run computes, what is at hand, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel, UNet2DConditionModel, WanTransformer3DModel
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from fastpref import attention, models
+from fastpref.attention import Call
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def wan() -> tuple[nn.Module, callable]:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, text_dim=32, freq_dim=32, ffn_dim=48,
+        num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    inputs = torch.randn(2, 16, 3, 8, 8), torch.tensor([10.0, 10.0])
+    cond = {"text": torch.randn(2, 7, 32)}
+    return model, lambda: models.family("wan").predict(model, *inputs, cond)
+
+
+def cogvideox() -> tuple[nn.Module, callable]:
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
+        time_embed_dim=8, text_embed_dim=32, num_layers=2, sample_width=8, sample_height=8,
+        sample_frames=9, max_text_seq_length=6,
+    )  # fmt: skip
+    inputs = torch.randn(1, 16, 3, 8, 8), torch.tensor([10.0])
+    cond = {"text": torch.randn(1, 6, 32)}
+    return model, lambda: models.family("cogvideox").predict(model, *inputs, cond)
+
+
+def unet() -> tuple[nn.Module, callable]:
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+    )  # fmt: skip
+    cond = {"text": torch.randn(1, 7, 32)}
+    inputs = torch.randn(1, 4, 1, 8, 8), torch.tensor([10.0])
+    return model, lambda: models.family("stable_diffusion").predict(model, *inputs, cond)
+
+
+FAMILIES = {"wan": wan, "cogvideox": cogvideox, "unet": unet}
+
+
+# ---- What a run computes
+
+
+def test_observe_reads_the_attentions_of_a_forward():
+    """Tokens and heads by hand: Wan's 3x4x4 patches and its text, CogVideoX's both in one."""
+    f32 = torch.float32
+    assert attention.observe(wan()[1]) == [
+        Call(2, 2, 48, 48, 16, f32, CPU),
+        Call(2, 2, 48, 7, 16, f32, CPU),
+    ]
+    assert attention.observe(cogvideox()[1]) == [Call(1, 2, 54, 54, 16, f32, CPU)]
+    found = attention.observe(unet()[1])
+    assert found[0] == Call(1, 2, 16, 16, 32, f32, CPU) and Call(1, 2, 16, 7, 32, f32, CPU) in found
+    assert attention.observe(lambda: None) == []
+
+
+def test_observe_changes_nothing():
+    _, probe = wan()
+    before, inside = probe(), []
+    attention.observe(lambda: inside.append(probe()))
+    assert torch.equal(before, inside[0])
+
+
+def test_which_models_go_through_the_dispatcher():
+    assert attention.through_dispatcher(wan()[0])
+    assert not attention.through_dispatcher(cogvideox()[0])
+    assert not attention.through_dispatcher(unet()[0])
+
+
+# ---- Choosing
+
+
+def untouchable() -> None:
+    raise AssertionError("there is nothing to choose, so no forward is run")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "native"])
+def test_on_a_cpu_it_is_native_at_once(wanted):
+    choice = attention.choose(wanted, wan()[0], untouchable, CPU)
+    assert choice == attention.Choice("native") and str(choice) == "native"
+
+
+@pytest.mark.parametrize("wanted", ["cudnn", "flash", "flash3", "xformers"])
+def test_on_a_cpu_a_kernel_of_gpus_is_refused(wanted):
+    with pytest.raises(ValueError) as raised:
+        attention.choose(wanted, wan()[0], untouchable, CPU)
+    assert str(raised.value) == (
+        f"attention {wanted}: needs an NVIDIA GPU, this run is on cpu: use attention native,"
+        " or use attention auto"
+    )
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match=r"expected auto or one of native, cudnn, .* got flash4"):
+        attention.choose("flash4", wan()[0], untouchable, CPU)
+
+
+@pytest.mark.parametrize(
+    "name, install",
+    [("flash3", "pip install flash-attn-3"), ("xformers", "pip install fastpref[attention]")],
+)
+def test_what_is_not_installed_names_what_to_install(name, install):
+    if importlib.util.find_spec(attention._PACKAGES[name][0]) is not None:
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(ValueError) as raised:
+        attention.choose(name, wan()[0], wan()[1], CUDA)
+    assert install in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_kernels_for_half_precision_say_so():
+    with pytest.raises(ValueError, match="this run in float32: use mixed_precision bf16"):
+        attention.choose("flash", *wan(), CUDA)
+
+
+def half(model: nn.Module, probe: callable) -> tuple[nn.Module, callable]:
+    """The same in bf16: attention gets bf16 under autocast."""
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return probe()
+
+    return model, run
+
+
+def test_a_kernel_that_does_not_run_on_the_shape_is_refused_in_one_line():
+    """cuDNN cannot serve tensors that lie on a CPU, whatever device the run says it has."""
+    with pytest.raises(ValueError) as raised:
+        attention.choose("cudnn", *half(*wan()), CUDA)
+    said = str(raised.value)
+    assert said.startswith("attention cudnn: does not run on [2, 2, 48, 16] on 48 keys in bfloat16")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_auto_times_what_runs_and_says_why_the_rest_does_not(family):
+    """On CPU tensors PyTorch's flash attention runs and agrees; cuDNN does not run."""
+    choice = attention.choose("auto", *half(*FAMILIES[family]()), CUDA, rounds=3)
+    assert {"native", "flash"} <= set(choice.seconds)
+    assert choice.name == min(choice.seconds, key=choice.seconds.get)
+    assert all(0 < s < 10 for s in choice.seconds.values())
+    assert "does not run" in choice.refused["cudnn"]
+    assert set(choice.seconds) | set(choice.refused) == set(attention.BACKENDS)
+    assert str(choice).startswith(f"{choice.name} (") and "\n" not in str(choice)
+
+
+def test_auto_leaves_out_what_is_wrong(monkeypatch):
+    """A planted kernel: first its gradient of v is off by a tenth, then one output is NaN."""
+    right = attention._attend
+
+    def biased(name, q, k, v):
+        if name != "flash":
+            return right(name, q, k, v)
+        return right("native", q, k, 1.1 * v - 0.1 * v.detach())
+
+    def broken(name, q, k, v):
+        out = right("native", q, k, v)
+        return out * torch.where(torch.arange(16) == 3, torch.nan, 1.0) if name == "flash" else out
+
+    for planted in (biased, broken):
+        monkeypatch.setattr(attention, "_attend", planted)
+        choice = attention.choose("auto", *half(*wan()), CUDA, rounds=1)
+        assert "strays from native attention" in choice.refused["flash"], planted.__name__
+        assert "flash" not in choice.seconds
+        with pytest.raises(ValueError, match="attention flash: strays from native attention"):
+            attention.choose("flash", *half(*wan()), CUDA)
+
+
+def test_difference_is_relative_to_the_norm_of_output_and_gradients(monkeypatch):
+    call = Call(2, 3, 40, 24, 16, torch.float32, CPU)
+    assert attention._difference("native", call) == 0.0
+    right = attention._attend
+    monkeypatch.setattr(
+        attention, "_attend",
+        lambda name, q, k, v: right("native", q, k, v) * (1.25 if name == "cudnn" else 1.0),
+    )  # fmt: skip
+    assert attention._difference("cudnn", call) == pytest.approx(0.25, rel=1e-5)
+
+
+# ---- Setting it
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "unet"])
+@pytest.mark.parametrize("name", ["native", "flash"])
+def test_use_runs_that_backend_and_restores(family, name):
+    """On PyTorch's flash kernel for CPUs."""
+    model, probe = half(*FAMILIES[family]())
+    before = probe()
+    priority = torch._C._get_sdp_priority_order()
+    with attention.use(model, name):
+        with torch.profiler.profile() as profile:
+            inside = probe()
+        names = {event.name for event in profile.events()}
+        assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+        if name == "flash" and family != "wan":
+            first = torch._C._get_sdp_priority_order()[0]
+            assert first == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+    torch.testing.assert_close(inside, before, rtol=2e-2, atol=2e-2)
+    assert torch._C._get_sdp_priority_order() == priority
+    assert torch.equal(probe(), before)
+
+
+def test_the_dispatcher_is_told_and_untold():
+    model, probe = half(*wan())
+    _, other_probe = half(*wan())
+    processor = model.blocks[0].attn1.processor
+    with attention.use(model, "cudnn"):
+        assert processor._attention_backend == "_native_cudnn"
+        with pytest.raises(RuntimeError):  # it is really asked for, and a CPU has none
+            probe()
+    assert processor._attention_backend is None
+    # The process's default, which the dispatcher keeps beside, is as it was: other models run.
+    assert torch.equal(other_probe(), probe())
+
+
+@pytest.mark.cuda
+@GPU
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
+    """Every name: chosen and equal to native within tolerance, or refused in one line."""
+    model, _ = FAMILIES[family]()
+    model.cuda()
+    random = torch.Generator("cuda").manual_seed(0)
+    shape = {"wan": (2, 16, 3, 8, 8), "cogvideox": (1, 16, 3, 8, 8), "unet": (1, 4, 1, 8, 8)}
+    noisy = torch.randn(shape[family], generator=random, device="cuda")
+    t = torch.full((len(noisy),), 10.0, device="cuda")
+    tokens = {"cogvideox": 6}.get(family, 7)
+    cond = {"text": torch.randn(len(noisy), tokens, 32, generator=random, device="cuda")}
+    predict = models.family({"unet": "stable_diffusion"}.get(family, family)).predict
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            return predict(model, noisy, t, cond)
+
+    choice = attention.choose("auto", model, run, CUDA)
+    assert choice.seconds and choice.name in choice.seconds
+    base = run()
+    for name in choice.seconds:
+        with attention.use(model, name):
+            out = run()
+            out.float().square().mean().backward()
+        torch.testing.assert_close(out, base, rtol=5e-2, atol=5e-2)
+    for name in choice.refused:
+        with pytest.raises(ValueError, match=f"attention {name}: "):
+            attention.choose(name, model, run, CUDA)
+
+
+def test_watch_sees_what_pytorch_is_asked():
+    """Keyword and positional arguments alike."""
+    q = torch.randn(1, 2, 5, 8)
+    k = torch.randn(1, 2, 9, 8)
+    calls = attention.observe(lambda: (attend(q, k, k), attend(query=k, key=k, value=k)))
+    assert calls == [Call(1, 2, 9, 9, 8, q.dtype, CPU), Call(1, 2, 5, 9, 8, q.dtype, CPU)]
