@@ -19,7 +19,7 @@ Mode = Literal["none", "attention", "full"]
 
 
 def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
-    """Checkpoints every block of `model`, in place; returns how many. Before compiling them.
+    """Checkpoints every block of `model`, in place, before any is compiled; returns how many.
 
     none: activations stay. full: a block keeps its input and runs again in the backward. attention:
     so too, but what its attention kernels gave (output and log-sum-exp) stays, so that attention,
@@ -27,7 +27,7 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
 
     blocks: paths of the family's blocks, a space between them: lists of blocks, or single ones.
     Nothing is checkpointed where no gradient is recorded. Random state is not restored for the
-    second run: dropout inside a block is refused.
+    second run: active dropout in a block is refused. Applied again, the last mode holds.
 
     Raises:
         ValueError: an unknown mode, a path that leads nowhere, active dropout in a block.
@@ -35,9 +35,11 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
     if mode not in ("none", "attention", "full"):
         raise ValueError(f"checkpointing: expected none, attention or full, got {mode!r}")
     found = _blocks(model, blocks)
-    if mode == "none":
-        return 0
     for block in found:
+        if getattr(block.forward, "is_checkpointed", False):
+            del block.forward
+        if mode == "none":
+            continue
         for part in block.modules():
             if isinstance(part, nn.Dropout) and part.p and part.training:
                 raise ValueError(
@@ -45,8 +47,8 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
                     "would differ between a block's two runs: use checkpointing none or no dropout"
                 )
         # A method, so that a copy of the model runs the copy's blocks.
-        block.forward = MethodType(_checkpointed(mode), block)
-    return len(found)
+        block.forward = MethodType(_checkpointed(type(block).forward, mode), block)
+    return 0 if mode == "none" else len(found)
 
 
 def keeps(op: Any) -> bool:
@@ -79,15 +81,15 @@ def _blocks(model: nn.Module, paths: str) -> list[nn.Module]:
     return found
 
 
-def _checkpointed(mode: Mode) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "attention":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inner = MethodType(type(block).forward, block)
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return inner(*args, **kwargs)
-        return checkpoint(inner, *args, **options, **kwargs)
+            return forward(block, *args, **kwargs)
+        return checkpoint(forward, block, *args, **options, **kwargs)
 
-    return forward
+    run.is_checkpointed = True
+    return run
