@@ -25,22 +25,40 @@ NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build with")
 
 
-def build(folder: Path, edits: dict[str, tuple[str, str]] | None = None, flags: str = "") -> Path:
-    """The test program from a copy of csrc with `edits`: {file: (a text that occurs once, new)}."""
-    copy = folder / "csrc"
-    shutil.copytree(CSRC, copy)
-    for name, (old, new) in (edits or {}).items():
-        text = (copy / name).read_text()
-        assert text.count(old) == 1, f"{name} does not have exactly once: {old}"
-        (copy / name).write_text(text.replace(old, new))
+def compiled(source: Path, include: Path, flags: str, target: Path) -> Path:
     command = f"g++ -std=c++17 -O1 {flags} -ffp-contract=off -fno-strict-aliasing -Wall -Wextra"
-    command += f" -Wno-unknown-pragmas {'' if edits else '-Werror'} -I{EMULATION} -I{copy} -x c++"
-    sources = [copy / "pair.cu", copy / "noise.cu", EMULATION / "kernels.cpp"]
-    done = subprocess.run(
-        [*command.split(), *sources, "-o", folder / "kernels"], capture_output=True, text=True
-    )
+    command += f" -Wno-unknown-pragmas -I{EMULATION} -I{include} -x c++ -c {source} -o {target}"
+    done = subprocess.run(command.split(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "kernels"
+    return target
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory):
+    """build(flags, edits): the test program from a copy of csrc, with {file: (text, new text)}."""
+    tests = {}  # the program's own half, which no edit touches
+
+    def build(flags: str = "", edits: dict[str, tuple[str, str]] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("kernels")
+        copy = shutil.copytree(CSRC, folder / "csrc")
+        for name, (old, new) in (edits or {}).items():
+            text = (copy / name).read_text()
+            assert text.count(old) == 1, f"{name} does not have exactly once: {old}"
+            (copy / name).write_text(text.replace(old, new))
+        if flags not in tests:
+            own = EMULATION / "kernels.cpp"
+            tests[flags] = compiled(own, CSRC, flags, folder / "kernels.o")
+        strict = flags if edits else f"{flags} -Werror"
+        objects = [
+            compiled(copy / f"{name}.cu", copy, strict, folder / f"{name}.o")
+            for name in ("pair", "noise")
+        ]
+        program = folder / "kernels"
+        link = ["g++", *flags.split(), *objects, tests[flags], "-o", program]
+        subprocess.run(link, check=True)
+        return program
+
+    return build
 
 
 def run(program: Path, what: str, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -54,8 +72,8 @@ def run(program: Path, what: str, given: str = "") -> subprocess.CompletedProces
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("kernels"), flags=SANITIZE)
+def program(build) -> Path:
+    return build(SANITIZE)
 
 
 def test_right_and_the_same_bits_in_every_order(program: Path) -> None:
@@ -68,10 +86,10 @@ def test_right_and_the_same_bits_in_every_order(program: Path) -> None:
 @pytest.mark.parametrize(
     ("threads", "cases", "flags"), [(64, "all", SANITIZE), (512, "few", "")], ids=["64", "512"]
 )
-def test_other_block_sizes(tmp_path: Path, threads: int, cases: str, flags: str) -> None:
+def test_other_block_sizes(build, threads: int, cases: str, flags: str) -> None:
     """The logic does not lean on 256 threads. (The bits do: a thread's share changes.)"""
     size = ("constexpr int kThreads = 256;", f"constexpr int kThreads = {threads};")
-    result = run(build(tmp_path, {"reduce.cuh": size}, flags), cases)
+    result = run(build(flags, {"reduce.cuh": size}), cases)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -107,10 +125,10 @@ def test_the_functor_is_the_oracles(program: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-300)
 
 
-def test_a_planted_write_behind_a_tensor_is_reported(tmp_path: Path) -> None:
+def test_a_planted_write_behind_a_tensor_is_reported(build) -> None:
     guarded = "if (i < count) to[i] = round_to<T>(values[i]);"
     edit = {"reduce.cuh": (guarded, "to[i] = round_to<T>(values[i]);")}
-    result = run(build(tmp_path, edit, SANITIZE), "few")
+    result = run(build(SANITIZE, edit), "few")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr and "WRITE of size 2" in result.stderr
 
@@ -132,8 +150,8 @@ PLANTED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("mistake", PLANTED)
-def test_a_planted_missing_barrier_changes_bits(tmp_path: Path, mistake: str) -> None:
-    result = run(build(tmp_path, {"reduce.cuh": PLANTED[mistake]}), "few")
+def test_a_planted_missing_barrier_changes_bits(build, mistake: str) -> None:
+    result = run(build("", {"reduce.cuh": PLANTED[mistake]}), "few")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "orders disagree" in result.stdout
 

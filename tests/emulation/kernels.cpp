@@ -253,7 +253,7 @@ std::vector<Schedule> schedules(unsigned random) {
   std::vector<Schedule> list{{"forward", {Order::forward, 1, 1, 0}},
                              {"reverse", {Order::reverse, 1, 1, 0}}};
   for (unsigned seed = 1; seed <= random; ++seed)
-    list.push_back({"random " + std::to_string(seed), {Order::random, seed % 2 ? 40 : 2, 4, seed}});
+    list.push_back({"random " + std::to_string(seed), {Order::random, seed % 2 ? 2 : 40, 4, seed}});
   return list;
 }
 
@@ -288,10 +288,9 @@ void check_nan(float bad, bool in_ref) {
   if (!others || !reached) fail("not a number", "it was lost, or reached the other pair");
 }
 
-std::vector<Case> cases(bool few) {
+std::vector<Case> cases() {
   std::vector<Case> list;
   Dtype const f32 = Dtype::f32, bf16 = Dtype::bf16, f16 = Dtype::f16;
-  if (few) return {{bf16, bf16, 2, 2, 16389, 1, false, true, true, 0}};
   int objective = 0;
   for (Dtype pred : {f32, bf16, f16}) {
     for (Dtype target : {f32, bf16, f16}) {
@@ -339,13 +338,15 @@ int main(int argc, char** argv) try {
   std::string const what = argc == 2 ? argv[1] : "";
   if (what == "epilogue") return epilogue();
   if (what != "all" && what != "few") throw std::string("usage: kernels all | few | epilogue");
-  std::vector<Case> const list = cases(what == "few");
-  for (Case const& c : list) check(c, what == "few" ? 20 : 2);
+  // One case in many random orders, and the others in one.
+  check({Dtype::bf16, Dtype::bf16, 2, 2, 16389, 1, false, true, true, 0}, 20);
+  int count = 1;
   if (what == "all") {
+    for (Case const& c : cases()) check(c, 1), ++count;
     check_nan(std::nanf(""), false);
     check_nan(INFINITY, true);
   }
-  std::printf("%d cases, %d differences\n", int(list.size()), failures);
+  std::printf("%d cases, %d differences\n", count, failures);
   return failures ? 1 : 0;
 } catch (std::string const& error) {
   std::printf("%s\n", error.c_str());
