@@ -48,12 +48,13 @@ class Pool {
       std::lock_guard<std::mutex> const lock(mutex_);
       task_ = &task;
       count_ = count;
+      batch_ = std::max<int64_t>(1, count / (8 * (helpers + 1)));
       next_ = 0;
       seats_ = helpers;
       for (; alive_ < helpers; ++alive_) std::thread([this] { help(); }).detach();
     }
     wake_.notify_all();
-    work(task, count);
+    work();
     std::unique_lock<std::mutex> lock(mutex_);
     seats_ = 0;  // a helper that wakes only now goes back to sleep
     idle_.wait(lock, [this] { return busy_ == 0; });
@@ -65,8 +66,10 @@ class Pool {
     return pool;
   }
 
-  void work(std::function<void(int64_t)> const& task, int64_t count) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  // Neighbouring tasks stay on one thread, a batch at a time: memory is read in longer stretches.
+  void work() {
+    for (int64_t i; (i = next_.fetch_add(batch_, std::memory_order_relaxed)) < count_;)
+      for (int64_t const end = std::min(i + batch_, count_); i < end; ++i) (*task_)(i);
   }
 
   void help() {
@@ -75,10 +78,8 @@ class Pool {
       wake_.wait(lock, [this] { return seats_ > 0; });
       --seats_;
       ++busy_;
-      auto const& task = *task_;
-      int64_t const count = count_;
       lock.unlock();
-      work(task, count);
+      work();
       lock.lock();
       if (--busy_ == 0) idle_.notify_one();
     }
@@ -88,7 +89,7 @@ class Pool {
   std::condition_variable wake_, idle_;
   std::function<void(int64_t)> const* task_ = nullptr;
   std::atomic<int64_t> next_{0};
-  int64_t count_ = 0, seats_ = 0, busy_ = 0, alive_ = 0;
+  int64_t count_ = 0, batch_ = 1, seats_ = 0, busy_ = 0, alive_ = 0;
 };
 
 Kernels const* named(char const* name) {

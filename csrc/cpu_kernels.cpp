@@ -122,6 +122,12 @@ struct Sums {
   }
 };
 
+// The hardware's prefetchers start anew on every page: this reads ahead of them (a quarter of the time).
+template <class Scalar>
+inline void prefetch(Scalar const* from) {
+  __builtin_prefetch(reinterpret_cast<char const*>(from) + 2048);
+}
+
 template <class P, class T, bool kRef>
 void error_loop(typename P::Scalar const* pred, typename P::Scalar const* ref,
                 typename T::Scalar const* target, int64_t n, double* lanes, double* ref_lanes) {
@@ -132,6 +138,9 @@ void error_loop(typename P::Scalar const* pred, typename P::Scalar const* ref,
 #pragma GCC unroll 16
       for (int step = 0; step < kSteps; ++step) {
         int64_t const at = i + step * kStep;
+        prefetch(pred + at);
+        prefetch(target + at);
+        if (kRef) prefetch(ref + at);
         Both const y = T::load(target + at), p = P::load(pred + at);
         sums.add(step, p.even - y.even, p.odd - y.odd);
         if (kRef) {
@@ -169,6 +178,8 @@ void gradient_loop(typename P::Scalar const* pred, typename T::Scalar const* tar
 #pragma GCC unroll 16
       for (int step = 0; step < kSteps; ++step) {
         int64_t const at = i + step * kStep;
+        prefetch(pred + at);
+        prefetch(target + at);
         Both const p = P::load(pred + at), y = T::load(target + at);
         F const even = p.even - y.even, odd = p.odd - y.odd;
         if (kError) sums.add(step, even, odd);
