@@ -98,11 +98,11 @@ def test_media_of_any_size_come_back_to_the_byte(frames, height, width, model):
         assert toy.predict(model, latents[None], torch.tensor([500.0]), cond).isfinite().all()
 
 
-def test_coordinates_run_from_minus_one_to_one():
+def test_coordinates_run_from_end_to_end():
     t, y, x = toy.coordinates(torch.zeros(2, 3, 1, 4, 8))[1]
     assert t.abs().max() == 0
-    assert (y[0, 0, 0].item(), y[0, 3, 0].item()) == (-1, 1)
-    assert (x[0, 0, 0].item(), x[0, 0, 7].item()) == (-1, 1)
+    assert (y[0, 0, 0].item(), y[0, 3, 0].item()) == (-4, 4)
+    assert (x[0, 0, 0].item(), x[0, 0, 7].item()) == (-4, 4)
 
 
 @pytest.mark.parametrize(

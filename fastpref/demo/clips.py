@@ -90,11 +90,11 @@ def perfect(text: str) -> Tensor:
     return (clip[0] * 255).round().to(torch.uint8)
 
 
-def flawed(prompts: list[str], generator: torch.Generator) -> Tensor:
+def flawed(prompts: list[str], generator: torch.Generator, share: float = 1.0) -> Tensor:
     """Training clips `[N, F, H, W, 3]` in [0, 1]; each kind of flaw strikes some of them.
 
     Flaws: a wrong heading, a slow or a shaky path, a leak of another colour, a tinted and a
-    speckled background.
+    speckled background. `share` scales how often they strike.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -107,7 +107,7 @@ def flawed(prompts: list[str], generator: torch.Generator) -> Tensor:
 
     def strike(probability: float, low: float, high: float) -> Tensor:
         """Sizes [N]: 0 where the flaw is absent, else uniform in [low, high]."""
-        return (uniform(n) < probability) * (low + (high - low) * uniform(n))
+        return (uniform(n) < share * probability) * (low + (high - low) * uniform(n))
 
     asked = [parse(p) for p in prompts]
     colour = torch.stack([c for c, _ in asked])

@@ -50,9 +50,14 @@ def pretrain(output: Path, steps: int, seed: int = 0, batch: int = 32, rate: flo
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     model = WanTransformer3DModel(**toy.CONFIG)
+    with torch.no_grad():
+        for block in model.blocks:
+            # Wan's gates of self-attention and feed-forward start near 0; open, motion is learned
+            # in a fraction of the steps.
+            block.scale_shift_table[:, [2, 5]] += 1
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     table = encode(clips.PRETRAINING_PROMPTS)
     running, start = 0.0, time.time()
     for step in range(steps):
@@ -64,9 +69,11 @@ def pretrain(output: Path, steps: int, seed: int = 0, batch: int = 32, rate: flo
         text = table[chosen]
         # One prompt in twenty is empty, so that guidance works too.
         text = text * (torch.rand(batch, 1, 1, generator=draw) > 0.05)
-        x0 = 2 * clips.flawed(prompts, draw).permute(0, 4, 1, 2, 3) - 1
+        # Clean clips first: motion is learned from them, and kept when the flaws set in.
+        share = min(1.0, max(0.0, 5 * step / steps - 1.0))
+        x0 = 2 * clips.flawed(prompts, draw, share).permute(0, 4, 1, 2, 3) - 1
         u = torch.rand(batch, generator=draw)
-        s = (2 * u / (1 + u)).view(-1, 1, 1, 1, 1)  # more time at the noisy end: layout first
+        s = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)  # more time at the noisy end: layout first
         noise = torch.randn(x0.shape, generator=draw)
         noisy = (1 - s) * x0 + s * noise
         pred = toy.predict(model, noisy, 1000 * s.flatten(), {"text": text})

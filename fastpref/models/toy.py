@@ -21,6 +21,7 @@ from ..process import Diffusion, FlowMatching, from_config
 TEXT_DIM = 32
 SLOTS = 8
 PATCH = 4
+SPAN = 4.0  # of the coordinate channels: above the noise, or motion is learned ten times slower
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -73,9 +74,9 @@ def process(scheduler_config: dict[str, Any]) -> FlowMatching | Diffusion:
 
 
 def coordinates(like: Tensor) -> Tensor:
-    """Channels t, y, x in [-1, 1] for a batch `[N, C, F, H, W]` -> `[N, 3, F, H, W]`."""
+    """Channels t, y, x in [-SPAN, SPAN] for a batch `[N, C, F, H, W]` -> `[N, 3, F, H, W]`."""
     sizes = like.shape[2:]
-    axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in sizes]
+    axes = [torch.linspace(-SPAN, SPAN, n) if n > 1 else torch.zeros(1) for n in sizes]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(like.device)
     return grid.to(like.dtype).expand(like.shape[0], -1, -1, -1, -1)
 
