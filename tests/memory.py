@@ -1,0 +1,60 @@
+"""A data set in memory, and a script that fills a reference cache from it: FOLDER PAUSE."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref import cache, data
+
+K = 3
+
+
+class Pairs:
+    """Seven pairs, of two shapes."""
+
+    def __init__(self) -> None:
+        self.pair_ids = [(n * 0x9E3779B97F4A7C15) % 2**63 for n in range(1, 8)]
+        self.shapes = ["long" if n == 2 else "short" for n in range(7)]
+        self.loaded = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, i: int) -> data.Pair:
+        self.loaded += 1
+        generator = torch.Generator().manual_seed(i)
+        frames = 5 if self.shapes[i] == "long" else 3
+        w, l = torch.randn(2, 16, frames, 8, 8, generator=generator)
+        text = torch.randn(5, 32, generator=generator)
+        return data.Pair(w, l, {"text": text}, 1.0, self.pair_ids[i], "")
+
+
+def prepare(k: int, batch: data.Batch) -> tuple[data.Batch, fastpref.Draws]:
+    """Draw k, with a condition changed in place as prompt dropout does."""
+    draws = fastpref.Draws(11, batch.pair_id, torch.full_like(batch.pair_id, k))
+    batch.cond["text"] = batch.cond["text"] * (1 + k)
+    return batch, draws
+
+
+def fill(folder: Path, pause: float) -> int:
+    """Fills `folder` by a reference that takes `pause` seconds a batch."""
+
+    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: object) -> Tensor:
+        time.sleep(pause)
+        return noisy * cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+    return cache.fill(
+        folder, reference, fastpref.FlowMatching(), Pairs(), prepare, {"a": 1},
+        batch_size=2, draws_per_pair=K,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cache.CHUNK = 1
+    fill(Path(sys.argv[1]), float(sys.argv[2]))
