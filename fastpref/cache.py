@@ -208,8 +208,8 @@ def drift(
     """
     changes = []
     for batch, draws in batches:
-        change = cache(None, None, None, draws) - errors(online, process, batch, draws, pair_mode)
-        w, l = change.chunk(2)
+        kept, now = (errors(r, process, batch, draws, pair_mode) for r in (cache, online))
+        w, l = (kept - now).chunk(2)
         changes.append(0.5 * beta * (w - l))
     worst = torch.cat(changes).abs().max().item()
     allowed = max(2 * margin_noise, 1e-6 * beta)

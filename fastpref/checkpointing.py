@@ -15,6 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from . import compiling
+
 Mode = Literal["none", "attention", "full"]
 
 
@@ -34,7 +36,8 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
     """
     if mode not in ("none", "attention", "full"):
         raise ValueError(f"checkpointing: expected none, attention or full, got {mode!r}")
-    found = _blocks(model, blocks)
+    found = compiling.blocks(model, blocks)
+    wrapped: dict[type, Callable[..., Any]] = {}  # blocks of a class share code once compiled
     for block in found:
         if getattr(block.forward, "is_checkpointed", False):
             del block.forward
@@ -46,8 +49,10 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
                     f"checkpointing {mode}: {type(block).__name__} has dropout {part.p}, which "
                     "would differ between a block's two runs: use checkpointing none or no dropout"
                 )
+        kind = type(block)
+        wrapped[kind] = wrapped.get(kind) or _checkpointed(kind.forward, mode)
         # A method, so that a copy of the model runs the copy's blocks.
-        block.forward = MethodType(_checkpointed(type(block).forward, mode), block)
+        block.forward = MethodType(wrapped[kind], block)
     return 0 if mode == "none" else len(found)
 
 
@@ -66,19 +71,6 @@ def keeps(op: Any) -> bool:
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _blocks(model: nn.Module, paths: str) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for path in paths.split():
-        try:
-            part = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(
-                f"checkpointing: {type(model).__name__} has no blocks at {path!r}"
-            ) from None
-        found += list(part) if isinstance(part, nn.ModuleList) else [part]
-    return found
 
 
 def _checkpointed(forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -98,21 +98,31 @@ class Prefix:
         same = len(inputs) == len(self.inputs)
         if not same or not all(a is b for a, b in zip(inputs, self.inputs, strict=True)):
             return predict()
+        # The recorded values live on in the stand-ins as long as a checkpointed graph needs them.
         outputs = self.outputs
-        places = [place for place in self.places if place[2] in outputs]
         if not self.checked:
             self.checked = True
-            with torch.no_grad():
-                whole = predict()
-                with _standing_in(places, lambda part, *args, **kwargs: outputs[part]):
-                    short = predict()
-            if not torch.allclose(whole, short, rtol=0, atol=0, equal_nan=True):
-                self._give_up("the second pass would not say the same")
-                return predict()
-        # The recorded values live on in the stand-ins as long as a checkpointed graph needs them.
+            self._check(predict, inputs)
         self.forget()
+        return predict() if self.why_not else self._second(predict, outputs)
+
+    def _second(self, predict: Callable[[], Tensor], outputs: dict[nn.Module, Any]) -> Tensor:
+        places = [place for place in self.places if place[2] in outputs]
         with _standing_in(places, lambda part, *args, **kwargs: outputs[part]):
             return predict()
+
+    def _check(self, predict: Callable[[], Tensor], inputs: tuple[Any, ...]) -> None:
+        """Whether a second pass says what a whole one does; eagerly, since compiled code rounds."""
+        compiles = "torch._dynamo" in sys.modules
+        stance = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+        with torch.no_grad(), stance:
+            with self.record(*inputs):
+                whole = predict()
+            same = self.why_not is None and torch.allclose(
+                whole, self._second(predict, self.outputs), rtol=0, atol=0, equal_nan=True
+            )
+        if not same and self.why_not is None:
+            self._give_up("the second pass would not say the same")
 
     def _give_up(self, why: str) -> None:
         self.why_not = why

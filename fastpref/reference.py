@@ -117,13 +117,17 @@ def check_on(model: nn.Module, probe: Callable[[], Tensor]) -> None:
 
 def frozen_copy(model: nn.Module, predict: Predict) -> Reference:
     """A second copy of the weights as they are now, for full fine-tuning."""
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return base(copy.deepcopy(model).eval().requires_grad_(False), predict)
+
+
+def base(model: nn.Module, predict: Predict) -> Reference:
+    """The model as it is, without gradient: what a cache is filled from."""
 
     @torch.no_grad()
     def reference(
         noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
     ) -> Tensor:
-        return predict(frozen, noisy, t, cond)
+        return predict(model, noisy, t, cond)
 
     return reference
 
@@ -170,5 +174,6 @@ def errors(
         inputs, own = member(noisy, t, target, batch.cond, row, pairs)
         pair = slice(row % pairs, row % pairs + 1)
         said = reference(*inputs, Draws(draws.seed, draws.pair_id[pair], draws.index[pair]))
-        parts.append(errors_of(said, own))
+        own_err = errors_of(said, own)  # [1], or both of the pair where they were cached
+        parts.append(own_err if said.dim() > 1 else own_err[row // pairs : row // pairs + 1])
     return torch.cat(parts)

@@ -18,7 +18,7 @@ from tiny import case, distance, gradients, plain
 from torch import nn
 
 import fastpref
-from fastpref import cache, checkpointing, data, reference, step
+from fastpref import cache, checkpointing, compiling, data, reference, step
 from fastpref.prefix import Prefix
 
 STEPS = {"joint": step.joint, "deferred": step.deferred}
@@ -213,6 +213,29 @@ def test_what_cannot_be_shared_exactly_is_not_shared(kind, says, capfd):
     assert said.count("shared prefix: off, two whole passes instead") == (says is not None)
     assert says is None or says in said
     assert [type(block) for block in model.blocks] == [nn.Linear] * 3
+
+
+def test_compiled_blocks_that_round_otherwise_still_share(capfd):
+    """The comparison runs eagerly; what is recorded and replayed comes from the compiled blocks."""
+
+    def rounding(graph, inputs):
+        return lambda *values: tuple(value + 1e-3 for value in graph.forward(*values))
+
+    torch.manual_seed(0)
+    model = Odd("plain").requires_grad_(False)
+    model.blocks[2].requires_grad_()
+    x = torch.randn(2, 4)
+    eager = model(x)
+    compiling.compile_blocks(model, "blocks", backend=rounding)
+    prefix = Prefix(model, [])
+    with torch.no_grad():
+        whole = model(x)
+        assert not torch.equal(whole, eager)
+        for _ in range(2):
+            with prefix.record(x):
+                model(x)
+            assert torch.equal(prefix.run(lambda: model(x), x), whole)
+    assert prefix.why_not is None and not capfd.readouterr().err
 
 
 def test_an_error_in_a_pass_leaves_the_model_as_it_was():
