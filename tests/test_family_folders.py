@@ -1,7 +1,10 @@
 """Folders that the families load: parts when first used, variants, and mistakes in one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,6 +45,40 @@ def test_a_folder_of_variants_alone_loads(case, tmp_path):
     )
     (row,) = case.module.encode_text(encoders, PROMPTS[:1])
     assert torch.equal(row["text"], case.cond(PROMPTS[:1])["text"][0])
+
+
+def test_a_hub_id_loads_as_a_folder_does(tmp_path):
+    """From a hub cache without a network, in a process of its own: hubs are set up at import."""
+    case, module = tiny("wan"), "fastpref.models.wan"
+    repository = tmp_path / "hub" / "models--someone--tiny-wan"
+    commit = "0123456789" * 4
+    shutil.copytree(case.path, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = f"""
+from {module} import load, pipeline, process, encode_text
+from fastpref.models.folder import scheduler_config
+name = "someone/tiny-wan"
+print(sum(p.double().sum().item() for p in load(name).parameters()))
+print(encode_text(pipeline(name), [{PROMPTS[0]!r}])[0]["text"].double().sum().item())
+print(process(scheduler_config(name)).shift)
+"""
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **where}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    weights, text, shift = map(float, done.stdout.split())
+    assert weights == pytest.approx(sum(p.double().sum().item() for p in case.model.parameters()))
+    assert text == pytest.approx(case.cond(PROMPTS[:1])["text"].double().sum().item(), rel=1e-5)
+    assert shift == 3.0
+
+
+def test_the_schedulers_config_is_read_whatever_its_class(case):
+    config = model_folder.scheduler_config(case.path)
+    assert config == case.config
+    with pytest.raises(ValueError, match=r"nowhere: no such folder"):
+        model_folder.scheduler_config("/nowhere")
 
 
 @pytest.mark.parametrize(

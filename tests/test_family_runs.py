@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from fastpref.cli import main
 from fastpref.config import Config
+from fastpref.encode import encode
 from fastpref.sample import sample, starting_noise
-from fastpref.train import add_lora
+from fastpref.train import add_lora, train
 
 STEPS = 12
 
@@ -35,9 +36,11 @@ def kill_after_checkpoint(folder: Path, step: int, *parts: str) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def trained(case: Case, given: dict, checkpoint: Path) -> torch.nn.Module:
+def trained(
+    case: Case, given: dict, checkpoint: Path, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """The base with the parameters of a checkpoint, through no export."""
-    model = case.module.load(case.path).requires_grad_(False)
+    model = case.module.load(case.path, dtype).requires_grad_(False)
     add_lora(model, Config(**given), case.module.LORA_TARGETS)
     values = load_file(checkpoint / "parameters.safetensors")
     for name, parameter in model.named_parameters():
@@ -100,3 +103,45 @@ def test_from_media_to_an_adapter_that_loads(name, tmp_path):
         seeds=[1, 2],
     )
     assert (drawn - latents["tuned"]).abs().max() < 0.01 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_ways_to_train(name, tmp_path):
+    """Recomputed activations give the same gradient, bf16 trains and samples, full training saves
+    a folder that loads.
+    """
+    case = tiny(name)
+    encoded = tmp_path / "encoded"
+    media = write_media(case.family, tmp_path / "media")
+    encode(case.family.name, case.path, media, encoded, progress=False)
+
+    def first_steps(part: str, **change) -> tuple[dict, list[dict]]:
+        given = {"family": case.family.name, "model": str(case.path), "max_train_steps": 2}
+        given = options(encoded, tmp_path / part, **given, **change)
+        train(Config(**given))
+        lines = (tmp_path / part / "metrics.jsonl").read_text().splitlines()
+        return given, [json.loads(line) for line in lines]
+
+    _, plain = first_steps("plain")
+    _, recomputed = first_steps("recomputed", checkpointing="full")
+    for a, b in zip(plain, recomputed, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["grad_norm"] > 0
+
+    given, half = first_steps("bf16", mixed_precision="bf16", checkpointing="full")
+    assert half[0]["rewards/margins"] == 0 and half[1]["rewards/margins"] != 0
+    assert half[0]["errors/policy_w"] == pytest.approx(plain[0]["errors/policy_w"], rel=0.05)
+    model = trained(case, given, tmp_path / "bf16" / "checkpoint-2", torch.bfloat16)
+    how = {"steps": 2, "seeds": [1]}
+    cond = case.cond(PROMPTS[:1])
+    clips = [
+        sample(m, case.module, case.process, cond, case.latents.shape[1:], **how)
+        for m in (model, trained(case, given, tmp_path / "bf16" / "checkpoint-2"))
+    ]
+    assert (clips[0] - clips[1]).abs().mean() < 0.05 * clips[1].abs().mean()
+
+    first_steps("full", tuning="full", lora_rank=None, learning_rate=1e-3)
+    tuned = case.module.load(tmp_path / "full")
+    values = load_file(tmp_path / "full" / "checkpoint-2" / "parameters.safetensors")
+    assert values.keys() == dict(tuned.named_parameters()).keys()
+    assert all(torch.equal(p, values[k]) for k, p in tuned.named_parameters())

@@ -18,11 +18,13 @@ SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
 
 
-def read_config(kind: type, path: str | Path, subfolder: str | None = None) -> dict[str, Any]:
+def read_config(
+    kind: type, path: str | Path, subfolder: str | None = None, *, any_class: bool = False
+) -> dict[str, Any]:
     """The JSON config of `path` (its model_index.json) or of one of its subfolders.
 
     Raises:
-        ValueError: it cannot be read, or is that of another model class than `kind`.
+        ValueError: it cannot be read, or a subfolder's is not of class `kind`.
     """
     where = f"{path}/{subfolder}" if subfolder else str(path)
     # A hub id is owner/name; anything else that is no folder is a mistake not worth a download.
@@ -36,12 +38,19 @@ def read_config(kind: type, path: str | Path, subfolder: str | None = None) -> d
             f"model {where}: {kind.config_name} cannot be read; expected a diffusers folder or a "
             f"hub id ({reason})"
         ) from None
-    if subfolder and config.get("_class_name") != kind.__name__:
+    if subfolder and not any_class and config.get("_class_name") != kind.__name__:
         raise ValueError(
             f"model {where}: expected a {kind.__name__}, got {config.get('_class_name')}: "
             "is this another family's model?"
         )
     return config
+
+
+def scheduler_config(path: str | Path) -> dict[str, Any]:
+    """The scheduler_config.json of a folder or hub id, of whatever class; ValueError: none."""
+    from diffusers import DDPMScheduler
+
+    return read_config(DDPMScheduler, path, "scheduler", any_class=True)
 
 
 def variant(path: str | Path, parts: list[str]) -> str | None:
