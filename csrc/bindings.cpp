@@ -1,4 +1,5 @@
-// The Python module fastpref._C: integers to pointers, launch errors to exceptions, build facts. No logic.
+// The Python module fastpref._C: integers to pointers, launch errors to exceptions, build facts. No
+// logic.
 //
 // _C.cpu and _C.cuda have the same functions; the last argument is the number of threads, or the stream.
 #include <pybind11/pybind11.h>
@@ -26,6 +27,12 @@ Draws draws(int64_t seed, Address pair_id, Address index) {
   return {static_cast<uint64_t>(seed), pointer<int64_t>(pair_id), pointer<int64_t>(index)};
 }
 
+Target target_of(Address data, int dtype, int64_t seed, Address pair_id, Address index, Address p,
+                 Address q) {
+  return {pointer<void>(data), Dtype(dtype), draws(seed, pair_id, index), pointer<float>(p),
+          pointer<float>(q)};
+}
+
 char const* name_of(int dtype) {
   constexpr char const* names[] = {"float32", "bfloat16", "float16"};
   return names[dtype];
@@ -35,7 +42,8 @@ char const* name_of(int dtype) {
 struct Cpu {
   using Last = int;
   template <class Args>
-  static void call(char const*, Shape const&, char const*, void (*launch)(Args const&, int), Args const& args, int threads) {
+  static void call(char const*, Shape const&, char const*, void (*launch)(Args const&, int),
+                   Args const& args, int threads) {
     py::gil_scoped_release const release;
     launch(args, threads);
   }
@@ -77,18 +85,28 @@ void define(py::module_ m) {
 
   m.def("add_noise", [](I rows, I pairs, I elements, A x0, int x0_dtype, A out, int out_dtype, I seed,
                         A pair_id, A index, A a, A s, Last last) {
-    NoiseArgs const args{{rows, pairs, rows, elements}, pointer<void>(x0), pointer<void>(out), Dtype(x0_dtype),
-                         Dtype(out_dtype), draws(seed, pair_id, index), pointer<float>(a), pointer<float>(s)};
+    NoiseArgs const args{{rows, pairs, rows, elements},
+                         pointer<void>(x0),
+                         pointer<void>(out),
+                         Dtype(x0_dtype),
+                         Dtype(out_dtype),
+                         draws(seed, pair_id, index),
+                         pointer<float>(a),
+                         pointer<float>(s)};
     Device::call("add_noise", args.shape, name_of(x0_dtype), Device::add_noise, args, last);
   });
 
   m.def("pair_error", [](I rows, I pairs, I pred_rows, I elements, A pred, A ref, int dtype, A target,
                          int target_dtype, I seed, A pair_id, A index, A p, A q, A err, A ref_err,
                          A workspace, Last last) {
-    ErrorArgs const args{{rows, pairs, pred_rows, elements}, pointer<void>(pred), pointer<void>(ref),
-                         Dtype(dtype), {pointer<void>(target), Dtype(target_dtype),
-                         draws(seed, pair_id, index), pointer<float>(p), pointer<float>(q)},
-                         pointer<double>(err), pointer<double>(ref_err), pointer<void>(workspace)};
+    ErrorArgs const args{{rows, pairs, pred_rows, elements},
+                         pointer<void>(pred),
+                         pointer<void>(ref),
+                         Dtype(dtype),
+                         target_of(target, target_dtype, seed, pair_id, index, p, q),
+                         pointer<double>(err),
+                         pointer<double>(ref_err),
+                         pointer<void>(workspace)};
     Device::call("pair_error", args.shape, name_of(dtype), Device::pair_error, args, last);
   });
 
@@ -96,46 +114,68 @@ void define(py::module_ m) {
                         int target_dtype, I seed, A pair_id, A index, A p, A q, A err, A ref_err,
                         A workspace, int objective, A hyper, A gain, A weight, A loss, A pair_loss,
                         A margin, A importance, A coef, Last last) {
-    LossArgs const args{
-        {{2 * pairs, pairs, pred_rows, elements}, pointer<void>(pred), pointer<void>(ref), Dtype(dtype),
-         {pointer<void>(target), Dtype(target_dtype), draws(seed, pair_id, index), pointer<float>(p),
-          pointer<float>(q)},
-         pointer<double>(err), pointer<double>(ref_err), pointer<void>(workspace)},
-        {pairs, objective, pointer<double>(hyper), pointer<double>(gain), pointer<double>(weight),
-         pointer<double>(err), pointer<double>(ref_err), pointer<double>(loss), pointer<double>(pair_loss),
-         pointer<double>(margin), pointer<double>(importance), pointer<double>(coef)}};
+    LossArgs const args{{{2 * pairs, pairs, pred_rows, elements},
+                         pointer<void>(pred),
+                         pointer<void>(ref),
+                         Dtype(dtype),
+                         target_of(target, target_dtype, seed, pair_id, index, p, q),
+                         pointer<double>(err),
+                         pointer<double>(ref_err),
+                         pointer<void>(workspace)},
+                        {pairs, objective, pointer<double>(hyper), pointer<double>(gain),
+                         pointer<double>(weight), pointer<double>(err), pointer<double>(ref_err),
+                         pointer<double>(loss), pointer<double>(pair_loss), pointer<double>(margin),
+                         pointer<double>(importance), pointer<double>(coef)}};
     Device::call("pair_loss", args.error.shape, name_of(dtype), Device::pair_loss, args, last);
   });
 
   m.def("loss_epilogue", [](I pairs, int objective, A hyper, A gain, A weight, A err, A ref_err, A loss,
                             A pair_loss, A margin, A importance, A coef, Last last) {
-    EpilogueArgs const args{pairs, objective, pointer<double>(hyper), pointer<double>(gain),
-                            pointer<double>(weight), pointer<double>(err), pointer<double>(ref_err),
-                            pointer<double>(loss), pointer<double>(pair_loss), pointer<double>(margin),
-                            pointer<double>(importance), pointer<double>(coef)};
-    Device::call("loss_epilogue", {2 * pairs, pairs, 2 * pairs, 0}, "float64", Device::loss_epilogue, args, last);
+    EpilogueArgs const args{pairs,
+                            objective,
+                            pointer<double>(hyper),
+                            pointer<double>(gain),
+                            pointer<double>(weight),
+                            pointer<double>(err),
+                            pointer<double>(ref_err),
+                            pointer<double>(loss),
+                            pointer<double>(pair_loss),
+                            pointer<double>(margin),
+                            pointer<double>(importance),
+                            pointer<double>(coef)};
+    Device::call("loss_epilogue", {2 * pairs, pairs, 2 * pairs, 0}, "float64", Device::loss_epilogue,
+                 args, last);
   });
 
-  m.def("pair_grad", [](I rows, I pairs, I pred_rows, I elements, A pred, int dtype, A target,
-                        int target_dtype, I seed, A pair_id, A index, A p, A q, A coef, A grad,
-                        double scale, A grad_pred, Last last) {
-    GradArgs const args{{rows, pairs, pred_rows, elements}, pointer<void>(pred), Dtype(dtype),
-                        {pointer<void>(target), Dtype(target_dtype), draws(seed, pair_id, index),
-                         pointer<float>(p), pointer<float>(q)},
-                        pointer<double>(coef), pointer<double>(grad), scale, pointer<void>(grad_pred)};
-    Device::call("pair_grad", args.shape, name_of(dtype), Device::pair_grad, args, last);
-  });
+  m.def("pair_grad",
+        [](I rows, I pairs, I pred_rows, I elements, A pred, int dtype, A target, int target_dtype,
+           I seed, A pair_id, A index, A p, A q, A coef, A grad, double scale, A grad_pred, Last last) {
+          GradArgs const args{{rows, pairs, pred_rows, elements},
+                              pointer<void>(pred),
+                              Dtype(dtype),
+                              target_of(target, target_dtype, seed, pair_id, index, p, q),
+                              pointer<double>(coef),
+                              pointer<double>(grad),
+                              scale,
+                              pointer<void>(grad_pred)};
+          Device::call("pair_grad", args.shape, name_of(dtype), Device::pair_grad, args, last);
+        });
 
-  m.def("unit_seed", [](I rows, I pairs, I elements, A pred, int dtype, A target, int target_dtype,
-                        I seed, A pair_id, A index, A p, A q, A err, A workspace, double scale, A out,
-                        Last last) {
-    SeedArgs const args{{{rows, pairs, rows, elements}, pointer<void>(pred), nullptr, Dtype(dtype),
-                         {pointer<void>(target), Dtype(target_dtype), draws(seed, pair_id, index),
-                          pointer<float>(p), pointer<float>(q)},
-                         pointer<double>(err), nullptr, pointer<void>(workspace)},
-                        scale, pointer<void>(out)};
-    Device::call("unit_seed", args.error.shape, name_of(dtype), Device::unit_seed, args, last);
-  });
+  m.def("unit_seed",
+        [](I rows, I pairs, I elements, A pred, int dtype, A target, int target_dtype, I seed, A pair_id,
+           A index, A p, A q, A err, A workspace, double scale, A out, Last last) {
+          SeedArgs const args{{{rows, pairs, rows, elements},
+                               pointer<void>(pred),
+                               nullptr,
+                               Dtype(dtype),
+                               target_of(target, target_dtype, seed, pair_id, index, p, q),
+                               pointer<double>(err),
+                               nullptr,
+                               pointer<void>(workspace)},
+                              scale,
+                              pointer<void>(out)};
+          Device::call("unit_seed", args.error.shape, name_of(dtype), Device::unit_seed, args, last);
+        });
 }
 
 }  // namespace
@@ -148,10 +188,10 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTPREF_WITH_CUDA
   py::module_ cuda_module = m.def_submodule("cuda");
   define<Cuda>(cuda_module);
-  cuda_module.def("workspace_bytes", [](int64_t rows, int64_t pairs, int64_t pred_rows, int64_t elements,
-                                        bool with_ref) {
-    return cuda::workspace_bytes({rows, pairs, pred_rows, elements}, with_ref);
-  });
+  cuda_module.def("workspace_bytes",
+                  [](int64_t rows, int64_t pairs, int64_t pred_rows, int64_t elements, bool with_ref) {
+                    return cuda::workspace_bytes({rows, pairs, pred_rows, elements}, with_ref);
+                  });
 #endif
   m.attr("objectives") = cpu::objectives();
   m.def("build_info", [] {

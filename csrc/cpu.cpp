@@ -1,4 +1,5 @@
-// The CPU launchers: rows cut into chunks, chunks handed to a small thread pool, sums put together in order.
+// The CPU launchers: rows cut into chunks, chunks handed to a small thread pool, sums put together in
+// order.
 //
 // Work is cut by (pair, chunk), so both members of a pair share one regeneration of their noise. Every
 // partial sum has its own slot and slots are added in order: threads change nothing but the time.
@@ -147,7 +148,8 @@ void for_each_chunk(Shape const& shape, int threads, F const& body) {
   });
 }
 
-void draw(Kernels const& k, Draws const& draws, int64_t pair, int64_t begin, int64_t length, float* eps) {
+void draw(Kernels const& k, Draws const& draws, int64_t pair, int64_t begin, int64_t length,
+          float* eps) {
   Key const key = make_key(draws.seed, draws.pair_id[pair], draws.index[pair], Domain::noise);
   k.normals(key, static_cast<uint32_t>(begin / 4), (length + 3) / 4, eps);
 }
@@ -189,7 +191,9 @@ double total(double const* lanes) {
 struct Partials {
   explicit Partials(Shape const& shape)
       : chunks(chunks_of(shape.elements)), elements(shape.elements), slots(shape.rows * chunks) {}
-  void set(int64_t row, int64_t chunk, double const* lanes) { slots[row * chunks + chunk] = total(lanes); }
+  void set(int64_t row, int64_t chunk, double const* lanes) {
+    slots[row * chunks + chunk] = total(lanes);
+  }
   void means(double* err) const {
     for (int64_t row = 0; row * chunks < static_cast<int64_t>(slots.size()); ++row) {
       double sum = 0;
@@ -242,17 +246,16 @@ void pair_error(ErrorArgs const& args, int threads) {
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     int64_t const members = shape.rows / shape.pairs;
     double lanes[2][kLanes] = {}, ref_lanes[2][kLanes] = {};
-    for_targets(k, shape, args.target, piece,
-                [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
-                  auto const sum = k.errors[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
-                  for (int64_t m = 0; m < members; ++m) {
-                    int64_t const row = (piece.pair + m * shape.pairs) % shape.pred_rows;
-                    int64_t const offset = row * shape.elements + begin;
-                    sum(at(args.pred, args.dtype, offset),
-                        args.ref ? at(args.ref, args.dtype, offset) : nullptr, y[m], length, lanes[m],
-                        ref_lanes[m]);
-                  }
-                });
+    for_targets(
+        k, shape, args.target, piece, [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
+          auto const sum = k.errors[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
+          for (int64_t m = 0; m < members; ++m) {
+            int64_t const row = (piece.pair + m * shape.pairs) % shape.pred_rows;
+            int64_t const offset = row * shape.elements + begin;
+            sum(at(args.pred, args.dtype, offset), args.ref ? at(args.ref, args.dtype, offset) : nullptr,
+                y[m], length, lanes[m], ref_lanes[m]);
+          }
+        });
     for (int64_t m = 0; m < members; ++m) {
       err.set(piece.pair + m * shape.pairs, piece.chunk, lanes[m]);
       ref_err.set(piece.pair + m * shape.pairs, piece.chunk, ref_lanes[m]);
@@ -268,9 +271,9 @@ void loss_epilogue(EpilogueArgs const& args) {
   double sum = 0;
   for (int64_t w = 0; w < args.pairs; ++w) {
     int64_t const l = w + args.pairs;
-    PairResult const r = evaluate(args.objective, args.err[w], args.err[l], args.ref_err[w],
-                                  args.ref_err[l], args.gain ? args.gain[w] : 0.0,
-                                  args.weight ? args.weight[w] : 1.0, hyper);
+    PairResult const r =
+        evaluate(args.objective, args.err[w], args.err[l], args.ref_err[w], args.ref_err[l],
+                 args.gain ? args.gain[w] : 0.0, args.weight ? args.weight[w] : 1.0, hyper);
     sum += args.pair_loss[w] = r.loss;
     args.margin[w] = r.margin;
     args.importance[w] = r.importance_w;
@@ -293,8 +296,7 @@ void pair_grad(GradArgs const& args, int threads) {
   bool const shared = shape.pred_rows < shape.rows;  // both members' terms go into one row
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     for_targets(
-        k, shape, args.target, piece,
-        [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
+        k, shape, args.target, piece, [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
           auto const gradient = k.gradient[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
           for (int64_t row = piece.pair, m = 0; row < shape.pred_rows; row += shape.pairs, ++m) {
             int64_t const offset = row * shape.elements + begin;

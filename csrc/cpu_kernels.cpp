@@ -1,9 +1,13 @@
 // The vector loops of the CPU side; setup.py compiles this file once per instruction set.
 //
-// FASTPREF_ISA names the table, FASTPREF_WIDTH the floats in a vector. Compiler vectors, no intrinsics:
-// multiplications and additions stay apart (-ffp-contract=off), so the width never shows in a result.
+// FASTPREF_ISA names the table, FASTPREF_WIDTH the floats in a vector. The width never shows in a
+// result: multiplications and additions stay apart (-ffp-contract=off) and sums have kLanes lanes in
+// every set.
 #define FASTPREF_HD static inline  // own copies of the inline functions: each set compiles its own
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "cpu_kernels.h"
 
@@ -16,8 +20,9 @@ constexpr int kSteps = kLanes / kStep;
 typedef float F __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t U __attribute__((vector_size(4 * kWidth)));
 
-// kStep elements, those at even and at odd places apart: two 16-bit values then come out of one word with
-// a shift and a mask. So element e of a group of kLanes belongs to lane e / 2, plus kLanes / 2 if e is odd.
+// kStep elements, those at even and at odd places apart: two 16-bit values then come out of one word
+// with a shift and a mask. So element e of a group of kLanes belongs to lane e / 2, plus kLanes / 2 if e
+// is odd.
 struct Both {
   F even, odd;
 };
@@ -215,13 +220,68 @@ void gradient(void const* pred, void const* target, void const* other, int64_t n
        static_cast<typename P::Scalar*>(out), lanes);
 }
 
+// philox() and to_normals() of philox.h for kGroups groups at once. The former is written out in
+// vectors, as compilers miss the 32 x 32 -> 64 bit multiplication; the latter they vectorise themselves.
+typedef uint64_t D __attribute__((vector_size(4 * kWidth)));
+constexpr int kGroups = 64;
+
+struct Product {
+  U high, low;
+};
+
+inline D multiply_even(U a, D b) {
+#if defined(__x86_64__) && FASTPREF_WIDTH == 16
+  return (D)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__x86_64__) && FASTPREF_WIDTH == 8
+  return (D)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (D)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return ((D)a & 0xffffffffu) * b;
+#endif
+}
+
+inline Product multiply(U a, uint32_t by) {
+  D const b = (D){} + by;
+  D const even = multiply_even(a, b), odd = multiply_even((U)((D)a >> 32), b);
+  return {(U)((even >> 32) | (odd & 0xffffffff00000000u)), (U)((even & 0xffffffffu) | (odd << 32))};
+}
+
+template <uint32_t... I>
+inline U counting(uint32_t from, std::integer_sequence<uint32_t, I...>) {
+  return U{(from + I)...};
+}
+
+inline void philox_vector(Key const& key, uint32_t first, uint32_t* x, uint32_t* y, uint32_t* z,
+                          uint32_t* w) {
+  U c0 = counting(first, Places()), c1 = (U){} + key.draw, c2 = (U){} + key.id_lo,
+    c3 = (U){} + key.id_hi;
+  uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    Product const p0 = multiply(c0, 0xD2511F53u), p1 = multiply(c2, 0xCD9E8D57u);
+    c0 = p1.high ^ c1 ^ k0;
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ k1;
+    c3 = p0.low;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  memcpy(x, &c0, sizeof c0);
+  memcpy(y, &c1, sizeof c1);
+  memcpy(z, &c2, sizeof c2);
+  memcpy(w, &c3, sizeof c3);
+}
+
 void normals_loop(Key const& key, uint32_t first, int64_t groups, float* out) {
-  for (int64_t g = 0; g < groups; ++g) {
-    Normals const v = normals(key, first + static_cast<uint32_t>(g));
-    out[4 * g] = v.x;
-    out[4 * g + 1] = v.y;
-    out[4 * g + 2] = v.z;
-    out[4 * g + 3] = v.w;
+  uint32_t x[kGroups], y[kGroups], z[kGroups], w[kGroups];
+  Normals made[kGroups];
+  for (int64_t done = 0; done < groups; done += kGroups) {
+    uint32_t const from = first + static_cast<uint32_t>(done);
+    for (int g = 0; g < kGroups; g += kWidth) philox_vector(key, from + g, x + g, y + g, z + g, w + g);
+    for (int g = 0; g < kGroups; ++g) made[g] = to_normals({x[g], y[g], z[g], w[g]});
+    int64_t const some = groups - done < kGroups ? groups - done : kGroups;
+    memcpy(out + 4 * done, made, some * sizeof *made);
   }
 }
 

@@ -1,13 +1,14 @@
-// The inner loops of the CPU launchers: one table of functions per instruction set, equal bits from each.
+// The inner loops of the CPU launchers: one table of functions per instruction set, equal bits from
+// each.
 #pragma once
 #include "kernels.h"
 #include "philox.h"
 
 namespace fastpref::cpu {
 
-constexpr int kLanes = 64;    // parallel sums of squares, whatever the width of the machine's vectors
-constexpr int kBlock = 512;   // elements summed in fp32 (8 a lane) before the lanes go to float64
-constexpr int kDtypes = 3;    // in the order of Dtype
+constexpr int kLanes = 64;   // parallel sums of squares, whatever the width of the machine's vectors
+constexpr int kBlock = 512;  // elements summed in fp32 (8 a lane) before the lanes go to float64
+constexpr int kDtypes = 3;   // in the order of Dtype
 
 // All pointers may be unaligned; n counts elements. `lanes` are [kLanes] float64 sums, added to.
 struct Kernels {
@@ -32,7 +33,8 @@ extern Kernels const portable;
 extern Kernels const avx2, avx512;
 #endif
 
-// Chooses an instruction set by name, in place of the widest; false where this machine or build has none such.
+// Chooses an instruction set by name, in place of the widest; false where this machine or build has none
+// such.
 bool use(char const* name);
 
 // How many objectives csrc/objectives.h has: numbers from here on are for the oracle.
