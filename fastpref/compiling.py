@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Compilations of one block's code: three per shape of batch, and shapes come in buckets.
 LIMIT = 96
@@ -14,9 +18,9 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
 
     All blocks of a class share their compiled code, and a shape of batch costs three compilations
     of it: adapters off; adapters on, first block (no gradient enters an input below the adapters)
-    and the others. Nothing is compiled in the middle of a block: what cannot be is an error.
-    A pass in another mode, such as adapters on without gradient, costs a compilation more:
-    `eagerly` avoids that where speed does not count.
+    and the others. A block is compiled whole: what cannot be traced is an error. A pass in another
+    mode, such as adapters on without gradient, costs a compilation more: `eagerly` avoids that
+    where speed does not count.
 
     paths: of the family's blocks, a space between them: lists of blocks, or single ones.
 
@@ -26,9 +30,28 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
     found = blocks(model, paths)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     for block in found:
-        # Not block.forward: a copy of the model would run the blocks of the original.
-        block.compile(backend=backend, fullgraph=True, dynamic=False)
+        forward = torch.compile(
+            block.forward.__func__, backend=backend, fullgraph=True, dynamic=False
+        )
+        if block is found[0]:
+            forward = _plainly(forward)
+        # A method, so that a copy of the model runs the copy's blocks.
+        block.forward = MethodType(forward, block)
     return len(found)
+
+
+def _plainly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Some models hand their first block slices, with other strides than blocks hand on, and code
+    for those would be one compilation more.
+    """
+
+    def plain(value: Any) -> Any:
+        return value.reshape(-1).view(value.shape) if isinstance(value, Tensor) else value
+
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(block, *map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
+
+    return run
 
 
 def blocks(model: nn.Module, paths: str) -> list[nn.Module]:

@@ -1,0 +1,185 @@
+"""Blocks compiled in place: the same numbers, three compilations, adapters on and off."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel, UNet2DConditionModel, WanTransformer3DModel
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from fastpref import checkpointing, compiling, models, reference
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def wan():
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=48,
+        num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    noisy = torch.randn(2, 16, 3, 8, 8)
+    return models.family("wan"), model, noisy, {"text": torch.randn(2, 7, 32)}
+
+
+def cogvideox():
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
+        time_embed_dim=8, text_embed_dim=32, num_layers=2, sample_width=8, sample_height=8,
+        sample_frames=9, max_text_seq_length=6,
+    )  # fmt: skip
+    noisy = torch.randn(1, 16, 3, 8, 8)
+    return models.family("cogvideox"), model, noisy, {"text": torch.randn(1, 6, 32)}
+
+
+def unet():
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+    )  # fmt: skip
+    noisy = torch.randn(2, 4, 1, 8, 8)
+    return models.family("stable_diffusion"), model, noisy, {"text": torch.randn(2, 7, 32)}
+
+
+class Run:
+    """A model with adapters that matter, and what a training step asks of it."""
+
+    def __init__(self, make) -> None:
+        torch.manual_seed(0)
+        self.family, self.model, self.noisy, self.cond = make()
+        self.t = torch.full((len(self.noisy),), 300.0)
+        self.model.requires_grad_(False)
+        self.base = self.policy()
+        lora = peft.LoraConfig(r=4, target_modules=self.family.LORA_TARGETS)
+        peft.inject_adapter_in_model(lora, self.model)
+        for name, p in self.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.1)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.reference = reference.adapters_off(self.model, self.family.predict)
+
+    def policy(self) -> Tensor:
+        return self.family.predict(self.model, self.noisy, self.t, self.cond)
+
+    def step(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Reference, policy, gradients."""
+        ref = self.reference(self.noisy, self.t, self.cond)
+        pred = self.policy()
+        grads = torch.autograd.grad((pred - self.noisy).square().mean(), self.parameters)
+        return ref, pred.detach(), list(grads)
+
+    def move(self) -> None:
+        """As an optimiser does."""
+        with torch.no_grad():
+            for p in self.parameters:
+                p += 0.05 * torch.sign(p)
+
+
+def compilations() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def check(make, expected: int, backend="aot_eager", mode="none", **tolerance) -> None:
+    """Three steps, the weights moving between them, each against the same step uncompiled."""
+    run = Run(make)
+    checkpointing.apply(run.model, run.family.BLOCKS, mode)
+    assert compiling.compile_blocks(run.model, run.family.BLOCKS, backend=backend) > 1
+    for _ in range(3):
+        compiled = run.step()
+        assert compilations() == expected, "all in the first step, none after"
+        with compiling.eagerly():
+            plain = run.step()
+        assert compilations() == expected
+        torch.testing.assert_close(compiled, plain, **tolerance)
+        off, on, grads = compiled
+        torch.testing.assert_close(off, run.base, **tolerance)
+        assert (off - on).abs().max() > 0.01, "adapters on and off say the same"
+        assert min(g.abs().max() for g in grads) > 0
+        run.move()
+
+
+@pytest.mark.parametrize("mode", ["none", "attention"])
+def test_three_compilations_and_the_same_numbers(mode):
+    """Reference, first block, other blocks; checkpointing is part of what is compiled."""
+    check(wan, 3, mode=mode, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled_keeps_what_checkpointing_keeps():
+    """In the compiled backward of `full` attention is computed again, in that of `attention` not;
+    a copy of the model has compiled blocks of its own.
+    """
+    again: list[int] = []
+
+    def seen(graph, inputs):
+        # Among the arguments too: a recomputed operator may be wrapped in one that sets the seed.
+        again.append(sum(ATTENTION in (n.target, *n.args) for n in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        bw_compiler=seen,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    expected = {"full": 2, "attention": 0}  # self- and cross-attention
+    for mode, count in expected.items():
+        torch._dynamo.reset()
+        again.clear()
+        run = Run(wan)
+        checkpointing.apply(run.model, "blocks", mode)
+        compiling.compile_blocks(run.model, "blocks", backend=backend)
+        run.step()
+        assert again == [count, count], mode  # first block, other blocks
+
+    said, twin = run.policy().detach(), copy.deepcopy(run.model)
+    for p in twin.parameters():
+        p.data.zero_()
+    before = compilations()
+    assert torch.equal(run.policy(), said) and not run.policy().eq(0).all()
+    run.model = twin
+    assert run.policy().eq(0).all() and compilations() == before
+
+
+def test_a_path_that_leads_nowhere():
+    with pytest.raises(ValueError, match="WanTransformer3DModel has no blocks at 'layers'"):
+        compiling.compile_blocks(wan()[1], "layers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, expected", [(cogvideox, 3), (unet, 10)])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_other_families(make, expected, mode):
+    """A UNet's five blocks are five different ones, each with one way in."""
+    check(make, expected, mode=mode, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, mode", [(wan, "none"), (wan, "attention"), (cogvideox, "none")])
+def test_inductor(make, mode):
+    check(make, 3, backend="inductor", mode=mode, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["none", "attention", "full"])
+def test_inductor_on_a_gpu(mode):
+    def make():
+        family, model, noisy, cond = wan()
+        return family, model.cuda(), noisy.cuda(), {"text": cond["text"].cuda()}
+
+    with torch.device("cuda"):  # the times, too
+        check(make, 3, backend="inductor", mode=mode, rtol=1e-3, atol=1e-4)
