@@ -182,6 +182,7 @@ def cached(
     known_ids = known_ids.to(device)
 
     def reference(noisy: Any, t: Any, cond: Any, draws: Draws) -> Tensor:
+        draws = draws.to(table.device)
         row = torch.searchsorted(known_ids, draws.pair_id).clamp(max=len(known_ids) - 1)
         there = (known_ids[row] == draws.pair_id) & (draws.index < table.shape[1])
         found = table[row, draws.index.clamp(max=table.shape[1] - 1)]  # [B, 2]
