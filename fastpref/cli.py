@@ -86,7 +86,11 @@ def encode(rest: list[str]) -> None:
 
 def model_options(name: str, what: str) -> Parser:
     options = parser(name, what)
-    options.add_argument("--family", required=True, help="toy, or a module with the nine names")
+    options.add_argument(
+        "--family",
+        required=True,
+        help="wan, cogvideox, stable_diffusion, toy, or a module",
+    )
     options.add_argument("--model", required=True, help="diffusers model folder")
     options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
     options.add_argument("--seed", type=int, default=0)
@@ -99,45 +103,46 @@ def load(options: argparse.Namespace) -> tuple:
     import torch
 
     from . import checkpoint, models
-    from .train import read_process
+    from .models.folder import scheduler_config
 
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:
         checkpoint.load_lora(options.lora, model)
-    return family, read_process(options.model, family), model.to(options.device).eval()
+    process = family.process(scheduler_config(options.model))
+    return family, process, model.to(options.device).eval()
 
 
 def sample(rest: list[str]) -> None:
-    options = model_options("sample", "Writes one clip per prompt and seed as lossless mp4.")
+    options = model_options("sample", "Writes one clip per prompt as lossless mp4.")
     options.add_argument("--prompts", nargs="+", required=True)
     options.add_argument("--output_dir", required=True)
-    options.add_argument(
-        "--shape", default="3x8x12x12", help="latents: channels x frames x height x width"
-    )
-    options.add_argument("--steps", type=int, default=20)
-    options.add_argument("--fps", type=int, default=8)
+    for name, what in (("num_frames", "frames"), ("height", "pixels"), ("width", "pixels")):
+        options.add_argument(f"--{name}", type=int, required=True, metavar=what.upper())
+    options.add_argument("--steps", type=int, default=50)
+    options.add_argument("--guidance_scale", type=float, default=1.0, help="1: none")
+    options.add_argument("--fps", type=float, default=8)
     options = options.parse_args(rest)
     import torch
 
     from .media import write_clip
-    from .sample import sample as draw
+    from .validation import Prompts
 
-    try:
-        shape = [int(n) for n in options.shape.split("x")]
-    except ValueError:
-        raise ValueError(f"--shape: expected CxFxHxW, got {options.shape}") from None
     family, process, model = load(options)
-    pipe = family.pipeline(options.model, torch.float32)
-    rows = family.encode_text(pipe, options.prompts)
-    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    prompts = Prompts(
+        family,
+        process,
+        options.model,
+        options.prompts,
+        torch.device(options.device),
+        guidance_scale=options.guidance_scale,
+    )
     seeds = [options.seed + i for i in range(len(options.prompts))]
-    latents = draw(model, family, process, cond, shape, steps=options.steps, seeds=seeds)
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, prompt, latent in zip(seeds, options.prompts, latents, strict=True):
-        path = folder / f"{seed:04d}.mp4"
-        write_clip(path, family.decode(pipe, latent), options.fps)
+    shape = prompts.shape(options.num_frames, options.height, options.width)
+    clips = prompts.clips(model, shape, options.steps, seeds)
+    for seed, prompt, clip in zip(seeds, options.prompts, clips, strict=True):
+        path = Path(options.output_dir) / f"{seed:04d}.mp4"
+        write_clip(path, clip, options.fps)
         print(f"{path}: {prompt}")
 
 

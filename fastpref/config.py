@@ -25,6 +25,8 @@ FREE_FIELDS = {
     "report_to",
     "validation_prompts",
     "validation_steps",
+    "validation_sampling_steps",
+    "validation_guidance_scale",
     "num_workers",
 }
 
@@ -98,6 +100,7 @@ class Config:
             tuned.
         validation_steps: optimiser steps between validation samples.
         validation_sampling_steps: sampler steps of the validation clips.
+        validation_guidance_scale: guidance of the validation clips; 1: none.
         report_to: comma-separated trackers beside metrics.jsonl: tensorboard, wandb, trackio, or
             none.
     """
@@ -155,6 +158,7 @@ class Config:
     validation_prompts: list[str] | None = None
     validation_steps: int = 100
     validation_sampling_steps: int = 20
+    validation_guidance_scale: float = 1.0
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:

@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> None:
     parser.error = fail  # type: ignore[method-assign]
     add = parser.add_argument
     add("--data", required=True, help="folder with metadata, metadata file, or HF dataset")
-    add("--family", help="toy, or a module with the nine names")
+    add("--family", help="wan, cogvideox, stable_diffusion, toy, or a module")
     add("--model", help="diffusers model folder")
     add("--output_dir", help="the encoded set; the same command run again goes on")
     add("--num_frames", type=int, help="frames per clip; default: all of them")

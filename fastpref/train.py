@@ -19,10 +19,11 @@ from .config import FREE_FIELDS, Config
 from .files import identity, write_atomic
 from .functional import Draws, PairLoss, loss_from_errors, pair_error, preference_loss
 from .guard import Guard, Interrupted, Signals
+from .models.folder import scheduler_config
 from .objectives import DPO
 from .oracle import PROMPT_DROPOUT, uniform
 from .telemetry import Log, Meter, pair_values
-from .validation import sample_prompts, write_validation
+from .validation import Prompts, write_sheet
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -125,13 +126,25 @@ def train(config: Config) -> dict[str, Any]:
     warn_of_repeats(config, len(dataset))
     announce(config, model, dataset, objective, device, dtype, noise)
 
+    prompts = None
+    if config.validation_prompts:
+        prompts = Prompts(
+            family,
+            process,
+            config.model,
+            config.validation_prompts,
+            device,
+            dtype,
+            config.validation_guidance_scale,
+        )
+
     def validate(step: int) -> None:
-        """Clips of the validation prompts, base beside tuned at the same seeds:
-        validation/*.png.
-        """
-        if config.validation_prompts and step % config.validation_steps == 0:
-            clips = sample_prompts(config, family, process, model, dataset[0].latents_w.shape)
-            write_validation(folder / "validation", step, config.validation_prompts, clips)
+        """Clips of the validation prompts, base beside tuned at the same seeds, as pictures."""
+        if prompts and step % config.validation_steps == 0:
+            seeds = range(len(prompts.prompts))
+            shape = dataset[0].latents_w.shape
+            clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
+            write_sheet(folder / "validation", step, prompts.prompts, clips)
 
     if begin == 0:
         validate(0)
@@ -286,6 +299,8 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             height=config.height,
             width=config.width,
             fps=config.fps,
+            dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
+            device=config.device,
         )
     return data.PairDataset(path)
 
@@ -315,7 +330,7 @@ def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str])
 
 def make_process(config: Config, family: Any) -> Any:
     """The family's noising with the run's window, sampling and importance grid."""
-    process = read_process(config.model, family)
+    process = family.process(scheduler_config(config.model))
     changes: dict[str, Any] = {"timestep_range": config.timestep_range}
     for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
         if getattr(config, field) is not None:
@@ -326,16 +341,6 @@ def make_process(config: Config, family: Any) -> Any:
                 raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
             changes[name] = getattr(config, name)
     return process.replace(**changes)
-
-
-def read_process(model: str, family: Any) -> Any:
-    """The noising process of a diffusers folder's scheduler."""
-    path = Path(model) / "scheduler" / "scheduler_config.json"
-    if not path.exists():
-        raise ValueError(
-            f"model {model}: expected a diffusers folder with scheduler/scheduler_config.json"
-        )
-    return family.process(json.loads(path.read_text()))
 
 
 def schedule(config: Config, step: int) -> float:

@@ -24,7 +24,8 @@ def family(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not target.startswith(error.name or ""):
             raise ValueError(f"family {name}: needs the package {error.name}; install it") from None
-        known = ", ".join(module.name for module in pkgutil.iter_modules(__path__))
+        found = [module.name for module in pkgutil.iter_modules(__path__)]
+        known = ", ".join(name for name in found if name != "folder")
         raise ValueError(
             f"family: expected one of {known} or a module such as my_pkg.mine, got {name!r}"
         ) from None
