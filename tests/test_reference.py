@@ -112,6 +112,34 @@ def test_adapters_on_every_block_still_share_the_embedders(name):
     assert [calls[path] for path in SHARED[name][:2]] == [1, 1]
 
 
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "sd15"])
+def test_the_prefix_in_bfloat16_as_runs_have_it(name, form):
+    """Weights in bfloat16, adapters in float32, under autocast: equal to the bit; a zero adapter
+    starts at the reference.
+    """
+    c = case(name, torch.bfloat16, half=True)
+    with torch.no_grad():
+        for p in c.parameters:
+            p.data = p.data.float()
+        for key, p in c.model.named_parameters():
+            if "lora_B" in key:
+                p.zero_()
+
+    def predict(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return c.family.predict(*arguments)
+
+    whole, wanted = run(
+        c, form, lambda *inputs: predict(c.model, *inputs), reference.adapters_off(c.model, predict)
+    )
+    policy, ref = reference.shared_prefix(c.model, predict)
+    for _ in range(2):
+        out, gradient = run(c, form, policy, ref)
+        assert (out.margin == 0).all() and torch.equal(out.err, whole.err)
+        assert torch.equal(gradient, wanted) and gradient.norm() > 0
+
+
 @pytest.mark.parametrize("mode", ["attention", "full"])
 @pytest.mark.parametrize("form", STEPS)
 def test_prefix_and_checkpointing_go_together(form, mode):

@@ -77,6 +77,15 @@ def test_every_objective_in_float64(form, objective):
 
 
 @pytest.mark.parametrize("form", STEPS)
+def test_a_transformer_in_float64(form):
+    """CogVideoX-2B; Wan's and 5B's own code computes parts in float32 whatever the dtype."""
+    c, objective = case("cogvideox-2b", torch.float64), make("dpo")
+    expected = plain(c, objective)
+    wanted = gradients(c.parameters)
+    assert_same(*run(c, form, objective), expected, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("form", STEPS)
 @pytest.mark.parametrize("name", ["toy", "cogvideox-5b", "sd15"])
 def test_a_zero_adapter_starts_at_the_reference_exactly(name, form):
     c = case(name)
