@@ -13,6 +13,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
   demo      make preference pairs with a tiny video model, train on them, print who wins
   train     train on your own pairs:   fastpref train --config FILE [--field value ...]
   encode    media and prompts to latents and embeddings, once
+  cache-reference   what the reference says of every pair and draw, once: same flags as train
   sample    clips from a model, with or without an adapter
   eval      errors and implicit accuracy of an adapter on encoded pairs
   report    plots and one HTML page of a run
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         return OK
     name, *rest = arguments
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
+    commands |= {"cache-reference": cache_reference}
     commands |= {"eval": evaluate, "report": report, "doctor": doctor}
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
@@ -82,6 +84,21 @@ def encode(rest: list[str]) -> None:
     from . import encode as module
 
     module.main(rest)
+
+
+def cache_reference(rest: list[str]) -> None:
+    """With torchrun each process fills its share, on the GPU of its local rank."""
+    import torch
+
+    from .assemble import cache_reference as run
+    from .config import parse
+
+    config = parse(rest, "fastpref cache-reference")
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if config.device is None and world > 1 and torch.cuda.is_available():
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    folder, count = run(config, rank, world)
+    print(f"{folder}: {count} pairs computed, {config.draws_per_pair} draws each")
 
 
 def model_options(name: str, what: str) -> Parser:

@@ -17,6 +17,7 @@ from .objectives import OBJECTIVES, objective
 # A resumed run may change these: none of them changes what a step computes.
 FREE_FIELDS = {
     "output_dir",
+    "reference_cache",
     "max_train_steps",
     "logging_steps",
     "checkpointing_steps",
@@ -62,11 +63,18 @@ class Config:
             restricted to.
         time_sampling: flow: uniform or logit_normal draws of the time before the shift.
         shift: flow: overrides the timestep shift of the model's scheduler.
-        draws_per_pair: K: a pair sees K different (timestep, noise) draws, then the first again.
+        draws_per_pair: K: a pair sees K different (timestep, noise) draws, then the first again
+            (default with a cached reference: 8).
         prompt_dropout: probability that a pair is trained with the empty prompt.
         tuning: lora trains adapters; full trains every parameter of the model.
-        reference: adapters_off (one copy of the model; lora) or frozen_copy (full); auto picks by
-            tuning.
+        reference: adapters_off (one copy of the model; lora), frozen_copy (full) or cached (errors
+            that fastpref cache-reference wrote); auto picks one of the first two by tuning.
+        reference_cache: folder of the cached reference errors; default: reference/ in the encoded
+            set.
+        pair_mode: joint runs all members of a batch at once; deferred one after the other, with
+            half the activation memory of one pair and the same gradient.
+        skip_zeros: pairs whose gradient is exactly zero (masked, beyond hinge's margin) skip their
+            backward; the host waits for the device once a batch.
         lora_rank: rank of the adapters.
         lora_alpha: scale numerator of the adapters; default: the rank.
         lora_targets: names of the layers to adapt; default: the family's.
@@ -83,7 +91,8 @@ class Config:
         gradient_accumulation_steps: batches per optimiser step.
         mixed_precision: no (fp32) or bf16 (weights and activations; adapters and optimiser stay
             fp32).
-        checkpointing: none, or full to recompute every block's activations in the backward.
+        checkpointing: none; full computes every block's activations again in the backward;
+            attention keeps what attention gave and computes the rest again.
         seed: of the draws, the data order and the adapters' initialisation.
         deterministic: ask torch for deterministic kernels (bit-equal resume on a GPU, slower).
         device: cpu, cuda or cuda:N; default: cuda where there is one.
@@ -126,7 +135,10 @@ class Config:
     draws_per_pair: int | None = None
     prompt_dropout: float = 0.0
     tuning: Literal["lora", "full"] = "lora"
-    reference: Literal["auto", "adapters_off", "frozen_copy"] = "auto"
+    reference: Literal["auto", "adapters_off", "frozen_copy", "cached"] = "auto"
+    reference_cache: str | None = None
+    pair_mode: Literal["joint", "deferred"] = "joint"
+    skip_zeros: bool = False
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: list[str] | None = None
@@ -142,7 +154,7 @@ class Config:
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "no"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "attention", "full"] = "none"
     seed: int = 0
     deterministic: bool = False
     device: str | None = None
@@ -180,6 +192,18 @@ class Config:
             raise ValueError(
                 "reference adapters_off needs tuning lora: with tuning full use frozen_copy"
             )
+        if self.reference == "cached" and self.draws_per_pair is None:
+            self.draws_per_pair = 8
+        if self.reference_cache is not None and self.reference != "cached":
+            raise ValueError(
+                f"reference_cache has no effect with reference {self.reference}: remove it, or set "
+                "reference cached"
+            )
+        if self.skip_zeros and (
+            self.objective not in ("dpo_cm", "sdpo", "hinge") or self.sft_weight
+        ):
+            why = "sft_weight" if self.sft_weight else f"objective {self.objective}"
+            raise ValueError(f"skip_zeros has no effect with {why}: no gradient is zero; remove it")
         if self.validation_steps != 100 and not self.validation_prompts:
             raise ValueError("validation_steps has no effect without validation_prompts")
         low, high = self.timestep_range

@@ -134,6 +134,7 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
     }
     if objective is None:
         return values
+    values["zero_gradient"] = (out.coef.view(2, -1) == 0).all(0).double()
     scale = -0.5 * objective.beta
     margin = scale * ((err_w - ref_w) - (err_l - ref_l))
     right = (margin > 0).double() + 0.5 * (margin == 0).double()

@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, data, encode, models, reference
-from .config import FREE_FIELDS, Config
+from . import cache, checkpoint, checkpointing, data, models, reference
+from .assemble import (
+    add_lora,
+    cache_of,
+    make_process,
+    open_data,
+    open_run,
+    place,
+    predictor,
+    preparer,
+)
+from .config import Config
 from .files import identity, write_atomic
-from .functional import Draws, PairLoss, loss_from_errors, pair_error, preference_loss
+from .functional import Draws, PairLoss
 from .guard import Guard, Interrupted, Signals
-from .models.folder import scheduler_config
-from .objectives import DPO
-from .oracle import PROMPT_DROPOUT, uniform
+from .step import deferred, joint
 from .telemetry import Log, Meter, pair_values
 from .validation import Prompts, write_sheet
 
@@ -41,8 +48,7 @@ def train(config: Config) -> dict[str, Any]:
         Diverged: too many steps in a row were not finite.
     """
     folder = Path(config.output_dir)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    device, dtype = place(config)
     start = open_run(config, folder)
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
@@ -58,39 +64,31 @@ def train(config: Config) -> dict[str, Any]:
     process = make_process(config, family)
     objective = config.make_objective(dataset[0].latents_w.numel())
     model = family.load(config.model, dtype).to(device).requires_grad_(config.tuning == "full")
-    empty = dataset.empty_cond if config.prompt_dropout else None
-
-    def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
-        """A batch on the device, and the draws of its pairs in this epoch."""
-        index = epoch % config.draws_per_pair if config.draws_per_pair else epoch
-        draws = Draws(config.seed, batch.pair_id, torch.full_like(batch.pair_id, index))
-        if empty is not None:
-            dropped = (
-                uniform(draws.seed, draws.pair_id, draws.index, PROMPT_DROPOUT)
-                < config.prompt_dropout
-            )
-            dropped = dropped.repeat(2)
-            for name, value in batch.cond.items():
-                where = dropped.view(-1, *[1] * (value.dim() - 1))
-                batch.cond[name] = torch.where(where, empty[name].to(value.dtype), value)
-        return batch.to(device, dtype), draws  # the draws' few numbers are turned into times here
+    predict, prepare = predictor(family, device, dtype), preparer(config, dataset, device, dtype)
 
     @torch.no_grad()
     def probe() -> Tensor:
         """What the policy says of the first batch."""
         batch, draws = prepare(*next(data.batches(dataset, config.train_batch_size, config.seed)))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return family.predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
+        return predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
 
     if config.tuning == "lora":
         base_says = probe()
         add_lora(model, config, family.LORA_TARGETS)
-        policy_reference = reference.adapters_off(model, family.predict)
         reference.check_off(model, probe, base_says)
+    frozen = None
+    if config.tuning == "full" and config.reference != "cached":
+        frozen = reference.frozen_copy(model, predict)
+    checkpointing.apply(model, family.BLOCKS, config.checkpointing)
+    # [compile the blocks here: after the adapters and the checkpointing, before the shared prefix]
+    policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
+    if config.reference == "cached":
+        where, mark = cache_of(config, dataset, process, dtype)
+        says = cache.cached(where, mark, dataset.pair_ids, device)
+    elif frozen is not None:
+        says = frozen
     else:
-        policy_reference = reference.frozen_copy(model, family.predict)
-    if config.checkpointing == "full":
-        model.enable_gradient_checkpointing()
+        policy, says = reference.shared_prefix(model, predict)
     parameters = list(checkpoint.trainable(model).values())
     optimizer = torch.optim.AdamW(
         parameters,
@@ -101,18 +99,27 @@ def train(config: Config) -> dict[str, Any]:
         fused=True,
     )
 
-    def forward(batch: data.Batch, draws: Draws) -> PairLoss:
-        """Noise, reference, policy, loss of one batch: the pair step."""
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x_t, t, target = process.noise(batch.latents, draws)
-            ref = policy_reference(x_t, t, batch.cond)
-            pred = family.predict(model, x_t, t, batch.cond)
-        if objective is None:  # sft: the chosen clips' error alone
-            err, ref_err = pair_error(pred, target), pair_error(ref, target)
-            out = loss_from_errors(err.detach(), ref_err, DPO(beta=1.0), weight=batch.weight)
-            return out._replace(loss=err[: len(batch.weight)].mul(batch.weight).mean())
-        gain = process.gain(draws).to(device) if objective.needs_gain else None
-        return preference_loss(pred, target, ref, objective, gain=gain, weight=batch.weight)
+    take = {"joint": joint, "deferred": deferred}[config.pair_mode]
+
+    def pair_step(batch: data.Batch, draws: Draws, scale: float) -> PairLoss:
+        """Noise, reference, policy, loss and backward of one batch; gradients add up in `.grad`."""
+        noisy, t, target = process.noise(batch.latents, draws)
+        needs_gain = objective is not None and objective.needs_gain
+        return take(
+            policy,
+            says,
+            noisy,
+            t,
+            target,
+            batch.cond,
+            draws,
+            objective,
+            gain=process.gain(draws).to(device) if needs_gain else None,
+            weight=batch.weight,
+            scale=scale,
+            parameters=parameters,
+            skip_zeros=config.skip_zeros,
+        )
 
     # ---- where to begin
     begin, noise = 0, None
@@ -121,7 +128,18 @@ def train(config: Config) -> dict[str, Any]:
         begin, noise = state["step"], state["margin_noise"]
         print(f"resumed from {start}")
     elif objective is not None:
-        noise = margin_noise(config, dataset, prepare, forward)
+        noise = margin_noise(config, dataset, prepare, pair_step)
+        optimizer.zero_grad(set_to_none=True)
+        if config.reference == "cached" and config.tuning == "lora":
+            cache.drift(
+                says,
+                reference.adapters_off(model, predict),
+                process,
+                first_pairs(config, dataset, prepare),
+                pair_mode=config.pair_mode,
+                beta=config.beta,
+                margin_noise=noise,
+            )
     config.save(folder / "config.yaml")
     warn_of_repeats(config, len(dataset))
     announce(config, model, dataset, objective, device, dtype, noise)
@@ -176,8 +194,7 @@ def train(config: Config) -> dict[str, Any]:
                 epoch, batch = next(batches)
                 waited += time.perf_counter() - fetched
                 batch, draws = prepare(epoch, batch)
-                out = forward(batch, draws)
-                (out.loss / accumulate).backward()
+                out = pair_step(batch, draws, 1 / accumulate)
                 meter.add(pair_values(out, objective), process.level(draws).to(device))
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
@@ -247,102 +264,6 @@ def train(config: Config) -> dict[str, Any]:
     return result
 
 
-def open_run(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from (None: start at 0), after a check that the folder is this
-    run's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    record, done = folder / "config.yaml", folder / "result.json"
-    started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
-    if started and record.exists():
-        before, now = yaml.safe_load(record.read_text()) or {}, config.to_dict()
-        differs = [k for k in now if k not in FREE_FIELDS and before.get(k) != now[k]]
-        if differs:
-            listed = ", ".join(f"{k} ({before.get(k)} there, {now[k]} here)" for k in differs)
-            raise ValueError(
-                f"{folder} holds another run: {listed}. "
-                "Choose another output_dir, or the same values"
-            )
-    elif started:
-        raise ValueError(
-            f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
-        )
-    if done.exists() and json.loads(done.read_text())["global_step"] < config.max_train_steps:
-        done.unlink()
-    wanted = config.resume_from_checkpoint
-    if wanted not in (None, "latest"):
-        if not Path(wanted).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint: expected latest or a checkpoint folder, got {wanted}"
-            )
-        return Path(wanted)
-    found, broken = checkpoint.newest(folder)
-    for line in broken:
-        print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
-    if found is None and wanted == "latest":
-        print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
-    return found
-
-
-def open_data(config: Config, folder: Path) -> data.PairDataset:
-    """The encoded pairs: `config.data` itself, or what encoding its media gives (kept in the
-    run's folder).
-    """
-    path = Path(config.data)
-    if not (path / "index.parquet").exists():
-        path = encode.encode(
-            config.family,
-            config.model,
-            config.data,
-            str(folder / "encoded"),
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            fps=config.fps,
-            dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
-            device=config.device,
-        )
-    return data.PairDataset(path)
-
-
-def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str]) -> None:
-    """Puts fp32 adapters on the family's layers, with a zero B: the policy starts as the
-    reference.
-    """
-    import peft
-
-    rank = config.lora_rank or 16
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=config.lora_alpha or rank,
-        target_modules=config.lora_targets or default_targets,
-        init_lora_weights="gaussian",
-    )
-    try:
-        peft.inject_adapter_in_model(lora, model)
-    except ValueError as error:
-        raise ValueError(
-            f"lora_targets {lora.target_modules}: {' '.join(str(error).split())}"
-        ) from None
-    for parameter in checkpoint.trainable(model).values():
-        parameter.data = parameter.data.float()
-
-
-def make_process(config: Config, family: Any) -> Any:
-    """The family's noising with the run's window, sampling and importance grid."""
-    process = family.process(scheduler_config(config.model))
-    changes: dict[str, Any] = {"timestep_range": config.timestep_range}
-    for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
-        if getattr(config, field) is not None:
-            changes[name] = getattr(config, field)
-    for name in ("time_sampling", "shift"):
-        if getattr(config, name) is not None:
-            if not hasattr(process, name):
-                raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
-            changes[name] = getattr(config, name)
-    return process.replace(**changes)
-
-
 def schedule(config: Config, step: int) -> float:
     """The learning rate's factor at a step: linear warm-up, then constant, linear or cosine to
     0.
@@ -362,14 +283,20 @@ def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-@torch.no_grad()
-def margin_noise(config: Config, dataset: data.PairDataset, prepare: Any, forward: Any) -> float:
-    """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
-    alone
-    makes of the margin in this run's shape, dtype and backend."""
-    worst, batches = 0.0, data.batches(dataset, config.train_batch_size, config.seed)
+def first_pairs(config: Config, dataset: data.PairDataset, prepare: Any) -> Any:
+    """The run's first batches, of 8 pairs together or a few more."""
+    batches = data.batches(dataset, config.train_batch_size, config.seed)
     for _ in range(math.ceil(8 / config.train_batch_size)):
-        out = forward(*prepare(*next(batches)))
+        yield prepare(*next(batches))
+
+
+def margin_noise(config: Config, dataset: data.PairDataset, prepare: Any, pair_step: Any) -> float:
+    """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
+    alone makes of the margin in the run's own step. Leaves gradients of zero.
+    """
+    worst = 0.0
+    for batch, draws in first_pairs(config, dataset, prepare):
+        out = pair_step(batch, draws, 0.0)
         difference = (out.err - out.ref_err).view(2, -1)
         worst = max(worst, (0.5 * config.beta * (difference[0] - difference[1])).abs().max().item())
     if worst > 0.05:
@@ -405,13 +332,16 @@ def announce(config, model, dataset, objective, device, dtype, noise) -> None:
         if config.tuning == "lora"
         else "frozen_copy (two copies)"
     )
+    mode = "cached" if config.reference == "cached" else mode
     print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
     per_step = config.train_batch_size * config.gradient_accumulation_steps
     print(f"data       {len(dataset)} pairs, {per_step} per step")
     print(f"objective  {objective or 'sft on the chosen clips'}")
     print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
     precision = str(dtype).removeprefix("torch.")
-    print(f"running    {where}, {precision}, checkpointing {config.checkpointing}")
+    print(
+        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {config.checkpointing}"
+    )
 
 
 def postfix(metrics: dict[str, Any]) -> str:

@@ -1,0 +1,214 @@
+"""What a run is made of: its folder, data, noising, adapters, precision, cached reference."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from . import cache, checkpoint, data, encode, models, reference
+from .config import FREE_FIELDS, Config
+from .functional import Draws
+from .models.folder import scheduler_config
+from .oracle import PROMPT_DROPOUT, uniform
+
+
+def open_run(config: Config, folder: Path) -> Path | None:
+    """The checkpoint to go on from (None: start at 0), after a check that the folder is this
+    run's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record, done = folder / "config.yaml", folder / "result.json"
+    started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
+    if started and record.exists():
+        before, now = yaml.safe_load(record.read_text()) or {}, config.to_dict()
+        differs = [k for k in now if k not in FREE_FIELDS and before.get(k) != now[k]]
+        if differs:
+            listed = ", ".join(f"{k} ({before.get(k)} there, {now[k]} here)" for k in differs)
+            raise ValueError(
+                f"{folder} holds another run: {listed}. "
+                "Choose another output_dir, or the same values"
+            )
+    elif started:
+        raise ValueError(
+            f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
+        )
+    if done.exists() and json.loads(done.read_text())["global_step"] < config.max_train_steps:
+        done.unlink()
+    wanted = config.resume_from_checkpoint
+    if wanted not in (None, "latest"):
+        if not Path(wanted).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: expected latest or a checkpoint folder, got {wanted}"
+            )
+        return Path(wanted)
+    found, broken = checkpoint.newest(folder)
+    for line in broken:
+        print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
+    if found is None and wanted == "latest":
+        print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
+    return found
+
+
+def open_data(config: Config, folder: Path) -> data.PairDataset:
+    """The encoded pairs: `config.data` itself, or what encoding its media gives (kept in the
+    run's folder).
+    """
+    path = Path(config.data)
+    if not (path / "index.parquet").exists():
+        path = encode.encode(
+            config.family,
+            config.model,
+            config.data,
+            str(folder / "encoded"),
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            fps=config.fps,
+            dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
+            device=config.device,
+        )
+    return data.PairDataset(path)
+
+
+def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> reference.Predict:
+    """The family's prediction in the run's precision."""
+
+    def predict(
+        model: torch.nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return family.predict(model, noisy, t, cond)
+
+    return predict
+
+
+def preparer(
+    config: Config, dataset: data.PairDataset, device: torch.device, dtype: torch.dtype
+) -> cache.Prepare:
+    """A batch on the device, and the draws of its pairs in an epoch."""
+    empty = dataset.empty_cond if config.prompt_dropout else None
+
+    def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
+        index = epoch % config.draws_per_pair if config.draws_per_pair else epoch
+        draws = Draws(config.seed, batch.pair_id, torch.full_like(batch.pair_id, index))
+        if empty is not None:
+            dropped = (
+                uniform(draws.seed, draws.pair_id, draws.index, PROMPT_DROPOUT)
+                < config.prompt_dropout
+            )
+            dropped = dropped.repeat(2)
+            for name, value in batch.cond.items():
+                where = dropped.view(-1, *[1] * (value.dim() - 1))
+                batch.cond[name] = torch.where(where, empty[name].to(value.dtype), value)
+        return batch.to(device, dtype), draws  # the draws' few numbers are turned into times here
+
+    return prepare
+
+
+def cache_of(
+    config: Config, dataset: data.PairDataset, process: Any, dtype: torch.dtype
+) -> tuple[Path, dict[str, Any]]:
+    """(folder, fingerprint) of the run's cached reference errors."""
+    mark = cache.fingerprint(
+        model=config.model,
+        data=dataset.folder,
+        process=process,
+        seed=config.seed,
+        draws_per_pair=config.draws_per_pair,
+        batch_size=config.train_batch_size,
+        pair_mode=config.pair_mode,
+        compile="none",  # [the run's, once there is a choice]
+        attention="default",  # [likewise]
+        dtype=str(dtype).removeprefix("torch."),
+        prompt_dropout=config.prompt_dropout,
+    )
+    return Path(config.reference_cache or dataset.folder / "reference"), mark
+
+
+def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
+    """Fills the reference cache of the run that `config` says; returns (folder, pairs computed).
+
+    Killed and called again it goes on. Each rank of world fills its share, on its own device.
+
+    Raises:
+        ValueError: as `train`, a reference other than cached, or several ranks and no encoded set.
+    """
+    if config.reference != "cached":
+        raise ValueError(
+            f"cache-reference fills what reference cached reads, got reference {config.reference}: "
+            "set reference: cached, here and in training"
+        )
+    if world > 1 and not (Path(config.data) / "index.parquet").exists():
+        raise ValueError(
+            f"data {config.data}: several ranks need a set made by fastpref encode; run it first"
+        )
+    device, dtype = place(config)
+    family = models.family(config.family)
+    dataset = open_data(config, Path(config.output_dir))
+    process = make_process(config, family)
+    model = family.load(config.model, dtype).to(device).requires_grad_(False)
+    where, mark = cache_of(config, dataset, process, dtype)
+    count = cache.fill(
+        where,
+        reference.base(model, predictor(family, device, dtype)),
+        process,
+        dataset,
+        preparer(config, dataset, device, dtype),
+        mark,
+        batch_size=config.train_batch_size,
+        draws_per_pair=config.draws_per_pair,
+        pair_mode=config.pair_mode,
+        rank=rank,
+        world=world,
+    )
+    return where, count
+
+
+def place(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Where a run computes, and in which precision."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str]) -> None:
+    """Puts fp32 adapters on the family's layers, with a zero B: the policy starts as the
+    reference.
+    """
+    import peft
+
+    rank = config.lora_rank or 16
+    lora = peft.LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha or rank,
+        target_modules=config.lora_targets or default_targets,
+        init_lora_weights="gaussian",
+    )
+    try:
+        peft.inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise ValueError(
+            f"lora_targets {lora.target_modules}: {' '.join(str(error).split())}"
+        ) from None
+    for parameter in checkpoint.trainable(model).values():
+        parameter.data = parameter.data.float()
+
+
+def make_process(config: Config, family: Any) -> Any:
+    """The family's noising with the run's window, sampling and importance grid."""
+    process = family.process(scheduler_config(config.model))
+    changes: dict[str, Any] = {"timestep_range": config.timestep_range}
+    for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
+        if getattr(config, field) is not None:
+            changes[name] = getattr(config, field)
+    for name in ("time_sampling", "shift"):
+        if getattr(config, name) is not None:
+            if not hasattr(process, name):
+                raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
+            changes[name] = getattr(config, name)
+    return process.replace(**changes)

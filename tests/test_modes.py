@@ -1,0 +1,133 @@
+"""Whole runs in every mode of the step: the same training as the plain one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from pairs import arguments, options, write_pairs
+from safetensors.torch import load_file
+
+from fastpref.assemble import cache_reference
+from fastpref.cli import main
+from fastpref.config import Config
+from fastpref.train import train
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """An encoded set, so that runs share it and its cache."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "media", count=6)
+    train(Config(**options(folder / "media", folder / "run", max_train_steps=1)))
+    return folder / "run" / "encoded"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(folder, plain):
+    a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (folder, plain))
+    change = sum((a[k] - b[k]).square().sum() for k in a).sqrt()
+    assert a.keys() == b.keys() and change < 1e-3 * sum(v.square().sum() for v in b.values()).sqrt()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "dpo_cm", "sft"])
+def test_deferred_trains_as_joint(objective, pairs, tmp_path):
+    change = {"objective": objective, "gradient_accumulation_steps": 2, "max_train_steps": 3}
+    change |= {"beta": None} if objective == "sft" else {}
+    for mode in ("joint", "deferred"):
+        train(Config(**options(pairs, tmp_path / mode, pair_mode=mode, **change)))
+    assert_close(tmp_path / "deferred", tmp_path / "joint")
+    for a, b in zip(rows(tmp_path / "deferred"), rows(tmp_path / "joint"), strict=True):
+        for key in ("loss", "errors/policy_w", "errors/reference_l", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("mode", ["joint", "deferred"])
+def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(pairs, folder)
+    change = {"pair_mode": mode, "draws_per_pair": 2, "prompt_dropout": 0.3}
+    train(Config(**options(folder, tmp_path / "online", **change)))
+    change["reference"] = "cached"
+    flags = arguments(options(folder, tmp_path / "cached", **change))
+    assert main(["train", *flags]) == 1
+    assert "holds no reference errors; run fastpref cache-reference" in capsys.readouterr().err
+    assert main(["cache-reference", *flags]) == 0
+    assert "6 pairs computed, 2 draws each" in capsys.readouterr().out
+    assert main(["train", *flags]) == 0
+    said = capsys.readouterr()
+    assert "reference  cached, margin noise" in said.out and "differ by" not in said.err
+    assert_close(tmp_path / "cached", tmp_path / "online")
+    # Other objectives and betas read the same cache; another seed does not fit it.
+    train(Config(**options(folder, tmp_path / "other", objective="sdpo", beta=300.0, **change)))
+    assert main(["train", *arguments(options(folder, tmp_path / "seed", seed=1, **change))]) == 1
+    assert "filled with another seed (0 there, 1 here)" in capsys.readouterr().err
+
+
+def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(pairs, folder)
+    change = {"tuning": "full", "lora_rank": None, "draws_per_pair": 2, "learning_rate": 1e-4}
+    train(Config(**options(folder, tmp_path / "copy", max_train_steps=3, **change)))
+    change["reference"] = "cached"
+    config = Config(**options(folder, tmp_path / "cached", max_train_steps=3, **change))
+    assert cache_reference(config)[1] == 6
+    train(config)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    a, b = (load_file(tmp_path / f / name) for f in ("cached", "copy"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_fill_one_cache(pairs, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(pairs, folder)
+    change = {"reference": "cached", "draws_per_pair": 1, "train_batch_size": 1}
+    monkeypatch.setattr("fastpref.cache.CHUNK", 2)
+    flags = arguments(options(folder, tmp_path / "run", **change))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, count in ((1, 2), (0, 4)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["cache-reference", *flags]) == 0
+        assert f"{count} pairs computed" in capsys.readouterr().out
+    assert main(["train", *flags]) == 0
+
+
+@pytest.mark.parametrize("mode", ["attention", "full"])
+def test_checkpointing_modes_train_alike(mode, pairs, tmp_path):
+    for name in ("none", mode):
+        train(Config(**options(pairs, tmp_path / name, checkpointing=name, max_train_steps=2)))
+    assert_close(tmp_path / mode, tmp_path / "none")
+
+
+def test_zeros_are_skipped_and_counted(pairs, tmp_path):
+    change = {"objective": "dpo_cm", "mask_threshold": 0.995, "train_batch_size": 1}
+    for skip in (False, True):
+        train(Config(**options(pairs, tmp_path / str(skip), skip_zeros=skip, **change)))
+    a, b = rows(tmp_path / "False"), rows(tmp_path / "True")
+    shares = [row["zero_gradient"] for row in a]
+    assert 0 < sum(shares) < len(shares) and shares == [row["zero_gradient"] for row in b]
+    names = [tmp_path / str(s) / "pytorch_lora_weights.safetensors" for s in (False, True)]
+    x, y = (load_file(name) for name in names)
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"reference_cache": "x"}, "reference_cache has no effect with reference auto"),
+        ({"skip_zeros": True}, "skip_zeros has no effect with objective dpo"),
+        ({"skip_zeros": True, "objective": "sdpo", "sft_weight": 0.1}, "with sft_weight"),
+    ],
+)
+def test_options_without_effect_are_refused(change, says, pairs, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        Config(**options(pairs, tmp_path, **change))
+
+
+def test_cache_reference_says_what_it_needs(pairs, tmp_path, capsys):
+    assert main(["cache-reference", *arguments(options(pairs, tmp_path))]) == 1
+    assert "got reference auto: set reference: cached" in capsys.readouterr().err
