@@ -1,9 +1,8 @@
 """Checkpoints that survive kill -9 and resume bit for bit, and the adapter file other tools load.
 
 A checkpoint is a folder `checkpoint-N` of safetensors and JSON (never pickle), written under
-another
-name, flushed to disk and renamed: it exists whole or not at all. `manifest.json` lists each file's
-size and digest, so that a truncated one is noticed and the one before it is used.
+another name, flushed to disk and renamed: it exists whole or not at all. `manifest.json` lists each
+file's size and digest, so that a truncated one is noticed and the one before it is used.
 """
 
 from __future__ import annotations
@@ -163,10 +162,10 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def export(folder: Path, model: nn.Module) -> Path:
-    """What a user takes away: `pytorch_lora_weights.safetensors` with diffusers' keys, rank and
-    alpha in
-    its metadata (a pipeline's `load_lora_weights` reads it), or the whole model by
-    `save_pretrained`.
+    """What a user takes away: the adapter, or the whole model by `save_pretrained`.
+
+    `pytorch_lora_weights.safetensors` has diffusers' keys, rank and alpha in its metadata: a
+    pipeline's `load_lora_weights` reads it.
     """
     component = component_of(model)
     if not getattr(model, "peft_config", None):

@@ -36,11 +36,10 @@ from .validation import Prompts, write_sheet
 def train(config: Config) -> dict[str, Any]:
     """Trains a policy on preference pairs as `config` says; returns the final metrics.
 
-    Written to config.output_dir: config.yaml, metrics.jsonl, checkpoint-N, result.json and the
-    adapter
-    (pytorch_lora_weights.safetensors) or the whole model. Called again with the same config it goes
-    on
-    from the last checkpoint, with the same pairs and draws, to bit-equal parameters on a CPU.
+    Written to config.output_dir: config.yaml, metrics.jsonl, checkpoint-N, result.json, a model
+    card and the adapter (pytorch_lora_weights.safetensors) or the whole model. Called again with
+    the same config it goes on from the last checkpoint, with the same pairs and draws, to bit-equal
+    parameters on a CPU.
 
     Raises:
         ValueError: a mistake in the config or the data, in one line.
@@ -80,7 +79,6 @@ def train(config: Config) -> dict[str, Any]:
     if config.tuning == "full" and config.reference != "cached":
         frozen = reference.frozen_copy(model, predict)
     checkpointing.apply(model, family.BLOCKS, config.checkpointing)
-    # [compile the blocks here: after the adapters and the checkpointing, before the shared prefix]
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
     if config.reference == "cached":
         where, mark = cache_of(config, dataset, process, dtype)
