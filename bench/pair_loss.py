@@ -7,7 +7,7 @@ Two forms, each for one pair of latents (Wan 480p and CogVideoX shapes) in bf16:
           then the same. Ours draws it again in the loss, the baselines keep it for their target.
 Baselines: eager PyTorch written as DiffusionDPO writes it, and torch.compile of the very same
 function. Gradients are checked against the float64 oracle before anything is timed. All variants
-take turns in one process; `x ours` is the median of the rounds' ratios, "again" ours a second time.
+run in every round, shuffled; `x ours` is the median of the rounds' ratios, "again" ours once more.
 On a GPU the inputs rotate, so that the L2 cache does not lie, and times are the GPU's own.
 """
 

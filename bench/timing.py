@@ -1,6 +1,7 @@
 """Timing for every benchmark: variants take turns in one process; medians, spread, JSON rows."""
 
 import json
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -57,15 +58,19 @@ def interleave(
     rounds: int,
     warmup: int = 3,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in turn: on a GPU by events, elsewhere by the wall clock."""
+    """Time each variant once a round: on a GPU by events, elsewhere by the wall clock.
+
+    Rounds are shuffled, so that what the variant before leaves in the caches falls on all alike.
+    """
+    shuffled = random.Random(0)
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     for call in variants.values():
         for _ in range(warmup):
             measure(call)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, call in variants.items():
-            samples[name].append(measure(call))
+        for name in shuffled.sample(list(variants), len(variants)):
+            samples[name].append(measure(variants[name]))
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 

@@ -148,6 +148,13 @@ void for_each_chunk(Shape const& shape, int threads, F const& body) {
   });
 }
 
+// Members that share neither noise nor a prediction are read one after the other, which is faster than
+// side by side: each row then is a pair of its own.
+Shape untangled(Shape shape, Target const& target) {
+  if (!target.draws.pair_id && shape.pred_rows == shape.rows) shape.pairs = shape.rows;
+  return shape;
+}
+
 void draw(Kernels const& k, Draws const& draws, int64_t pair, int64_t begin, int64_t length,
           float* eps) {
   Key const key = make_key(draws.seed, draws.pair_id[pair], draws.index[pair], Domain::noise);
@@ -241,7 +248,7 @@ void add_noise(NoiseArgs const& args, int threads) {
 
 void pair_error(ErrorArgs const& args, int threads) {
   Kernels const& k = *chosen();
-  Shape const& shape = args.shape;
+  Shape const shape = untangled(args.shape, args.target);
   Partials err(shape), ref_err(shape);
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     int64_t const members = shape.rows / shape.pairs;
@@ -291,7 +298,7 @@ void pair_loss(LossArgs const& args, int threads) {
 
 void pair_grad(GradArgs const& args, int threads) {
   Kernels const& k = *chosen();
-  Shape const& shape = args.shape;
+  Shape const shape = untangled(args.shape, args.target);
   double const unit = (args.grad ? args.grad[0] : 1.0) * args.scale * 2.0 / shape.elements;
   bool const shared = shape.pred_rows < shape.rows;  // both members' terms go into one row
   for_each_chunk(shape, threads, [&](Piece const& piece) {
@@ -312,21 +319,22 @@ void pair_grad(GradArgs const& args, int threads) {
 void unit_seed(SeedArgs const& args, int threads) {
   Kernels const& k = *chosen();
   ErrorArgs const& e = args.error;
-  float const factor = static_cast<float>(args.scale * 2.0 / e.shape.elements);
-  Partials err(e.shape);
-  for_each_chunk(e.shape, threads, [&](Piece const& piece) {
-    int64_t const members = e.shape.rows / e.shape.pairs;
+  Shape const shape = untangled(e.shape, e.target);
+  float const factor = static_cast<float>(args.scale * 2.0 / shape.elements);
+  Partials err(shape);
+  for_each_chunk(shape, threads, [&](Piece const& piece) {
+    int64_t const members = shape.rows / shape.pairs;
     double lanes[2][kLanes] = {};
-    for_targets(k, e.shape, e.target, piece,
+    for_targets(k, shape, e.target, piece,
                 [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
                   auto const gradient = k.gradient[static_cast<int>(e.dtype)][static_cast<int>(y_dtype)];
                   for (int64_t m = 0; m < members; ++m) {
-                    int64_t const offset = (piece.pair + m * e.shape.pairs) * e.shape.elements + begin;
+                    int64_t const offset = (piece.pair + m * shape.pairs) * shape.elements + begin;
                     gradient(at(e.pred, e.dtype, offset), y[m], nullptr, length, factor, 0.0f,
                              at(args.seed, e.dtype, offset), lanes[m]);
                   }
                 });
-    for (int64_t m = 0; m < members; ++m) err.set(piece.pair + m * e.shape.pairs, piece.chunk, lanes[m]);
+    for (int64_t m = 0; m < members; ++m) err.set(piece.pair + m * shape.pairs, piece.chunk, lanes[m]);
   });
   err.means(e.err);
 }

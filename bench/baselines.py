@@ -1,0 +1,99 @@
+"""The preference step as users write it: two models or adapters off, eager or compiled.
+
+After the DiffusionDPO script: winners and losers in one batch, one noise for both, mean squared
+errors in float32, logsigmoid. B0 has two models; the others switch the adapters off in one. B0 and
+B1 run eagerly and recompute every block, B4 compiles the blocks, B5 compiles and recomputes
+nothing.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from bench.meters import Clock
+from bench.pair_loss import mean_squares
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a baseline does otherwise than B1."""
+
+    what: str
+    two_models: bool = False
+    compiled: bool = False
+    recomputes: bool = True
+
+
+BASELINES = {
+    "B0": Baseline("two models, eager, full checkpointing", two_models=True),
+    "B1": Baseline("adapters off, eager, full checkpointing"),
+    "B4": Baseline("B1 with compiled blocks", compiled=True),
+    "B5": Baseline("compiled blocks, no checkpointing", compiled=True, recomputes=False),
+}
+
+
+@dataclass
+class Levels:
+    """Of a batch: x_t = a x0 + s noise, target p noise + q x0, t for the network; each [B]."""
+
+    a: Tensor
+    s: Tensor
+    p: Tensor
+    q: Tensor
+    t: Tensor
+
+
+class UsualStep:
+    """Reference, forward and backward of one baseline, gradients in .grad.
+
+    policy: the adapted model; base: a model without adapters, for B0.
+    """
+
+    def __init__(self, name: str, policy: nn.Module, base: nn.Module, predict, beta: float, clock):
+        self.settings, self.model, self.predict = BASELINES[name], policy, predict
+        self.frozen = copy.deepcopy(base) if self.settings.two_models else None
+        self.beta, self.clock = beta, clock
+        if self.settings.recomputes:
+            self.model.enable_gradient_checkpointing()
+        if self.settings.compiled:
+            self.model.compile_repeated_blocks(fullgraph=True)
+
+    def __call__(
+        self,
+        latents: Tensor,
+        cond: dict[str, Tensor],
+        levels: Levels,
+        autocast: Callable[[], AbstractContextManager],
+        noise: Tensor | None = None,
+    ) -> None:
+        clock: Clock = self.clock
+        half = latents[: len(latents) // 2]
+        noise = torch.randn_like(half) if noise is None else noise
+        noise = torch.cat((noise, noise))
+
+        def wide(value: Tensor) -> Tensor:
+            return value.to(latents).repeat(2).view(-1, 1, 1, 1, 1)
+
+        noisy = wide(levels.a) * latents + wide(levels.s) * noise
+        target = wide(levels.p) * noise + wide(levels.q) * latents
+        t = levels.t.repeat(2)
+        with autocast():
+            with torch.no_grad(), clock.part("reference"):
+                if self.frozen is not None:
+                    ref = self.predict(self.frozen, noisy, t, cond)
+                else:
+                    self.model.disable_adapters()
+                    ref = self.predict(self.model, noisy, t, cond)
+                    self.model.enable_adapters()
+            with clock.part("forward"):
+                pred = self.predict(self.model, noisy, t, cond)
+        w, l = mean_squares(pred, target).chunk(2)
+        ref_w, ref_l = mean_squares(ref, target).chunk(2)
+        inside = -0.5 * self.beta * ((w - l) - (ref_w - ref_l))
+        loss = -logsigmoid(inside).mean()
+        loss.backward()

@@ -1,0 +1,468 @@
+"""The whole step, seconds a pair, against loops as users write them: `python -m bench.step`
+
+    python -m bench.step --family wan --shape 81x480x832         Wan2.1-1.3B, true architecture
+    python -m bench.step --family wan --shape 17x256x256         where launches take the time
+    python -m bench.step --device cpu                            a tiny model: the plumbing
+
+Variants: the baselines B0, B1, B4, B5 (bench/baselines.py) and ours, written MODE/CHECKPOINTING and
+what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph. Every
+variant's gradient is compared with B1's on the same draws before anything is timed; then all take
+turns in one process. A variant that does not fit in memory is recorded and left out. One call stays
+within --minutes: name the --variants to have the table in parts (B1 is always among them).
+
+Columns: s/pair and its quartiles; x B1, the median of the rounds' ratios; reference, forward and
+optimiser (backward is the rest, with the loss and what is recomputed); peak memory of a run that
+had this variant alone; MFU on useful FLOPs (nothing recomputed) against 989 TFLOP/s; pairs per kWh.
+"""
+
+import argparse
+import copy
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+import fastpref
+from bench import timing
+from bench.architectures import ARCHITECTURES, PEAK, Architecture
+from bench.baselines import BASELINES, Levels, UsualStep
+from bench.meters import Clock, Power, SavedBytes, attention_kernel
+from fastpref import attention, checkpointing, compiling, models, oracle, reference, step
+from fastpref.data import Batch
+from fastpref.graphs import StepGraph
+
+BETA, SEED, RANK = 500.0, 1, 64
+LEARNING_RATE = 1e-5
+DRAWS = 4  # that the steps go through
+LARGE = (
+    *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),
+    *("deferred/attention+compile", "deferred/none+compile", "deferred/none+compile+cached"),
+)
+SMALL = (
+    *("B0", "B1", "B4", "B5", "joint/none", "joint/none+compile", "joint/none+compile+graph"),
+    "joint/none+compile+cached+graph",
+)
+CPU = (
+    *("B0", "B1", "joint/full", "joint/none", "deferred/attention", "deferred/none"),
+    *("joint/none+graph", "joint/none+cached", "deferred/none+cached"),
+)
+FEW_TOKENS = 4000  # of a sample: below, launches count and a pair fits in one batch
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient's norm, to B1's
+
+
+class Setting:
+    """Model, data and optimisers that all variants share; their weights are the same tensors."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        import peft
+
+        self.arch: Architecture = ARCHITECTURES[args.family]
+        self.shape, self.pairs, self.device = args.shape or self.arch.shape, args.pairs, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.family = models.family(self.arch.family)
+        self.process = self.family.process(self.arch.scheduler)
+        self.objective = fastpref.objective("dpo", beta=BETA)
+        self.latents, self.cond = self.arch.inputs(self.shape, self.pairs, device, self.dtype)
+        self.base = self.arch.make(device, self.dtype)
+        self.model = copy.deepcopy(self.base, memo={id(t): t for t in tensors(self.base)})
+        self.model.add_adapter(peft.LoraConfig(r=RANK, target_modules=self.family.LORA_TARGETS))
+        random = torch.Generator(device).manual_seed(1)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+            if "lora_B" in name:  # zeros would hide every gradient of A
+                p.data.normal_(0, 0.02, generator=random)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.attention = attention.choose(
+            args.attention, self.model, lambda: self.predict(self.model), device
+        )
+        self.calls = attention.observe(lambda: self.predict(self.model))
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module) -> Tensor:
+        t = torch.full((1,), 500.0, device=self.device)
+        cond = {name: value[:1] for name, value in self.cond.items()}
+        with self.autocast():
+            return self.family.predict(model, self.latents[:1], t, cond)
+
+    def autocast(self) -> AbstractContextManager:
+        wide = self.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=not wide)
+
+    def attention_of(self, model: nn.Module) -> AbstractContextManager:
+        """What our variants run in: the backend of --attention."""
+        name = self.attention.name
+        return nullcontext() if name == "native" else attention.use(model, name)
+
+    def update(self, kind: str, clock: Clock) -> Callable[[], None]:
+        """Clip, optimiser's step, gradients away: usual, ours (fused) or as a graph."""
+        if kind not in self.optimizers:
+            options = {"usual": {}, "ours": {"fused": True}}.get(kind)
+            if options is None:
+                rate = torch.tensor(LEARNING_RATE, device=self.device)
+                options = {"fused": True, "lr": rate, "capturable": self.device.type == "cuda"}
+            options = {"lr": LEARNING_RATE, **options}
+            self.optimizers[kind] = torch.optim.AdamW(self.parameters, **options)
+        optimizer = self.optimizers[kind]
+
+        def step() -> None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+
+        if kind == "graph":
+            step = StepGraph(step, self.device, parameters=self.parameters, name="optimiser")
+
+        def update() -> None:
+            with clock.part("optimizer"):
+                step()
+                optimizer.zero_grad()
+
+        return update
+
+    def twin(self) -> nn.Module:
+        """A model of its own with the same weights, to be compiled and checkpointed."""
+        return copy.deepcopy(self.model, memo={id(t): t for t in tensors(self.model)})
+
+    def draws(self, index: int) -> fastpref.Draws:
+        """Of the pairs in one step, on the host."""
+        numbers = torch.arange(self.pairs)
+        return fastpref.Draws(SEED, numbers + 1, torch.full_like(numbers, index))
+
+    def levels(self, draws: fastpref.Draws) -> Levels:
+        """Times as our process draws them, for the baselines' own noising."""
+        level = self.process.level(draws)
+        one = torch.ones_like(level)
+        if isinstance(self.process, fastpref.FlowMatching):
+            values = (1 - level, level, one, -one, level * self.process.num_train_timesteps)
+        else:
+            bars = self.process.alphas_cumprod
+            t = (level * len(bars)).round().long()
+            a, s = bars[t].sqrt(), (1 - bars[t]).sqrt()
+            values = (a, s, a, -s, t)
+        return Levels(*(v.float().to(self.device) for v in values))
+
+
+class Usual:
+    """A baseline, with gradients left in .grad."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.setting, self.clock = setting, Clock(setting.device)
+        self.what, self.cached = BASELINES[name].what, False
+        self.models = 2 if BASELINES[name].two_models else 1
+        self.model, self.update = setting.twin(), setting.update("usual", self.clock)
+        predict = setting.family.predict
+        self.run = UsualStep(name, self.model, setting.base, predict, BETA, self.clock)
+
+    def gradient(self, index: int, *, same_noise: bool = False) -> None:
+        """Draw number `index`; same_noise: our noise instead of one of its own."""
+        setting, draws = self.setting, self.setting.draws(index)
+        noise = None
+        if same_noise:
+            noise = oracle.normal(SEED, draws.pair_id, draws.index, setting.latents[0].numel())
+            noise = noise.view(-1, *setting.latents.shape[1:]).to(setting.latents)
+        levels = setting.levels(draws)
+        self.run(setting.latents, setting.cond, levels, setting.autocast, noise)
+
+
+class Ours:
+    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad."""
+
+    models = 1
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        form, *added = name.split("+")
+        mode, _, kept = form.partition("/")
+        known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
+        if not known or set(added) - {"compile", "cached", "graph"}:
+            raise ValueError(
+                f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
+                f" and +compile, +cached, +graph, got {name}"
+            )
+        self.setting, self.clock = setting, Clock(setting.device)
+        self.cached, self.what = "cached" in added, "ours"
+        self.pair_step = step.joint if mode == "joint" else step.deferred
+        self.model = setting.twin()
+        checkpointing.apply(self.model, setting.family.BLOCKS, kept)
+        if "compile" in added:
+            compiling.compile_blocks(self.model, setting.family.BLOCKS)
+        self.policy = self._part("forward", partial(setting.family.predict, self.model))
+        online = reference.adapters_off(self.model, setting.family.predict)
+        self.reference = self._part("reference", online)
+        if self.cached:
+            self.reference = self._fill(mode)
+        self.graph = None
+        if "graph" in added:
+            options = {"parameters": setting.parameters}
+            self.graph = StepGraph(self._step, setting.device, name=name, **options)
+        self.update = setting.update("graph" if self.graph else "ours", self.clock)
+
+    def gradient(self, index: int, *, same_noise: bool = True) -> None:
+        draws = self.setting.draws(index)
+        with self.setting.attention_of(self.model):
+            if self.graph is None:
+                self._step(self.setting.latents, draws.pair_id, draws.index, **self.setting.cond)
+            else:
+                inputs = {"latents": self.setting.latents, **self.setting.cond}
+                self.graph(pair_id=draws.pair_id, index=draws.index, **inputs)
+
+    def _step(self, latents: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor) -> Tensor:
+        draws = fastpref.Draws(SEED, pair_id, index)
+        noisy, t, target = self.setting.process.noise(latents, draws)
+        return self.pair_step(
+            self.policy, self.reference, noisy, t, target, cond, draws, self.setting.objective,
+            parameters=self.setting.parameters,
+        ).loss  # fmt: skip
+
+    def _part(self, name: str, call: Callable) -> Callable:
+        def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], *rest: object) -> Tensor:
+            with self.clock.part(name), self.setting.autocast():
+                return call(noisy, t, cond)
+
+        return run
+
+    def _fill(self, mode: str) -> Callable:
+        """The errors of all draws that are timed, as `fastpref cache-reference` fills them."""
+        setting = self.setting
+        batch = Batch(setting.latents, setting.cond, torch.ones(setting.pairs), torch.empty(0), [])
+        with setting.attention_of(self.model):
+            each = [
+                reference.errors(self.reference, setting.process, batch, setting.draws(k), mode)
+                for k in range(DRAWS)
+            ]
+        table = torch.stack([errors.view(2, -1).T for errors in each], dim=1)  # [B, K, 2]
+        tables = {"cpu": table.cpu(), setting.device.type: table}
+
+        def cache(noisy: Tensor, t: Tensor, cond: dict, draws: fastpref.Draws) -> Tensor:
+            found = tables[draws.index.device.type][draws.pair_id - 1, draws.index]
+            return found.T.reshape(-1).to(table.device, non_blocking=True)
+
+        return cache
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def prepare(name: str, setting: Setting, expected: list[Tensor] | None) -> tuple[object, dict]:
+    """(the variant, what is known of it before it is timed): its gradient and its peak memory."""
+    variant = (Usual if name in BASELINES else Ours)(name, setting)
+    gpu = setting.device.type == "cuda"
+    # A graph is recorded in the fourth call, and its replay is what must be right.
+    calls = 5 if getattr(variant, "graph", None) else 2
+    for call in range(calls):
+        for p in setting.parameters:
+            p.grad = None
+        if gpu and call == 1:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        variant.gradient(0, same_noise=True)
+        if gpu and call == 1:
+            step_bytes = torch.cuda.max_memory_allocated() - before
+    facts: dict[str, object] = {"peak_gb": None, "gradient_off": 0.0}
+    if gpu:
+        own = sum(t.nbytes for t in tensors(setting.base)) * variant.models
+        adapters = sum(p.nbytes for p in setting.parameters)
+        facts["peak_gb"] = round((step_bytes + own + 3 * adapters) / 1e9, 2)
+    if expected is not None:
+        off = sum(
+            (p.grad - g).double().square().sum() for p, g in zip(setting.parameters, expected)
+        )
+        all_of_it = sum(g.double().square().sum() for g in expected)
+        facts["gradient_off"] = math.sqrt(off / all_of_it)
+    return variant, facts
+
+
+def activation_bytes(variant: Ours, setting: Setting) -> int:
+    """What the recorded graphs of a step hold at most, without parameters and buffers."""
+    saved = SavedBytes(variant.model)
+    with saved.count():
+        variant.gradient(0)
+    return saved.most
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Rows of the table, B1's gradient before anything else."""
+    deadline = time.perf_counter() + 60 * args.minutes
+    setting, power = Setting(args, device), Power(device)
+    shape, arch = setting.shape, setting.arch
+    names = list(dict.fromkeys(["B1", *(args.variants or default_variants(setting))]))
+    facts = {
+        "bench": "step",
+        "family": args.family,
+        "shape": shape,
+        "tokens": arch.tokens(shape),
+        "pairs": setting.pairs,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "attention": str(setting.attention),
+        "driver": power.driver,
+        **timing.environment(device),
+    }
+    if device.type == "cuda":
+        facts["attention_kernel"] = attention_kernel(setting.calls[0], setting.attention.name)
+    rows, variants, expected = [], {}, None
+    for name in names:
+        row = {**facts, "variant": name}
+        rows.append(row)
+        left = deadline - time.perf_counter()
+        if variants and left < 30 * args.minutes:  # half of the time is for timing
+            row["left_out"] = f"no time left of --minutes {args.minutes:g}"
+            continue
+        begin = time.perf_counter()
+        try:
+            variant, known = prepare(name, setting, expected)
+        except torch.OutOfMemoryError as error:
+            row["left_out"] = "out of memory"
+            print(f"{name}: {str(error).partition('. ')[0]}")
+        else:
+            row |= known
+            if name == "B1":
+                expected = [p.grad.clone() for p in setting.parameters]
+            if not known["gradient_off"] <= TOLERANCE[setting.dtype]:
+                row["left_out"] = f"gradient is off B1's by {known['gradient_off']:.2%}"
+            else:
+                variants[name] = variant
+            if device.type == "cpu" and name in ("joint/none", "deferred/none"):
+                row["activation_bytes"] = activation_bytes(variant, setting)
+        print(f"{name}: prepared in {time.perf_counter() - begin:.1f} s", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if "B1" not in variants:
+        return rows
+
+    def turn(name: str) -> Callable[[], None]:
+        counter = count()
+
+        def call() -> None:
+            variant = variants[name]
+            if not getattr(variant, "graph", None):  # one launch has no parts
+                variant.clock.begin()
+            variant.gradient(next(counter) % DRAWS)
+            variant.update()
+
+        return call
+
+    turns = {name: turn(name) for name in variants}
+    seconds = sum(timing.interleave(turns, device, rounds=2, warmup=1)[n].median for n in turns)
+    for variant in variants.values():
+        variant.clock.steps.clear()
+    left = 0.8 * (deadline - time.perf_counter())
+    rounds = max(3, min(args.rounds, int(left / seconds)))
+    timings = timing.interleave(turns, device, rounds=rounds, warmup=0)
+    for row in rows:
+        if row["variant"] not in timings:
+            continue
+        variant, taken = variants[row["variant"]], timings[row["variant"]]
+        row |= describe(variant, taken, timings["B1"], setting)
+        row |= {"rounds": rounds, "pairs_per_kwh": None}
+        if power.joules() is not None and time.perf_counter() < deadline:
+            row["pairs_per_kwh"] = energy(turns[row["variant"]], taken.median, setting, power)
+    return rows
+
+
+def describe(variant, taken: timing.Timing, first: timing.Timing, setting: Setting) -> dict:
+    """Seconds a pair, their parts, MFU."""
+    pairs, parts = setting.pairs, variant.clock.medians()
+    split = {name: parts.get(name) for name in ("reference", "forward", "optimizer")}
+    if variant.cached:
+        split["reference"] = 0.0
+    if None not in split.values():
+        split["backward"] = max(0.0, taken.median - sum(split.values()))
+    flops = setting.arch.pair_flops(setting.shape, online=not variant.cached)
+    low, high = taken.quartiles
+    mfu = flops * pairs / taken.median / PEAK if setting.device.type == "cuda" else None
+    graph = getattr(variant, "graph", None)
+    return {
+        "what": variant.what if graph is None or graph.why_not is None else graph.why_not,
+        "s_per_pair": taken.median / pairs,
+        "s_per_pair_quartiles": [low / pairs, high / pairs],
+        "times_faster_than_B1": first.times_slower_than(taken),
+        "split": {name: v if v is None else v / pairs for name, v in split.items()},
+        "mfu": mfu,
+    }
+
+
+def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> float:
+    """Pairs per kWh, over at least 1.5 seconds: the counter moves every tenth."""
+    steps = max(1, math.ceil(1.5 / seconds))
+    torch.cuda.synchronize()
+    before = power.joules()
+    for _ in range(steps):
+        call()
+    torch.cuda.synchronize()
+    return round(3.6e6 * steps * setting.pairs / (power.joules() - before), 1)
+
+
+def default_variants(setting: Setting) -> tuple[str, ...]:
+    if setting.device.type == "cpu":
+        return CPU
+    return SMALL if setting.arch.tokens(setting.shape) <= FEW_TOKENS else LARGE
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    first = rows[0]
+    print(
+        f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pairs a"
+        f" step, {first['dtype']}; attention {first['attention']}"
+        f" {first.get('attention_kernel', '')}\n{first['device']}, {first['threads']} threads,"
+        f" torch {first['torch']}, commit {first['commit']}"
+    )
+    heads = ("s/pair", "quartiles", "x B1", "ref", "fwd", "bwd", "opt", "peak GB", "MFU", "/kWh")
+    print(f"{'variant':<32} {heads[0]:>8} {heads[1]:>17} {heads[2]:>6}", end="")
+    print("".join(f" {head:>7}" for head in heads[3:]))
+    for row in rows:
+        if "s_per_pair" not in row:
+            print(f"{row['variant']:<32} {row['left_out']}")
+            continue
+        low, high = row["s_per_pair_quartiles"]
+        print(f"{row['variant']:<32} {row['s_per_pair']:8.4f} {low:8.4f} {high:8.4f}", end="")
+        print(f" {row['times_faster_than_B1']:6.2f}", end="")
+        values = [row["split"].get(part) for part in ("reference", "forward", "backward")]
+        values += [row["split"].get("optimizer"), row["peak_gb"], row["mfu"], row["pairs_per_kwh"]]
+        print("".join(f" {'-' if v is None else format(v, '.3g'):>7}" for v in values))
+    by_name = {row["variant"]: row for row in rows if "s_per_pair" in row}
+    saved = [by_name.get(n, {}).get("activation_bytes") for n in ("deferred/none", "joint/none")]
+    if all(saved):
+        print(f"activations held, deferred over joint: {saved[0] / saved[1]:.2f} (goal <= 0.6)")
+    cached = [row for name, row in by_name.items() if "+cached" in name]
+    if cached and "B0" in by_name:
+        best = min(cached, key=lambda row: row["s_per_pair"])
+        ratio = by_name["B0"]["s_per_pair"] / best["s_per_pair"]
+        print(f"cached over B0: {ratio:.2f}x ({best['variant']}; goal on a CPU >= 1.2)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=list(ARCHITECTURES), help="default: wan, tiny on a CPU")
+    parser.add_argument("--shape", help="FRAMESxHEIGHTxWIDTH; default: the family's own")
+    parser.add_argument("--variants", nargs="+", help="default: by device and tokens")
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
+    parser.add_argument("--attention", default="native", choices=["auto", *attention.BACKENDS])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+    args.family = args.family or ("tiny" if device.type == "cpu" else "wan")
+    try:
+        rows = measure(args, device)
+    except ValueError as error:
+        print(f"bench.step: {error}")
+        return 1
+    path = timing.append("step", rows)
+    print(f"to {path}")
+    print_table(rows)
+    wrong = [row["variant"] for row in rows if "gradient" in row.get("left_out", "")]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
