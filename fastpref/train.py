@@ -71,13 +71,13 @@ def train(config: Config) -> dict[str, Any]:
         batch, draws = prepare(*next(data.batches(dataset, config.train_batch_size, config.seed)))
         return predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
 
+    frozen = None
+    if config.reference == "frozen_copy" or (config.reference, config.tuning) == ("auto", "full"):
+        frozen = reference.frozen_copy(model, predict)
     if config.tuning == "lora":
         base_says = probe()
         add_lora(model, config, family.LORA_TARGETS)
         reference.check_off(model, probe, base_says)
-    frozen = None
-    if config.tuning == "full" and config.reference != "cached":
-        frozen = reference.frozen_copy(model, predict)
     checkpointing.apply(model, family.BLOCKS, config.checkpointing)
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
     if config.reference == "cached":
@@ -325,12 +325,8 @@ def announce(config, model, dataset, objective, device, dtype, noise) -> None:
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
-    mode = (
-        "adapters_off (one copy of the weights)"
-        if config.tuning == "lora"
-        else "frozen_copy (two copies)"
-    )
-    mode = "cached" if config.reference == "cached" else mode
+    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
+    mode = auto if config.reference == "auto" else config.reference
     print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
     per_step = config.train_batch_size * config.gradient_accumulation_steps
     print(f"data       {len(dataset)} pairs, {per_step} per step")

@@ -67,6 +67,14 @@ def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
     assert "filled with another seed (0 there, 1 here)" in capsys.readouterr().err
 
 
+def test_a_frozen_copy_says_what_adapters_off_say(pairs, tmp_path):
+    for mode in ("adapters_off", "frozen_copy"):
+        train(Config(**options(pairs, tmp_path / mode, reference=mode, max_train_steps=3)))
+    assert_close(tmp_path / "frozen_copy", tmp_path / "adapters_off")
+    (first, *_), (other, *_) = (rows(tmp_path / m) for m in ("frozen_copy", "adapters_off"))
+    assert first["errors/reference_w"] == other["errors/reference_w"]
+
+
 def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(pairs, folder)
