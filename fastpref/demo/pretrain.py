@@ -1,4 +1,4 @@
-"""Makes the shipped base checkpoint: `python -m fastpref.demo.pretrain`, about four minutes on 2 cores.
+"""Makes the shipped base checkpoint: `python -m fastpref.demo.pretrain`, four minutes on 2 cores.
 
 Flow matching on flawed clips, so that the base model follows its prompts but not well: there is
 something to prefer.
