@@ -57,6 +57,7 @@ class UsualStep:
     def __init__(self, name: str, policy: nn.Module, base: nn.Module, predict, beta: float, clock):
         self.settings, self.model, self.predict = BASELINES[name], policy, predict
         self.frozen = copy.deepcopy(base) if self.settings.two_models else None
+        self.models = [policy, self.frozen] if self.frozen is not None else [policy]
         self.beta, self.clock = beta, clock
         if self.settings.recomputes:
             self.model.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""What is measured beside a step's time: its parts, its memory, its energy, its attention kernel."""
+"""What is measured beside a step's time: its parts, memory, energy, attention kernel."""
 
 import time
 import weakref

@@ -16,30 +16,22 @@ had this variant alone; MFU on useful FLOPs (nothing recomputed) against 989 TFL
 """
 
 import argparse
-import copy
 import gc
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import count
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastpref
 from bench import timing
-from bench.architectures import ARCHITECTURES, PEAK, Architecture
-from bench.baselines import BASELINES, Levels, UsualStep
-from bench.meters import Clock, Power, SavedBytes, attention_kernel
-from fastpref import attention, checkpointing, compiling, models, oracle, reference, step
-from fastpref.data import Batch
-from fastpref.graphs import StepGraph
+from bench.architectures import ARCHITECTURES, PEAK
+from bench.baselines import BASELINES
+from bench.meters import Power, SavedBytes, attention_kernel
+from bench.variants import DRAWS, Ours, Setting, Usual, tensors
+from fastpref import attention
 
-BETA, SEED, RANK = 500.0, 1, 64
-LEARNING_RATE = 1e-5
-DRAWS = 4  # that the steps go through
 LARGE = (
     *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),
     *("deferred/attention+compile", "deferred/none+compile", "deferred/none+compile+cached"),
@@ -56,224 +48,35 @@ FEW_TOKENS = 4000  # of a sample: below, launches count and a pair fits in one b
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient's norm, to B1's
 
 
-class Setting:
-    """Model, data and optimisers that all variants share; their weights are the same tensors."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        import peft
-
-        self.arch: Architecture = ARCHITECTURES[args.family]
-        self.shape, self.pairs, self.device = args.shape or self.arch.shape, args.pairs, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.family = models.family(self.arch.family)
-        self.process = self.family.process(self.arch.scheduler)
-        self.objective = fastpref.objective("dpo", beta=BETA)
-        self.latents, self.cond = self.arch.inputs(self.shape, self.pairs, device, self.dtype)
-        self.base = self.arch.make(device, self.dtype)
-        self.model = copy.deepcopy(self.base, memo={id(t): t for t in tensors(self.base)})
-        self.model.add_adapter(peft.LoraConfig(r=RANK, target_modules=self.family.LORA_TARGETS))
-        random = torch.Generator(device).manual_seed(1)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-            if "lora_B" in name:  # zeros would hide every gradient of A
-                p.data.normal_(0, 0.02, generator=random)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.attention = attention.choose(
-            args.attention, self.model, lambda: self.predict(self.model), device
-        )
-        self.calls = attention.observe(lambda: self.predict(self.model))
-
-    @torch.no_grad()
-    def predict(self, model: nn.Module) -> Tensor:
-        t = torch.full((1,), 500.0, device=self.device)
-        cond = {name: value[:1] for name, value in self.cond.items()}
-        with self.autocast():
-            return self.family.predict(model, self.latents[:1], t, cond)
-
-    def autocast(self) -> AbstractContextManager:
-        wide = self.dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=not wide)
-
-    def attention_of(self, model: nn.Module) -> AbstractContextManager:
-        """What our variants run in: the backend of --attention."""
-        name = self.attention.name
-        return nullcontext() if name == "native" else attention.use(model, name)
-
-    def update(self, kind: str, clock: Clock) -> Callable[[], None]:
-        """Clip, optimiser's step, gradients away: usual, ours (fused) or as a graph."""
-        if kind not in self.optimizers:
-            options = {"usual": {}, "ours": {"fused": True}}.get(kind)
-            if options is None:
-                rate = torch.tensor(LEARNING_RATE, device=self.device)
-                options = {"fused": True, "lr": rate, "capturable": self.device.type == "cuda"}
-            options = {"lr": LEARNING_RATE, **options}
-            self.optimizers[kind] = torch.optim.AdamW(self.parameters, **options)
-        optimizer = self.optimizers[kind]
-
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            optimizer.step()
-
-        if kind == "graph":
-            step = StepGraph(step, self.device, parameters=self.parameters, name="optimiser")
-
-        def update() -> None:
-            with clock.part("optimizer"):
-                step()
-                optimizer.zero_grad()
-
-        return update
-
-    def twin(self) -> nn.Module:
-        """A model of its own with the same weights, to be compiled and checkpointed."""
-        return copy.deepcopy(self.model, memo={id(t): t for t in tensors(self.model)})
-
-    def draws(self, index: int) -> fastpref.Draws:
-        """Of the pairs in one step, on the host."""
-        numbers = torch.arange(self.pairs)
-        return fastpref.Draws(SEED, numbers + 1, torch.full_like(numbers, index))
-
-    def levels(self, draws: fastpref.Draws) -> Levels:
-        """Times as our process draws them, for the baselines' own noising."""
-        level = self.process.level(draws)
-        one = torch.ones_like(level)
-        if isinstance(self.process, fastpref.FlowMatching):
-            values = (1 - level, level, one, -one, level * self.process.num_train_timesteps)
-        else:
-            bars = self.process.alphas_cumprod
-            t = (level * len(bars)).round().long()
-            a, s = bars[t].sqrt(), (1 - bars[t]).sqrt()
-            values = (a, s, a, -s, t)
-        return Levels(*(v.float().to(self.device) for v in values))
-
-
-class Usual:
-    """A baseline, with gradients left in .grad."""
-
-    def __init__(self, name: str, setting: Setting) -> None:
-        self.setting, self.clock = setting, Clock(setting.device)
-        self.what, self.cached = BASELINES[name].what, False
-        self.models = 2 if BASELINES[name].two_models else 1
-        self.model, self.update = setting.twin(), setting.update("usual", self.clock)
-        predict = setting.family.predict
-        self.run = UsualStep(name, self.model, setting.base, predict, BETA, self.clock)
-
-    def gradient(self, index: int, *, same_noise: bool = False) -> None:
-        """Draw number `index`; same_noise: our noise instead of one of its own."""
-        setting, draws = self.setting, self.setting.draws(index)
-        noise = None
-        if same_noise:
-            noise = oracle.normal(SEED, draws.pair_id, draws.index, setting.latents[0].numel())
-            noise = noise.view(-1, *setting.latents.shape[1:]).to(setting.latents)
-        levels = setting.levels(draws)
-        self.run(setting.latents, setting.cond, levels, setting.autocast, noise)
-
-
-class Ours:
-    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad."""
-
-    models = 1
-
-    def __init__(self, name: str, setting: Setting) -> None:
-        form, *added = name.split("+")
-        mode, _, kept = form.partition("/")
-        known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
-        if not known or set(added) - {"compile", "cached", "graph"}:
-            raise ValueError(
-                f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
-                f" and +compile, +cached, +graph, got {name}"
-            )
-        self.setting, self.clock = setting, Clock(setting.device)
-        self.cached, self.what = "cached" in added, "ours"
-        self.pair_step = step.joint if mode == "joint" else step.deferred
-        self.model = setting.twin()
-        checkpointing.apply(self.model, setting.family.BLOCKS, kept)
-        if "compile" in added:
-            compiling.compile_blocks(self.model, setting.family.BLOCKS)
-        self.policy = self._part("forward", partial(setting.family.predict, self.model))
-        online = reference.adapters_off(self.model, setting.family.predict)
-        self.reference = self._part("reference", online)
-        if self.cached:
-            self.reference = self._fill(mode)
-        self.graph = None
-        if "graph" in added:
-            options = {"parameters": setting.parameters}
-            self.graph = StepGraph(self._step, setting.device, name=name, **options)
-        self.update = setting.update("graph" if self.graph else "ours", self.clock)
-
-    def gradient(self, index: int, *, same_noise: bool = True) -> None:
-        draws = self.setting.draws(index)
-        with self.setting.attention_of(self.model):
-            if self.graph is None:
-                self._step(self.setting.latents, draws.pair_id, draws.index, **self.setting.cond)
-            else:
-                inputs = {"latents": self.setting.latents, **self.setting.cond}
-                self.graph(pair_id=draws.pair_id, index=draws.index, **inputs)
-
-    def _step(self, latents: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor) -> Tensor:
-        draws = fastpref.Draws(SEED, pair_id, index)
-        noisy, t, target = self.setting.process.noise(latents, draws)
-        return self.pair_step(
-            self.policy, self.reference, noisy, t, target, cond, draws, self.setting.objective,
-            parameters=self.setting.parameters,
-        ).loss  # fmt: skip
-
-    def _part(self, name: str, call: Callable) -> Callable:
-        def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], *rest: object) -> Tensor:
-            with self.clock.part(name), self.setting.autocast():
-                return call(noisy, t, cond)
-
-        return run
-
-    def _fill(self, mode: str) -> Callable:
-        """The errors of all draws that are timed, as `fastpref cache-reference` fills them."""
-        setting = self.setting
-        batch = Batch(setting.latents, setting.cond, torch.ones(setting.pairs), torch.empty(0), [])
-        with setting.attention_of(self.model):
-            each = [
-                reference.errors(self.reference, setting.process, batch, setting.draws(k), mode)
-                for k in range(DRAWS)
-            ]
-        table = torch.stack([errors.view(2, -1).T for errors in each], dim=1)  # [B, K, 2]
-        tables = {"cpu": table.cpu(), setting.device.type: table}
-
-        def cache(noisy: Tensor, t: Tensor, cond: dict, draws: fastpref.Draws) -> Tensor:
-            found = tables[draws.index.device.type][draws.pair_id - 1, draws.index]
-            return found.T.reshape(-1).to(table.device, non_blocking=True)
-
-        return cache
-
-
-def tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def prepare(name: str, setting: Setting, expected: list[Tensor] | None) -> tuple[object, dict]:
     """(the variant, what is known of it before it is timed): its gradient and its peak memory."""
     variant = (Usual if name in BASELINES else Ours)(name, setting)
     gpu = setting.device.type == "cuda"
     # A graph is recorded in the fourth call, and its replay is what must be right.
-    calls = 5 if getattr(variant, "graph", None) else 2
-    for call in range(calls):
+    for call in range(5 if getattr(variant, "graph", None) else 2):
         for p in setting.parameters:
             p.grad = None
-        if gpu and call == 1:
+        if gpu:
             torch.cuda.synchronize()
+        begin = time.perf_counter()
+        if gpu and call == 1:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         variant.gradient(0, same_noise=True)
+        if gpu:
+            torch.cuda.synchronize()
         if gpu and call == 1:
             step_bytes = torch.cuda.max_memory_allocated() - before
-    facts: dict[str, object] = {"peak_gb": None, "gradient_off": 0.0}
+        seconds = time.perf_counter() - begin
+    facts: dict[str, object] = {"peak_gb": None, "gradient_off": 0.0, "s_first": seconds}
     if gpu:
         own = sum(t.nbytes for t in tensors(setting.base)) * variant.models
         adapters = sum(p.nbytes for p in setting.parameters)
         facts["peak_gb"] = round((step_bytes + own + 3 * adapters) / 1e9, 2)
     if expected is not None:
         off = sum(
-            (p.grad - g).double().square().sum() for p, g in zip(setting.parameters, expected)
+            (p.grad - g).double().square().sum()
+            for p, g in zip(setting.parameters, expected, strict=True)
         )
         all_of_it = sum(g.double().square().sum() for g in expected)
         facts["gradient_off"] = math.sqrt(off / all_of_it)
@@ -293,7 +96,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
     deadline = time.perf_counter() + 60 * args.minutes
     setting, power = Setting(args, device), Power(device)
     shape, arch = setting.shape, setting.arch
-    names = list(dict.fromkeys(["B1", *(args.variants or default_variants(setting))]))
+    wanted = args.variants or default_variants(setting)
+    names = list(dict.fromkeys(["B1", *wanted]))
     facts = {
         "bench": "step",
         "family": args.family,
@@ -351,11 +155,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         return call
 
     turns = {name: turn(name) for name in variants}
-    seconds = sum(timing.interleave(turns, device, rounds=2, warmup=1)[n].median for n in turns)
-    for variant in variants.values():
-        variant.clock.steps.clear()
+    for variant in variants.values():  # lazy states and the optimiser's graph; after all checks
+        for _ in range(5):
+            variant.update()
     left = 0.8 * (deadline - time.perf_counter())
-    rounds = max(3, min(args.rounds, int(left / seconds)))
+    by_name = {row["variant"]: row for row in rows}
+    cost = {name: by_name[name]["s_first"] for name in turns}
+    while 2 * sum(cost.values()) > left and len(cost) > 1:  # two rounds are the least
+        name = cost.popitem()[0]
+        del turns[name]
+        by_name[name]["left_out"] = f"no time left of --minutes {args.minutes:g}"
+    rounds = max(2, min(args.rounds, int(left / sum(cost.values()))))
     timings = timing.interleave(turns, device, rounds=rounds, warmup=0)
     for row in rows:
         if row["variant"] not in timings:
@@ -365,7 +175,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         row |= {"rounds": rounds, "pairs_per_kwh": None}
         if power.joules() is not None and time.perf_counter() < deadline:
             row["pairs_per_kwh"] = energy(turns[row["variant"]], taken.median, setting, power)
-    return rows
+    return sorted(rows, key=lambda row: (*wanted, "B1").index(row["variant"]))
 
 
 def describe(variant, taken: timing.Timing, first: timing.Timing, setting: Setting) -> dict:
@@ -410,7 +220,7 @@ def default_variants(setting: Setting) -> tuple[str, ...]:
 def print_table(rows: list[dict[str, object]]) -> None:
     first = rows[0]
     print(
-        f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pairs a"
+        f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pair(s) a"
         f" step, {first['dtype']}; attention {first['attention']}"
         f" {first.get('attention_kernel', '')}\n{first['device']}, {first['threads']} threads,"
         f" torch {first['torch']}, commit {first['commit']}"

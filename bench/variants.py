@@ -1,0 +1,231 @@
+"""What is timed: baselines and ours over one set of weights, data and draws."""
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fastpref
+from bench.architectures import ARCHITECTURES, Architecture
+from bench.baselines import BASELINES, Levels, UsualStep
+from bench.meters import Clock
+from fastpref import attention, checkpointing, compiling, models, oracle, reference, step
+from fastpref.data import Batch
+from fastpref.graphs import StepGraph
+
+BETA, SEED, RANK = 500.0, 1, 64
+LEARNING_RATE = 1e-5
+DRAWS = 4  # that the steps go through
+
+
+class Setting:
+    """Model, data and optimisers that all variants share; their weights are the same tensors."""
+
+    def __init__(self, args: Namespace, device: torch.device) -> None:
+        import peft
+
+        self.arch: Architecture = ARCHITECTURES[args.family]
+        self.shape, self.pairs, self.device = args.shape or self.arch.shape, args.pairs, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.family = models.family(self.arch.family)
+        self.process = self.family.process(self.arch.scheduler)
+        self.objective = fastpref.objective("dpo", beta=BETA)
+        self.latents, self.cond = self.arch.inputs(self.shape, self.pairs, device, self.dtype)
+        self.base = self.arch.make(device, self.dtype)
+        self.model = copy.deepcopy(self.base, memo={id(t): t for t in tensors(self.base)})
+        self.model.add_adapter(peft.LoraConfig(r=RANK, target_modules=self.family.LORA_TARGETS))
+        random = torch.Generator(device).manual_seed(1)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+            if "lora_B" in name:  # zeros would hide every gradient of A
+                p.data.normal_(0, 0.02, generator=random)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.stack = ExitStack()
+        self.attention = attention.choose(
+            args.attention, self.model, lambda: self.predict(self.model), device
+        )
+        self.calls = attention.observe(lambda: self.predict(self.model))
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module) -> Tensor:
+        t = torch.full((1,), 500.0, device=self.device)
+        cond = {name: value[:1] for name, value in self.cond.items()}
+        with self.autocast():
+            return self.family.predict(model, self.latents[:1], t, cond)
+
+    def autocast(self) -> AbstractContextManager:
+        wide = self.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=not wide)
+
+    def attention_of(self, model: nn.Module) -> AbstractContextManager:
+        """What our variants run in: the backend of --attention, unless the model keeps it."""
+        kept = self.attention.name == "native" or attention.through_dispatcher(model)
+        return nullcontext() if kept else attention.use(model, self.attention.name)
+
+    def keep_attention(self, *models: nn.Module, name: str) -> None:
+        """Tells models that go through diffusers' dispatcher, for as long as they live: one that is
+        not told does as the one that was told last.
+        """
+        for model in models:
+            if self.attention.name == "native" or not attention.through_dispatcher(model):
+                continue
+            if name == "native":
+                model.set_attention_backend(name)
+            else:
+                self.stack.enter_context(attention.use(model, name))
+
+    def update(self, kind: str, clock: Clock) -> Callable[[], None]:
+        """Clip, optimiser's step, gradients away: usual, ours (fused) or as a graph."""
+        if kind not in self.optimizers:
+            options = {"usual": {}, "ours": {"fused": True}}.get(kind)
+            if options is None:
+                rate = torch.tensor(LEARNING_RATE, device=self.device)
+                options = {"fused": True, "lr": rate, "capturable": self.device.type == "cuda"}
+            options = {"lr": LEARNING_RATE, **options}
+            self.optimizers[kind] = torch.optim.AdamW(self.parameters, **options)
+        optimizer = self.optimizers[kind]
+
+        def step() -> None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+
+        if kind == "graph":  # reads the gradients where the step's graph puts them
+            step = StepGraph(step, self.device, name="optimiser")
+
+        def update() -> None:
+            with clock.part("optimizer"):
+                step()
+                optimizer.zero_grad()
+
+        return update
+
+    def twin(self) -> nn.Module:
+        """A model of its own with the same weights, to be compiled and checkpointed."""
+        return copy.deepcopy(self.model, memo={id(t): t for t in tensors(self.model)})
+
+    def draws(self, index: int) -> fastpref.Draws:
+        """Of the pairs in one step, on the host."""
+        numbers = torch.arange(self.pairs)
+        return fastpref.Draws(SEED, numbers + 1, torch.full_like(numbers, index))
+
+    def levels(self, draws: fastpref.Draws) -> Levels:
+        """Times as our process draws them, for the baselines' own noising."""
+        level = self.process.level(draws)
+        one = torch.ones_like(level)
+        if isinstance(self.process, fastpref.FlowMatching):
+            values = (1 - level, level, one, -one, level * self.process.num_train_timesteps)
+        else:
+            bars = self.process.alphas_cumprod
+            t = (level * len(bars)).round().long()
+            a, s = bars[t].sqrt(), (1 - bars[t]).sqrt()
+            values = (a, s, a, -s, t)
+        return Levels(*(v.float().to(self.device) for v in values))
+
+
+class Usual:
+    """A baseline, with gradients left in .grad."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.setting, self.clock = setting, Clock(setting.device)
+        self.what, self.cached = BASELINES[name].what, False
+        self.models = 2 if BASELINES[name].two_models else 1
+        self.model, self.update = setting.twin(), setting.update("usual", self.clock)
+        predict = setting.family.predict
+        self.run = UsualStep(name, self.model, setting.base, predict, BETA, self.clock)
+        setting.keep_attention(*self.run.models, name="native")
+
+    def gradient(self, index: int, *, same_noise: bool = False) -> None:
+        """Draw number `index`; same_noise: our noise instead of one of its own."""
+        setting, draws = self.setting, self.setting.draws(index)
+        noise = None
+        if same_noise:
+            noise = oracle.normal(SEED, draws.pair_id, draws.index, setting.latents[0].numel())
+            noise = noise.view(-1, *setting.latents.shape[1:]).to(setting.latents)
+        levels = setting.levels(draws)
+        self.run(setting.latents, setting.cond, levels, setting.autocast, noise)
+
+
+class Ours:
+    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad."""
+
+    models = 1
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        form, *added = name.split("+")
+        mode, _, kept = form.partition("/")
+        known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
+        if not known or set(added) - {"compile", "cached", "graph"}:
+            raise ValueError(
+                f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
+                f" and +compile, +cached, +graph, got {name}"
+            )
+        self.setting, self.clock = setting, Clock(setting.device)
+        self.cached, self.what = "cached" in added, "ours"
+        self.pair_step = step.joint if mode == "joint" else step.deferred
+        self.model = setting.twin()
+        setting.keep_attention(self.model, name=setting.attention.name)
+        checkpointing.apply(self.model, setting.family.BLOCKS, kept)
+        if "compile" in added:
+            compiling.compile_blocks(self.model, setting.family.BLOCKS)
+        self.policy = self._part("forward", partial(setting.family.predict, self.model))
+        online = reference.adapters_off(self.model, setting.family.predict)
+        self.reference = self._part("reference", online)
+        if self.cached:
+            self.reference = self._fill(mode)
+        self.graph = None
+        if "graph" in added:
+            options = {"parameters": setting.parameters}
+            self.graph = StepGraph(self._step, setting.device, name=name, **options)
+        self.update = setting.update("graph" if self.graph else "ours", self.clock)
+
+    def gradient(self, index: int, *, same_noise: bool = True) -> None:
+        draws = self.setting.draws(index)
+        with self.setting.attention_of(self.model):
+            if self.graph is None:
+                self._step(self.setting.latents, draws.pair_id, draws.index, **self.setting.cond)
+            else:
+                inputs = {"latents": self.setting.latents, **self.setting.cond}
+                self.graph(pair_id=draws.pair_id, index=draws.index, **inputs)
+
+    def _step(self, latents: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor) -> Tensor:
+        draws = fastpref.Draws(SEED, pair_id, index)
+        noisy, t, target = self.setting.process.noise(latents, draws)
+        return self.pair_step(
+            self.policy, self.reference, noisy, t, target, cond, draws, self.setting.objective,
+            parameters=self.setting.parameters,
+        ).loss  # fmt: skip
+
+    def _part(self, name: str, call: Callable) -> Callable:
+        def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], *rest: object) -> Tensor:
+            with self.clock.part(name), self.setting.autocast():
+                return call(noisy, t, cond)
+
+        return run
+
+    def _fill(self, mode: str) -> Callable:
+        """The errors of all draws that are timed, as `fastpref cache-reference` fills them."""
+        setting = self.setting
+        batch = Batch(setting.latents, setting.cond, torch.ones(setting.pairs), torch.empty(0), [])
+        with setting.attention_of(self.model):
+            each = [
+                reference.errors(self.reference, setting.process, batch, setting.draws(k), mode)
+                for k in range(DRAWS)
+            ]
+        table = torch.stack([errors.view(2, -1).T for errors in each], dim=1)  # [B, K, 2]
+        tables = {"cpu": table.cpu(), setting.device.type: table}
+
+        def cache(noisy: Tensor, t: Tensor, cond: dict, draws: fastpref.Draws) -> Tensor:
+            found = tables[draws.index.device.type][draws.pair_id - 1, draws.index]
+            return found.T.reshape(-1).to(table.device, non_blocking=True)
+
+        return cache
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,214 @@
+"""bench.step: FLOPs by formula, true sizes, honest counting, and the whole command on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench import step, timing
+from bench.architectures import ARCHITECTURES
+from bench.meters import Clock, SavedBytes
+
+CPU = torch.device("cpu")
+
+
+# ---- Architectures
+
+
+@pytest.mark.parametrize(
+    "name, tokens, products, attention, nothing_recomputed",
+    [
+        ("wan", 32760, 82.1, 200.9, 2301),
+        ("cogvideox-2b", 17776, 47.2, 72.8, 938),
+        ("cogvideox-5b", 17776, 169.1, 163.1, 2482),
+    ],
+)
+def test_flops_are_the_published_counts(name, tokens, products, attention, nothing_recomputed):
+    """TFLOP of one sample's forward, and of a pair with an online reference, counted by hand."""
+    arch = ARCHITECTURES[name]
+    assert arch.tokens(arch.shape) == tokens
+    found = arch.forward_flops(arch.shape)
+    assert found == pytest.approx((1e12 * products, 1e12 * attention), rel=2e-3)
+    online = arch.pair_flops(arch.shape, online=True)
+    assert online == pytest.approx(1e12 * nothing_recomputed, rel=1e-3)
+    cached = arch.pair_flops(arch.shape, online=False)
+    assert online - cached == pytest.approx(2 * sum(found))
+
+
+@pytest.mark.parametrize(
+    "name, billions", [("wan", 1.42), ("cogvideox-2b", 1.69), ("cogvideox-5b", 5.57)]
+)
+def test_architectures_have_the_true_number_of_parameters(name, billions):
+    arch = ARCHITECTURES[name]
+    model = arch.make(torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e9 * billions, rel=5e-3)
+    kinds = {p.dtype for p in model.parameters()}
+    assert torch.bfloat16 in kinds
+    if name == "wan":  # loading keeps norms and the time embedding in float32
+        assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+        assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+
+
+def test_formula_counts_what_pytorch_counts():
+    """Of the tiny model, in whose forward the embeddings are a small part."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fastpref import models
+
+    arch = ARCHITECTURES["tiny"]
+    model = arch.make(CPU, torch.float32)
+    latents, cond = arch.inputs("17x256x256", 1, CPU, torch.float32)
+    first = {name: value[:1] for name, value in cond.items()}
+    math = sdpa_kernel(SDPBackend.MATH)  # of plain products, which the counter knows
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), math:
+        models.family("wan").predict(model, latents[:1], torch.full((1,), 9.0), first)
+    assert sum(arch.forward_flops("17x256x256")) == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("shape", ["81x480", "80x480x832", "81x480x840", "0x480x832", "a"])
+def test_shapes_that_do_not_fit_are_one_line(shape, capsys):
+    assert step.main(["--device", "cpu", "--shape", shape]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("bench.step: --shape") and said.count("\n") == 1
+
+
+# ---- Meters
+
+
+def test_saved_bytes_counts_storages_once_and_the_most_at_a_time():
+    """x is saved twice; the weight is not counted; a graph that is gone is not held."""
+    layer = nn.Linear(8, 8, bias=False)
+    saved = SavedBytes(layer)
+    with saved.count():
+        for _ in range(3):
+            x = torch.randn(4, 8, requires_grad=True)
+            y = layer(x)  # x
+            z = (x.detach() * y).exp()  # x's storage again; exp's result
+            z.sum().backward()
+            del x, y, z
+    assert saved.most == 2 * 4 * 8 * 4
+    assert saved.now == 0
+
+
+def test_clock_sums_the_parts_of_a_step():
+    clock = Clock(CPU)
+    with clock.part("before"):
+        pass
+    for k in range(3):
+        clock.begin()
+        for _ in range(2):
+            with clock.part("forward"):
+                torch.randn(200 * (k + 1), 200) @ torch.randn(200, 200)
+        with clock.part("backward"):
+            pass
+    parts = clock.medians()
+    assert set(parts) == {"forward", "backward"}
+    assert parts["forward"] > parts["backward"] >= 0
+
+
+# ---- The command
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+
+    def read() -> dict[str, dict]:
+        lines = (tmp_path / "step.jsonl").read_text().splitlines()
+        return {row["variant"]: row for row in map(json.loads, lines)}
+
+    return read
+
+
+QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
+
+
+def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
+    assert step.main(QUICK) == 0
+    rows = results()
+    assert list(rows) == list(step.CPU)
+    for name, row in rows.items():
+        assert row["gradient_off"] < 1e-4, name
+        assert row["s_per_pair"] > 0 and len(row["s_per_pair_quartiles"]) == 2
+        assert row["tokens"] == 16 and row["pairs"] == 2 and row["attention"] == "native"
+        assert {"device", "torch", "commit", "driver"} <= set(row)
+        if "graph" not in name:
+            assert all(part >= 0 for part in row["split"].values())
+            assert row["split"]["reference"] == 0 or "cached" not in name
+    held = [rows[name]["activation_bytes"] for name in ("deferred/none", "joint/none")]
+    assert 0 < held[0] / held[1] <= 0.6
+    said = capsys.readouterr().out
+    assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
+
+
+def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, capsys):
+    right = step.Ours._step
+
+    def biased(self, *args, **kwargs):
+        loss = right(self, *args, **kwargs)
+        self.setting.parameters[3].grad *= 1.5
+        return loss
+
+    monkeypatch.setattr(step.Ours, "_step", biased)
+    assert step.main([*QUICK, "--variants", "B0", "joint/none"]) == 1
+    row = results()["joint/none"]
+    assert "gradient is off B1's by" in row["left_out"] and "s_per_pair" not in row
+    assert results()["B0"]["s_per_pair"] > 0
+    assert "gradient is off" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_recorded_and_the_rest_is_timed(results, monkeypatch):
+    right = step.Ours.__init__
+
+    def full(self, name, setting):
+        if name == "joint/none":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+        right(self, name, setting)
+
+    monkeypatch.setattr(step.Ours, "__init__", full)
+    assert step.main([*QUICK, "--variants", "joint/none", "deferred/none"]) == 0
+    rows = results()
+    assert rows["joint/none"]["left_out"] == "out of memory"
+    assert rows["deferred/none"]["s_per_pair"] > 0
+
+
+def test_time_that_runs_out_is_recorded(results):
+    assert step.main([*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001"]) == 0
+    rows = results()
+    assert rows["B1"]["s_per_pair"] > 0
+    assert all("no time left" in rows[name]["left_out"] for name in ("B0", "joint/none"))
+
+
+def test_an_unknown_variant_is_one_line(capsys):
+    assert step.main([*QUICK, "--variants", "joint/some"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny", "toy"])
+def test_compiled_variants_too(family, results):
+    names = ["B4", "B5", "joint/full+compile", "deferred/attention+compile+cached"]
+    shape = ["--shape", ARCHITECTURES[family].small[0]]
+    arguments = ["--device", "cpu", "--rounds", "2", "--family", family, "--variants", *names]
+    assert step.main([*arguments, *shape]) == 0
+    assert all(row["s_per_pair"] > 0 for row in results().values())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_small_shapes_are_recorded_as_graphs(results):
+    names = ["B4", "joint/none", "joint/none+graph", "joint/none+cached+graph", "deferred/none"]
+    shape = ["--family", "tiny", "--shape", "1x64x64"]
+    assert step.main([*shape, "--device", "cuda", "--rounds", "5", "--variants", *names]) == 0
+    rows = results()
+    for name in names:
+        assert rows[name]["s_per_pair"] > 0 and rows[name]["peak_gb"] > 0
+    assert rows["joint/none+graph"]["what"] == "ours", "the graph was recorded"
+    faster = rows["joint/none"]["s_per_pair"] / rows["joint/none+graph"]["s_per_pair"]
+    assert faster > 2
