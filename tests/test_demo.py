@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastpref import evaluate, oracle
 from fastpref.demo import clips
 from fastpref.demo.pairs import Sampler, make_pairs, shuffle_labels
 from fastpref.demo.run import base_sampler, evaluation_set, parse
+from fastpref.demo.summary import HEADER, Row, as_text, average, table, verdict
 from fastpref.media import Sampling, decode
 from fastpref.models import toy
 from fastpref.process import Diffusion, FlowMatching
@@ -329,3 +331,60 @@ def test_text_on_a_page_is_escaped(tmp_path):
     text = page.save(tmp_path / "page.html").read_text()
     assert "<b>" not in text
     assert "x &amp; y" in text
+
+
+# --- the table ---
+
+
+def row(name: str, gains: list[float], *, beta: float | None = 1000.0, seed: int = 0) -> Row:
+    """A trained model whose clips gain this much over a base that scores 0.5 everywhere."""
+    base = {k: torch.full((len(gains),), 0.5, dtype=torch.float64) for k in ("score", *clips.PARTS)}
+    scores = {k: v + torch.tensor(gains, dtype=torch.float64) for k, v in base.items()}
+    return Row(name, beta, seed, Path(f"runs/{name}"), scores, base, 0.1, 0.2, 0.01)
+
+
+LABELS = {"swapped": [0], "gaps": [0.3, 0.1]}
+CONTROLS = [row("sft", [0.01] * 6 + [-0.01] * 2, beta=None), row("dpo_windowed", [0.1] * 8)]
+
+
+def test_a_line_of_the_table_is_name_then_win_rate_then_gain():
+    first, line = table([row("dpo", [0.1, 0.1, 0.0, -0.1])])[0][:2]
+    assert first == "dpo"
+    assert line.startswith("0.62 [")  # two won, one tied
+    text = as_text(HEADER, table([row("dpo", [0.1, 0.3]), row("sft", [0.0, 0.0], beta=None)]))
+    lines = text.splitlines()
+    assert re.match(r"dpo +1\.00 \[0\.34, 1\.00\] +\+0\.200 \[", lines[1])
+    assert re.match(r"sft +0\.50 \[", lines[2])
+    assert re.split("  +", lines[1])[3:] == ["+10.0 %", "+20.0 %", "0.0100"]
+
+
+def test_seeds_are_averaged_per_clip_and_their_spread_is_shown():
+    rows = [row("dpo", [0.1, -0.1], seed=0), row("dpo", [0.3, 0.1], seed=1)]
+    mean = average(rows)
+    assert mean.wins.value == pytest.approx(0.75)
+    assert mean.gain.value == pytest.approx(0.1)
+    assert mean.win_spread == pytest.approx(0.5**0.5 / 2)
+    assert mean.gain_spread == pytest.approx(0.2 * 0.5**0.5)
+    assert len(table(rows)) == 1
+    assert "sd 0.35" in table(rows)[0][1]
+
+
+def test_the_words_say_what_the_table_says():
+    shuffled = row("dpo_shuffled", [0.01, -0.01] * 4)
+    said = verdict([row("dpo", [0.1] * 8), *CONTROLS, shuffled], LABELS)
+    assert "100 % of 8 cases" in said[0]
+    assert said[0].endswith("better than chance.")
+    assert "SFT on the chosen clips alone gains less than dpo: -0.095" in said[1]
+    assert "(dpo_windowed) and dpo are not told apart: +0.000" in said[2]
+    assert "holds 0.5" in said[3]
+
+
+def test_an_objective_that_does_not_beat_chance_or_sft_is_said_not_to():
+    said = verdict(
+        [row("dpo", [0.01, -0.05] * 4), *CONTROLS, row("dpo_shuffled", [-0.1] * 8)], LABELS
+    )
+    assert "not shown to be better than chance" in said[0]
+    assert "SFT on the chosen clips alone gains more than dpo" in said[1]
+    assert "below 0.5. Cause:" in said[3]
+    assert "score gap of -0.100 is left of +0.200" in said[3]
+    assert "by -0.100" in said[3]
