@@ -201,7 +201,9 @@ def _open(data: bytes) -> Any:
     import av
 
     options = {"format_whitelist": FORMATS}
-    return av.open(io.BytesIO(data), options=options, metadata_errors="replace")
+    # Up to PyAV 18 a tag that is not UTF-8 raises unless told otherwise; later ones have no option.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(io.BytesIO(data), options=options, **lenient)
 
 
 def _video(container: Any) -> Any:

@@ -55,6 +55,11 @@ def _kept(wbar: Tensor, h: Hyper) -> Tensor:
     return ~(wbar < h.mask_threshold)  # a NaN is kept, and so reaches the loss
 
 
+def _clip(x: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    # Not torch.clamp, whose gradient at the very edge depends on torch's version; a NaN passes.
+    return torch.where(x < lo, lo, torch.where(x > hi, hi, x))
+
+
 def _clipped(wbar: Tensor, h: Hyper) -> Tensor:
     return wbar.clamp(1 - h.clip, 1 + h.clip)
 
@@ -70,7 +75,7 @@ def _ipo(h, e_w, e_l, r_w, r_l, gain):
 
 def _hinge(h, e_w, e_l, r_w, r_l, gain):
     m = margin(h.beta, e_w, e_l, r_w, r_l)
-    return (1 - m).clamp(min=0), m
+    return _clip(1 - m, 0.0, torch.inf), m
 
 
 def _dmpo(h, e_w, e_l, r_w, r_l, gain):
@@ -100,7 +105,7 @@ def _sdpo(h, e_w, e_l, r_w, r_l, gain):
 
 def _spo(h, e_w, e_l, r_w, r_l, gain):
     lo, hi = torch.log1p(-h.clip), torch.log1p(h.clip)
-    rho_w, rho_l = ((-0.5 * gain * d).clamp(lo, hi) for d in (e_w - r_w, e_l - r_l))
+    rho_w, rho_l = (_clip(-0.5 * gain * d, lo, hi) for d in (e_w - r_w, e_l - r_l))
     m = h.beta * (rho_w - rho_l)
     return -logsigmoid(m), m
 
