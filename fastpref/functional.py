@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  registers torch.ops.fastpref
+from . import ops
 from .objectives import Objective
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -276,7 +276,7 @@ def preference_loss(
         )
     hyper = objective.hyper_tensor(pred.device)
     data, *draws = unpacked
-    loss, pair_loss, err, ref_err, margin, importance, coef = torch.ops.fastpref.pair_loss(
+    loss, pair_loss, err, ref_err, margin, importance, coef = ops.pair_loss(
         pred, data, *refs, hyper, gain, weight, objective.number, *draws
     )
     wbar = importance if objective.has_importance else None

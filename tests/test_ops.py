@@ -386,6 +386,29 @@ def test_without_the_core_the_oracle_serves(name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
 
 
+def test_the_short_way_is_the_operator():
+    """ops.pair_loss and the operator: the same bits, gradients, marks and refusals."""
+    arguments = calls()["pair_loss"]
+    for call in (ops.pair_loss, OP.pair_loss):
+        out = call(*arguments)
+        assert [x.requires_grad for x in out] == [True] + [False] * 6
+        with pytest.raises(ValueError, match="target must not require a gradient"):
+            call(arguments[0], arguments[1].clone().requires_grad_(), *arguments[2:])
+        with torch.no_grad():
+            assert not call(*arguments)[0].requires_grad
+        (grad,) = torch.autograd.grad(out[0], arguments[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            (grad.square().sum() + arguments[0].sum()).backward()
+
+    def run(call) -> list[Tensor]:
+        out = call(*arguments)
+        return [*(x.detach() for x in out), *torch.autograd.grad(2 * out[0], arguments[0])]
+
+    assert same_bits(run(ops.pair_loss), run(OP.pair_loss))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(ops.pair_loss(*arguments)[0], torch._subclasses.FakeTensor)
+
+
 def test_a_missing_core_is_said_once():
     code = (
         "import sys; sys.modules['fastpref._C'] = None\n"
@@ -429,8 +452,8 @@ def test_no_second_derivative(name):
     out = getattr(OP, name)(*arguments)
     first = out[0] if isinstance(out, tuple) else out
     (grad,) = torch.autograd.grad(first.sum(), learned, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), learned)
+    with pytest.raises(RuntimeError, match="double backward"):
+        (grad.square().sum() + learned.sum()).backward()
 
 
 TARGET, ERRORS = torch.zeros(4, 5), torch.zeros(4, dtype=torch.float64)
