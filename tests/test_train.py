@@ -74,9 +74,9 @@ def test_training_fits_the_pairs(pairs, tmp_path):
     train(
         Config(**options(pairs, tmp_path, max_train_steps=40, train_batch_size=5, logging_steps=10))
     )
-    first, *_, last = rows(tmp_path)
+    last = rows(tmp_path)[-1]
     assert last["implicit_acc"] > 0.8 and last["rewards/margins"] > 0
-    assert last["loss"] < first["loss"] < math.log(2)
+    assert last["loss"] < 0.8 * math.log(2)
 
 
 def test_sft_lowers_the_chosen_error(pairs, tmp_path):
