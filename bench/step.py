@@ -155,8 +155,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         return call
 
     turns = {name: turn(name) for name in variants}
-    for variant in variants.values():  # lazy states and the optimiser's graph; after all checks
-        for _ in range(5):
+    for variant in variants.values():  # optimisers' states and graphs, now that all is checked
+        if getattr(variant, "graph", None):
+            for _ in range(5):
+                variant.gradient(0)
+                variant.update()
+        else:
+            for p in setting.parameters:
+                p.grad = torch.zeros_like(p)
             variant.update()
     left = 0.8 * (deadline - time.perf_counter())
     by_name = {row["variant"]: row for row in rows}
@@ -200,7 +206,7 @@ def describe(variant, taken: timing.Timing, first: timing.Timing, setting: Setti
     }
 
 
-def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> float:
+def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> float | None:
     """Pairs per kWh, over at least 1.5 seconds: the counter moves every tenth."""
     steps = max(1, math.ceil(1.5 / seconds))
     torch.cuda.synchronize()
@@ -208,7 +214,8 @@ def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> fl
     for _ in range(steps):
         call()
     torch.cuda.synchronize()
-    return round(3.6e6 * steps * setting.pairs / (power.joules() - before), 1)
+    spent = power.joules() - before
+    return round(3.6e6 * steps * setting.pairs / spent, 1) if spent else None
 
 
 def default_variants(setting: Setting) -> tuple[str, ...]:
