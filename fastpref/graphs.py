@@ -30,7 +30,8 @@ class StepGraph:
     was recorded with and everything is launched at once. So a replay takes new numbers from its
     inputs and from tensors that live outside (weights, an objective's `hyper_tensor`, a learning
     rate that is a tensor): change those in place. Python runs in the first calls alone: what
-    differs from step to step must not be a Python number, and nothing may wait for the device.
+    differs from step to step must not be a Python number, and nothing may wait for the device. Keep
+    no loss of a step outside alive: its gradient graph would tie the recording to another stream.
 
     parameters: leaves whose `.grad` the function adds to. They get buffers of their own, which stay
     theirs: setting `.grad` to None (`zero_grad`) makes the next call begin at zero.

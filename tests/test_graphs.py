@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastpref
 from fastpref import models, reference, step
 from fastpref.functional import Draws, PairLoss
-from fastpref.graphs import StepGraph
+from fastpref.graphs import StepGraph, _detached
 
 OBJECTIVE = fastpref.objective("dpo", beta=500.0)
 SHAPE = (16, 3, 8, 8)
@@ -163,17 +163,20 @@ def test_a_sample_step_replayed_is_the_step(pair_step, device):
     process = fastpref.FlowMatching(shift=3.0)
     run, parameters = sample_step(model, process, pair_step)
     graph = StepGraph(run, device, parameters=parameters)
+    # On a GPU a recorded product may be another kernel; the margin is 250 times the errors.
+    close = {} if device.type == "cpu" else {"rtol": 1e-4, "atol": 1e-3}
     for k in range(6):
         each = batch(k, device)
         for p in parameters:
             p.grad = None
-        plain = run(**each)
+        # A gradient graph that outlives its step would tie a recording to this step's stream.
+        plain = _detached(run(**each))
         expected = [p.grad.clone() for p in parameters]
         for p in parameters:
             p.grad = None
         out = graph(**each)
         for name in ("loss", "err", "ref_err", "margin"):
-            torch.testing.assert_close(getattr(out, name), getattr(plain, name).detach())
+            torch.testing.assert_close(getattr(out, name), getattr(plain, name), **close)
         for p, grad in zip(parameters, expected, strict=True):
             torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
         assert torch.stack([g.abs().max() for g in expected]).min() > 0
