@@ -49,7 +49,7 @@ class Options:
     """What `fastpref demo` can be asked for."""
 
     objectives: list[str] = field(default_factory=lambda: ["dpo"])
-    betas: list[float] = field(default_factory=lambda: [1000.0])
+    betas: list[float] = field(default_factory=lambda: [2000.0])
     seeds: int = 1
     output_dir: Path = Path("runs/demo")
     pairs: int = 96
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = Parser(prog="fastpref demo", description=__doc__.strip())
     add = parser.add_argument
     add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OBJECTIVES)}")
-    add("--betas", default="1000", help="comma-separated; every objective is trained at each")
+    add("--betas", default="2000", help="comma-separated; every objective is trained at each")
     add("--seeds", type=int, default=1, help="initialisations and data orders per objective")
     add("--output_dir", type=Path, default=default.output_dir)
     add("--pairs", type=int, default=default.pairs, help="preference pairs to make")
