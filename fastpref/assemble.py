@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from . import cache, checkpoint, data, encode, models, reference
 from .config import FREE_FIELDS, Config
+from .files import identity
 from .functional import Draws
 from .models.folder import scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
@@ -26,8 +26,10 @@ def open_run(config: Config, folder: Path) -> Path | None:
     record, done = folder / "config.yaml", folder / "result.json"
     started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
     if started and record.exists():
-        before, now = yaml.safe_load(record.read_text()) or {}, config.to_dict()
-        differs = [k for k in now if k not in FREE_FIELDS and before.get(k) != now[k]]
+        before, now = read_record(record), config.to_dict()
+        # A decaying schedule is a function of the last step: another one is another run.
+        free = FREE_FIELDS - ({"max_train_steps"} if config.lr_scheduler != "constant" else set())
+        differs = [k for k in now if k not in free and before.get(k) != now[k]]
         if differs:
             listed = ", ".join(f"{k} ({before.get(k)} there, {now[k]} here)" for k in differs)
             raise ValueError(
@@ -38,13 +40,19 @@ def open_run(config: Config, folder: Path) -> Path | None:
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
-    if done.exists() and json.loads(done.read_text())["global_step"] < config.max_train_steps:
+    if done.exists() and read_record(done).get("global_step", 0) < config.max_train_steps:
         done.unlink()
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
-        if not Path(wanted).is_dir():
+        own = [path.resolve() for path in checkpoint.folders(folder)]
+        if Path(wanted).resolve() not in own:
             raise ValueError(
-                f"resume_from_checkpoint: expected latest or a checkpoint folder, got {wanted}"
+                f"resume_from_checkpoint: expected latest or a checkpoint in {folder}, got {wanted}"
+            )
+        if Path(wanted).resolve() != own[0]:
+            raise ValueError(
+                f"resume_from_checkpoint: {own[0].name} is newer than {wanted}: to go back, move "
+                "the newer ones away first"
             )
         return Path(wanted)
     found, broken = checkpoint.newest(folder)
@@ -55,12 +63,27 @@ def open_run(config: Config, folder: Path) -> Path | None:
     return found
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A file that a run wrote about itself, YAML or JSON."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
+    return found
+
+
 def open_data(config: Config, folder: Path) -> data.PairDataset:
     """The encoded pairs: `config.data` itself, or what encoding its media gives (kept in the
     run's folder).
     """
     path = Path(config.data)
-    if not (path / "index.parquet").exists():
+    if (path / "index.parquet").exists():
+        for name in ("num_frames", "height", "width", "fps"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} has no effect: data {path} is already encoded; remove it")
+    else:
         path = encode.encode(
             config.family,
             config.model,
@@ -73,7 +96,18 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
             device=config.device,
         )
-    return data.PairDataset(path)
+    dataset = data.PairDataset(path)
+    family, now = dataset.fingerprint["family"], models.family(config.family).__name__
+    if family != now:
+        raise ValueError(f"data {path}: encoded with family {family}, got family {now}")
+    model = Path(config.model)
+    if model.exists() and dataset.fingerprint["model"] != identity(model):
+        print(
+            f"warning: data {path} was encoded with another model folder than {model}: its VAE "
+            "and text encoders must be the same",
+            file=sys.stderr,
+        )
+    return dataset
 
 
 def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> reference.Predict:
@@ -152,7 +186,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     family = models.family(config.family)
     dataset = open_data(config, Path(config.output_dir))
     process = make_process(config, family)
-    model = family.load(config.model, dtype).to(device).requires_grad_(False)
+    model = load_model(config, family, device, dtype).requires_grad_(False)
     where, mark = cache_of(config, dataset, process, dtype)
     count = cache.fill(
         where,
@@ -168,6 +202,13 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
         world=world,
     )
     return where, count
+
+
+def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The family's model on the device. Fully tuned weights are kept in float32, since bfloat16
+    would lose most updates; autocast makes their products bfloat16.
+    """
+    return family.load(config.model, torch.float32 if config.tuning == "full" else dtype).to(device)
 
 
 def place(config: Config) -> tuple[torch.device, torch.dtype]:

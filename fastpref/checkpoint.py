@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PREFIX = "checkpoint-"
+# What an adapter file says of itself, written and read.
+LORA_SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -66,18 +68,18 @@ def save(
     (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in temporary.iterdir():
+    for path in (*temporary.iterdir(), temporary):
         _flush(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     _flush(folder)
-    for old in _folders(folder)[keep:]:
+    for old in folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
     return sorted(found, key=lambda p: -int(p.name[len(PREFIX) :]))
@@ -110,7 +112,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     over.
     """
     passed_over = []
-    for checkpoint in _folders(folder):
+    for checkpoint in folders(folder):
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint, passed_over
@@ -177,19 +179,10 @@ def export(folder: Path, model: nn.Module) -> Path:
     values = peft.get_peft_model_state_dict(
         model, adapter_name="default", save_embedding_layers=False
     )
-    wanted = (
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_dora",
-        "lora_bias",
-    )
     metadata = {
         f"{component}.{k}": sorted(v) if isinstance(v, set) else v
         for k, v in config.items()
-        if k in wanted
+        if k in LORA_SETTINGS
     }
     path = folder / "pytorch_lora_weights.safetensors"
     temporary = path.with_name(path.name + ".tmp")
@@ -249,7 +242,8 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{path}: expected a LoRA file with its rank in the metadata, got {error!r}"
         ) from None
-    config = peft.LoraConfig(**{k.removeprefix(f"{component}."): v for k, v in metadata.items()})
+    settings = {k.removeprefix(f"{component}."): v for k, v in metadata.items()}
+    config = peft.LoraConfig(**{k: v for k, v in settings.items() if k in LORA_SETTINGS})
     peft.inject_adapter_in_model(config, model)
     result = peft.set_peft_model_state_dict(model, values)
     if result.unexpected_keys:

@@ -12,9 +12,13 @@ from typing import Any, Literal
 
 import yaml
 
+from .files import write_atomic
 from .objectives import OBJECTIVES, objective
 
-# A resumed run may change these: none of them changes what a step computes.
+OFFLINE = [name for name in OBJECTIVES if name != "spo"]  # spo's pairs come from its own sampler
+
+# A resumed run may change these: none of them changes what a step computes (max_train_steps does
+# under a decaying schedule, see open_run).
 FREE_FIELDS = {
     "output_dir",
     "reference_cache",
@@ -24,10 +28,7 @@ FREE_FIELDS = {
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "report_to",
-    "validation_prompts",
     "validation_steps",
-    "validation_sampling_steps",
-    "validation_guidance_scale",
     "num_workers",
 }
 
@@ -39,7 +40,7 @@ class Config:
     Args:
         family: model family: a module of `fastpref.models` or any importable module with its nine
             names.
-        model: diffusers model folder (transformer/, scheduler/, ...).
+        model: diffusers model folder (transformer/, scheduler/, ...) or hub id.
         data: folder or metadata file of pairs (prompt, chosen, rejected), or a set made by
             `fastpref encode`.
         output_dir: where the run is written; the same command run again goes on from its last
@@ -48,8 +49,8 @@ class Config:
             (a control).
         beta: strength of the preference against the reference; published: SD1.5 2000, SDXL 5000,
             video 500.
-        beta_convention: what beta multiplies (README, "beta conventions"): half_mean, mean,
-            half_sum or sum.
+        beta_convention: what beta multiplies (README, "Objectives"): half_mean, mean, half_sum or
+            sum.
         alpha: dmpo: probability that a label is wrong.
         clip: dpo_cm, sdpo: importance weights are clipped to [1 - clip, 1 + clip].
         mask_threshold: dpo_cm, sdpo: members with an importance weight below it are dropped.
@@ -74,7 +75,7 @@ class Config:
         pair_mode: joint runs all members of a batch at once; deferred one after the other, with
             half the activation memory of one pair and the same gradient.
         skip_zeros: pairs whose gradient is exactly zero (masked, beyond hinge's margin) skip their
-            backward; the host waits for the device once a batch.
+            backward; the host waits for the device once a batch (deferred: once a pair).
         lora_rank: rank of the adapters.
         lora_alpha: scale numerator of the adapters; default: the rank.
         lora_targets: names of the layers to adapt; default: the family's.
@@ -118,7 +119,7 @@ class Config:
     model: str
     data: str
     output_dir: str
-    objective: Literal["dpo", "ipo", "hinge", "dmpo", "dpo_cm", "sdpo", "sft"] = "dpo"
+    objective: str = "dpo"
     beta: float | None = None
     beta_convention: Literal["half_mean", "mean", "half_sum", "sum"] = "half_mean"
     alpha: float | None = None
@@ -168,17 +169,17 @@ class Config:
     checkpoints_total_limit: int = 3
     resume_from_checkpoint: str | None = None
     validation_prompts: list[str] | None = None
-    validation_steps: int = 100
-    validation_sampling_steps: int = 20
-    validation_guidance_scale: float = 1.0
+    validation_steps: int | None = None
+    validation_sampling_steps: int | None = None
+    validation_guidance_scale: float | None = None
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:
         self.timestep_range = tuple(self.timestep_range)
         self.make_objective(elements=1)
         if self.objective == "sft":
-            for name in ("beta", "sft_weight"):
-                if getattr(self, name) is not None:
+            for name in ("beta", "sft_weight", "beta_convention"):
+                if getattr(self, name) not in (None, "half_mean"):
                     raise ValueError(f"{name} has no effect with objective sft: remove it")
         if self.importance_steps is not None and self.objective not in ("dpo_cm", "sdpo"):
             raise ValueError(
@@ -204,8 +205,15 @@ class Config:
         ):
             why = "sft_weight" if self.sft_weight else f"objective {self.objective}"
             raise ValueError(f"skip_zeros has no effect with {why}: no gradient is zero; remove it")
-        if self.validation_steps != 100 and not self.validation_prompts:
-            raise ValueError("validation_steps has no effect without validation_prompts")
+        defaults = {"steps": 100, "sampling_steps": 20, "guidance_scale": 1.0}
+        for name, default in defaults.items():
+            if getattr(self, f"validation_{name}") is None:
+                if self.validation_prompts:
+                    setattr(self, f"validation_{name}", default)
+            elif not self.validation_prompts:
+                raise ValueError(f"validation_{name} has no effect without validation_prompts")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -240,15 +248,16 @@ class Config:
         """The objective with its hyper-parameters; None for sft. `elements`: per sample, for the
         sum conventions.
         """
-        names = ("alpha", "clip", "mask_threshold", "combine", "inverse_weight", "label_smoothing")
-        hyper = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        options = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
+        options -= {"beta", "sft_weight"}
+        hyper = {n: v for n in sorted(options) if (v := getattr(self, n, None)) is not None}
         if self.objective == "sft":
             if hyper:
                 raise ValueError(f"{', '.join(hyper)} has no effect with objective sft: remove it")
             return None
-        if self.objective not in OBJECTIVES:
+        if self.objective not in OFFLINE:
             raise ValueError(
-                f"objective: expected one of {', '.join(OBJECTIVES)} or sft, got {self.objective}"
+                f"objective: expected one of {', '.join(OFFLINE)} or sft, got {self.objective}"
             )
         if self.beta is None:
             raise ValueError(
@@ -268,7 +277,7 @@ class Config:
         }
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
 
 def parse(arguments: list[str], command: str = "fastpref train") -> Config:

@@ -6,8 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
-# Of a large file its size, head and tail are hashed: weights that differ, differ there too.
-EDGE = 4 << 20
+# Of a large file its size, head and tail and evenly spaced windows between them are hashed.
+EDGE, WINDOW, WINDOWS = 4 << 20, 64 << 10, 256
 MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
 
 
@@ -37,6 +37,9 @@ def identity(path: Path) -> str:
     with open(path, "rb") as file:
         digest.update(file.read(EDGE))
         if size > EDGE:
+            for i in range(1, WINDOWS):
+                file.seek(size * i // WINDOWS)
+                digest.update(file.read(WINDOW))
             file.seek(max(EDGE, size - EDGE))
             digest.update(file.read())
     return digest.hexdigest()

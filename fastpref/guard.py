@@ -19,27 +19,32 @@ class Guard:
     interval.
 
     A skipped step leaves parameters and moments as they were (the fused optimiser reads `found_inf`
-    on the device: no host sync). `patience` skipped steps in one log interval's reading raise
-    `Diverged`; a winner's error more than `rise` above the reference's is warned of once.
+    on the device: no host sync). A bad step raises a debt by one, a good one lowers it by a half;
+    at `patience` `Diverged` is raised. A winner's error more than `rise` above the reference's is
+    warned of once.
     """
 
     def __init__(self, device: torch.device, patience: int = 20, rise: float = 0.5) -> None:
-        self.skipped = torch.zeros((), device=device)
+        # Steps skipped since the last reading, and the debt.
+        self.skipped, self.debt = torch.zeros(2, device=device)
         self.patience, self.rise, self.warned = patience, rise, False
 
     def watch(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
         """Before optimizer.step(): tells it to skip where the gradient's norm is not finite."""
         bad = (~torch.isfinite(grad_norm)).to(torch.float32)
         optimizer.found_inf = bad
-        self.skipped = torch.where(bad > 0, self.skipped + 1, torch.zeros_like(self.skipped))
+        self.skipped = self.skipped + bad
+        self.debt = (self.debt + 1.5 * bad - 0.5).clamp(min=0)
 
     def judge(self, metrics: dict[str, float], step: int) -> str | None:
         """At a log step: a warning to print, or None; raises Diverged."""
-        skipped = int(self.skipped.item())
-        if skipped >= self.patience:
+        skipped, debt = (int(v) for v in torch.stack([self.skipped, self.debt]).tolist())
+        self.skipped = torch.zeros_like(self.skipped)
+        if debt >= self.patience:
             raise Diverged(
-                f"step {step}: the last {skipped} steps had a loss or gradient that is not finite. "
-                "Try a lower learning_rate, mixed_precision no, or look at the last batches' pairs"
+                f"step {step}: {skipped} of the last steps had a loss or gradient that is not "
+                "finite. Try a lower learning_rate, mixed_precision no, or look at the last "
+                "batches' pairs"
             )
         if skipped:
             return f"step {step}: {skipped} steps skipped, their loss or gradient was not finite"

@@ -70,7 +70,8 @@ class Rows:
         self.ties = self.records = 0
         self._source = open_source(data, split)
         self.path: Path | None = self._source.path
-        self.root: Path = self._source.root.resolve()
+        root = self._source.root
+        self.root: Path | None = root and root.resolve()
         self.name: str = self._source.name
         self.total: int | None = self._source.total
         self.layout = layout(self._source.columns, self.name)
@@ -165,7 +166,7 @@ def layout(columns: list[str] | None, name: str) -> str:
 class Reader:
     """One record's fields, each checked: a field that is not as it must be raises BadRow."""
 
-    def __init__(self, record: dict[str, Any], where: str, root: Path) -> None:
+    def __init__(self, record: dict[str, Any], where: str, root: Path | None) -> None:
         self.record, self.where, self.root = record, where, root
 
     def bad(self, kind: str, field: str, reason: str) -> BadRow:
@@ -229,6 +230,8 @@ class Reader:
         if not isinstance(name, str) or not name:
             raise self.bad("missing_value", field, "expected a path or bytes")
         shown = name.encode(errors="replace").decode()
+        if self.root is None:
+            raise self.bad("outside", field, "a hub dataset must carry its media as bytes")
         path = Path(name)
         if path.is_absolute() or ".." in path.parts:
             raise self.bad(

@@ -46,8 +46,9 @@ def sample(
             raise ValueError(
                 f"sample: cond[{name!r}] expected {len(seeds)} rows, one per seed, got {len(value)}"
             )
-    if steps < 1:
-        raise ValueError(f"sample: steps expected at least 1, got {steps}")
+    limit = 10**6 if isinstance(process, FlowMatching) else len(process.alphas_cumprod)
+    if not 1 <= steps <= limit:
+        raise ValueError(f"sample: steps expected 1 to {limit}, got {steps}")
     if (guidance_scale != 1) != (negative is not None):
         raise ValueError(
             "sample: guidance_scale other than 1 and negative belong together, got "

@@ -148,7 +148,7 @@ class HuggingFace:
     def __init__(self, data: str, split: str) -> None:
         path = Path(data)
         self.name, self.path = data, None
-        self.root = path if path.is_dir() else Path()
+        self.root = path if path.is_dir() else None  # on the hub: no file of this machine's
         try:
             import datasets
         except ModuleNotFoundError:

@@ -5,12 +5,14 @@ trackers.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .files import write_atomic
 from .functional import PairLoss
 from .objectives import SDPO, Objective
 
@@ -52,7 +54,7 @@ class Meter:
                 column = table[:, self.names.index(name)] / table[:, -1]
                 filled = table[:, -1] > 0
                 result[f"{name}/by_level"] = [
-                    v if ok else None
+                    v if ok and math.isfinite(v) else None
                     for v, ok in zip(column.tolist(), filled.tolist(), strict=True)
                 ]
         self.names = []
@@ -77,7 +79,7 @@ class Log:
                     continue
                 if row["global_step"] <= step:
                     kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
         self.file = self.path.open("a")
         self.writers: list[Any] = []
         for tracker in trackers:

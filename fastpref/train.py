@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from . import cache, checkpoint, checkpointing, data, models, reference
 from .assemble import (
     add_lora,
     cache_of,
+    load_model,
     make_process,
     open_data,
     open_run,
@@ -54,6 +56,7 @@ def train(config: Config) -> dict[str, Any]:
         print(f"{folder} is already trained to step {result['global_step']}")
         return result
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
 
     # ---- data, model, reference, objective
@@ -62,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     process = make_process(config, family)
     objective = config.make_objective(dataset[0].latents_w.numel())
-    model = family.load(config.model, dtype).to(device).requires_grad_(config.tuning == "full")
+    model = load_model(config, family, device, dtype).requires_grad_(config.tuning == "full")
     predict, prepare = predictor(family, device, dtype), preparer(config, dataset, device, dtype)
 
     @torch.no_grad()
@@ -126,7 +129,7 @@ def train(config: Config) -> dict[str, Any]:
         begin, noise = state["step"], state["margin_noise"]
         print(f"resumed from {start}")
     elif objective is not None:
-        noise = margin_noise(config, dataset, prepare, pair_step)
+        noise = margin_noise(config, objective.beta, dataset, prepare, pair_step)
         optimizer.zero_grad(set_to_none=True)
         if config.reference == "cached" and config.tuning == "lora":
             cache.drift(
@@ -135,7 +138,7 @@ def train(config: Config) -> dict[str, Any]:
                 process,
                 first_pairs(config, dataset, prepare),
                 pair_mode=config.pair_mode,
-                beta=config.beta,
+                beta=objective.beta,
                 margin_noise=noise,
             )
     config.save(folder / "config.yaml")
@@ -183,7 +186,7 @@ def train(config: Config) -> dict[str, Any]:
     )
     interrupted = Signals()
     metrics: dict[str, Any] = {}
-    waited, since, step = 0.0, time.perf_counter(), begin
+    waited, since, step, logged = 0.0, time.perf_counter(), begin, begin
     clock = time.perf_counter()
     try:
         while step < config.max_train_steps:
@@ -209,16 +212,15 @@ def train(config: Config) -> dict[str, Any]:
             if step % config.logging_steps == 0 or step == config.max_train_steps:
                 metrics = meter.flush(by_level=("rewards/margins", "importance/weight"))
                 now = time.perf_counter()
-                steps = step % config.logging_steps or min(config.logging_steps, step - begin)
                 metrics |= {
                     "grad_norm": grad_norm.item(),
                     "learning_rate": lr,
-                    "perf/seconds_per_pair": (now - since) / (steps * per_step),
+                    "perf/seconds_per_pair": (now - since) / ((step - logged) * per_step),
                     "perf/data_wait_fraction": waited / (now - since),
                 }
                 if device.type == "cuda":
                     metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-                waited, since = 0.0, now
+                waited, since, logged = 0.0, now, step
                 log.write({"global_step": step, "epoch": epoch, **metrics})
                 progress.set_postfix_str(postfix(metrics))
                 warning = guard.judge(metrics, step)
@@ -229,12 +231,15 @@ def train(config: Config) -> dict[str, Any]:
                 or step == config.max_train_steps
                 or interrupted
             ):
-                state = {"margin_noise": noise, "objective": config.objective, "beta": config.beta}
+                began = time.perf_counter()
+                state = {"margin_noise": noise}
                 checkpoint.save(
                     folder, step, model, optimizer, state, config.checkpoints_total_limit
                 )
-                since = time.perf_counter() if step % config.logging_steps == 0 else since
+                since += time.perf_counter() - began  # training's time alone
+            began = time.perf_counter()
             validate(step)
+            since += time.perf_counter() - began
             if interrupted and step < config.max_train_steps:
                 raise Interrupted(
                     f"saved at step {step} in {folder}; run the same command to go on"
@@ -288,21 +293,25 @@ def first_pairs(config: Config, dataset: data.PairDataset, prepare: Any) -> Any:
         yield prepare(*next(batches))
 
 
-def margin_noise(config: Config, dataset: data.PairDataset, prepare: Any, pair_step: Any) -> float:
+def margin_noise(
+    config: Config, beta: float, dataset: data.PairDataset, prepare: Any, pair_step: Any
+) -> float | None:
     """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
-    alone makes of the margin in the run's own step. Leaves gradients of zero.
+    alone makes of the margin in the run's own step. None: it is not finite. Leaves gradients of
+    zero.
     """
-    worst = 0.0
+    seen = []
     for batch, draws in first_pairs(config, dataset, prepare):
         out = pair_step(batch, draws, 0.0)
         difference = (out.err - out.ref_err).view(2, -1)
-        worst = max(worst, (0.5 * config.beta * (difference[0] - difference[1])).abs().max().item())
-    if worst > 0.05:
+        seen.append((0.5 * beta * (difference[0] - difference[1])).abs().max())
+    worst = torch.stack(seen).max().item()
+    if not worst <= 0.05:
         print(
             f"warning: margin noise {worst:.3g} is above 0.05: rounding moves the loss",
             file=sys.stderr,
         )
-    return worst
+    return worst if math.isfinite(worst) else None
 
 
 def warn_of_repeats(config: Config, pairs: int) -> None:

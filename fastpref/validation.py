@@ -34,11 +34,10 @@ class Prompts:
     ) -> None:
         self.family, self.process, self.guidance = family, process, guidance_scale
         self.prompts, self.device = list(prompts), device
-        rows = family.encode_text(self._pipe(path, dtype), self.prompts)
+        *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         self.negative = None
         if guidance_scale != 1:
-            (empty,) = family.encode_text(self._pipe(path, dtype), [""])
             self.negative = {k: torch.stack([v] * len(rows)) for k, v in empty.items()}
         self.pipe = self._pipe(path, dtype)
 

@@ -34,9 +34,18 @@ def test_the_loop_runs_and_learns(tmp_path):
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "command", re.findall(r"^fastpref train [^`]*?[^\\]$", README, re.S | re.M)
-)
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (Path(__file__).parent.parent / picture).is_file(), picture
+
+
+TRAIN = re.findall(r"^fastpref train [^`]*?[^\\]$", README, re.S | re.M)
+assert len(TRAIN) == 2
+
+
+@pytest.mark.parametrize("command", TRAIN)
 def test_train_commands_parse(command):
     words = shlex.split(command.replace("\\\n", " "))
     assert parse(words[2:]).output_dir

@@ -5,6 +5,7 @@ refused.
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -117,6 +118,71 @@ def test_resume_is_bit_equal_in_other_modes(extra, pairs, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     if "tuning" in extra:
         assert (whole / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_a_decaying_schedule_resumes_and_cannot_be_stretched(pairs, tmp_path):
+    change = {"lr_scheduler": "cosine", "logging_steps": 4, "checkpointing_steps": 3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(Config(**options(pairs, whole, **change)))
+    process = Config(**options(pairs, broken, **change))
+    train(process)
+    for path in ("checkpoint-6", "result.json"):  # as if killed after step 3's save
+        found = broken / path
+        shutil.rmtree(found) if found.is_dir() else found.unlink()
+    train(Config(**options(pairs, broken, **change)))
+    assert_equal_adapters(whole, broken)
+    with pytest.raises(ValueError, match=r"max_train_steps \(6 there, 8 here\)"):
+        train(Config(**options(pairs, whole, max_train_steps=8, **change)))
+
+
+def test_only_this_runs_newest_checkpoint_is_resumed(pairs, unbroken, tmp_path):
+    train(Config(**options(pairs, tmp_path, max_train_steps=4)))
+    for place, says in (
+        (unbroken[1] / "checkpoint-6", "expected latest or a checkpoint in"),
+        (tmp_path / "checkpoint-2", "checkpoint-4 is newer than"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train(Config(**options(pairs, tmp_path, resume_from_checkpoint=str(place))))
+
+
+def test_cut_records_are_one_line(pairs, tmp_path, capsys):
+    train(Config(**options(pairs, tmp_path, max_train_steps=2)))
+    record = tmp_path / "config.yaml"
+    record.write_text(record.read_text()[:-40] + "\n: [")
+    assert "config.yaml is not readable" in fails(
+        capsys, "train", *arguments(options(pairs, tmp_path))
+    )
+
+
+def test_beta_convention_scales_margins_and_their_noise(pairs, tmp_path):
+    values = options(pairs, tmp_path / "a", max_train_steps=2, beta=2000.0)
+    train(Config(**values))
+    other = {"output_dir": str(tmp_path / "b"), "beta_convention": "mean", "beta": 1000.0}
+    train(Config(**values | other))
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert a[-1]["rewards/margins"] == b[-1]["rewards/margins"] != 0
+
+
+def test_full_tuning_keeps_float32_weights(pairs, tmp_path):
+    change = {"tuning": "full", "lora_rank": None, "mixed_precision": "bf16"}
+    train(Config(**options(pairs, tmp_path, max_train_steps=2, learning_rate=1e-5, **change)))
+    kept = load_file(tmp_path / "checkpoint-2" / "parameters.safetensors")
+    base = dict(models.family("toy").load(BASE, torch.float32).named_parameters())
+    assert all(value.dtype == torch.float32 for value in kept.values())
+    moved = [(kept[k] != base[k]).float().mean().item() for k in kept if kept[k].numel() > 1000]
+    assert min(moved) > 0.9
+
+
+def test_data_of_another_family_or_already_encoded(pairs, unbroken, tmp_path):
+    encoded = unbroken[1] / "encoded"
+    with pytest.raises(ValueError, match=r"num_frames has no effect: data .* is already encoded"):
+        train(Config(**options(encoded, tmp_path / "a", num_frames=8)))
+    copy = tmp_path / "copy"
+    shutil.copytree(encoded, copy)
+    mark = json.loads((copy / "fingerprint.json").read_text())
+    (copy / "fingerprint.json").write_text(json.dumps(mark | {"family": "fastpref.models.wan"}))
+    with pytest.raises(ValueError, match=r"encoded with family fastpref\.models\.wan"):
+        train(Config(**options(copy, tmp_path / "b")))
 
 
 def test_checkpointing_changes_nothing(pairs, unbroken, tmp_path):
@@ -270,12 +336,18 @@ def test_guard_skips_and_gives_up():
         assert torch.equal(weight.data, torch.ones(3))
         if step == 1:
             assert "2 steps skipped" in guard.judge({}, step)
-    with pytest.raises(Diverged, match="the last 3 steps"):
+    with pytest.raises(Diverged, match="1 of the last steps"):
         guard.judge({}, 3)
     weight.grad = torch.ones(3)
     guard.watch(optimizer, weight.grad.norm())
     optimizer.step()
     assert not torch.equal(weight.data, torch.ones(3)) and guard.judge({}, 4) is None
+    alternating = Guard(torch.device("cpu"), patience=3)
+    for step in range(20):
+        alternating.watch(optimizer, torch.tensor(float("nan") if step % 2 else 1.0))
+    with pytest.raises(Diverged, match="10 of the last steps"):
+        alternating.judge({}, 20)
+    del optimizer.found_inf
     warning = guard.judge({"errors/policy_w": 2.0, "errors/reference_w": 1.0}, 5)
     assert "100 % above the reference" in warning
 
@@ -334,11 +406,9 @@ def test_yaml_and_flags_agree(pairs, tmp_path):
     assert parse(["--config", str(file), "--beta", "3"]).beta == 3.0
 
 
-def test_same_config_from_another_process_resumes_after_sigterm(pairs, unbroken, tmp_path):
-    parts = (
-        "train",
-        *arguments(options(pairs, tmp_path, max_train_steps=2000, checkpointing_steps=1000)),
-    )
+def test_the_same_command_goes_on_after_sigterm(pairs, tmp_path):
+    long = options(pairs, tmp_path, max_train_steps=2000, checkpointing_steps=1000)
+    parts = ("train", *arguments(long))
     process = command(*parts)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > 3, process)
     process.send_signal(signal.SIGTERM)
@@ -346,6 +416,11 @@ def test_same_config_from_another_process_resumes_after_sigterm(pairs, unbroken,
     assert process.returncode == 75 and "run the same command to go on" in said
     saved = [p.name for p in tmp_path.glob("checkpoint-*")]
     assert len(saved) == 1 and int(saved[0].split("-")[1]) < 2000
+    reached = int(saved[0].split("-")[1])
+    process = command("train", *arguments(long | {"max_train_steps": reached + 2}))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"resumed from {tmp_path / saved[0]}" in said
+    assert [row["global_step"] for row in rows(tmp_path)] == list(range(1, reached + 3))
 
 
 def wait_for(condition, process, seconds=120):
