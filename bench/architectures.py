@@ -97,7 +97,7 @@ class Architecture:
             model = kind(**self.config).requires_grad_(False)
         kept = kind._keep_in_fp32_modules
         if kept is None:
-            return model.to(dtype)
+            return nn.Module.to(model, dtype)  # diffusers' own warns of what is not the case here
         for name, p in model.named_parameters():
             if not set(kept) & set(name.split(".")):
                 p.data = p.data.to(dtype)

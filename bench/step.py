@@ -45,7 +45,9 @@ CPU = (
     *("joint/none+graph", "joint/none+cached", "deferred/none+cached"),
 )
 FEW_TOKENS = 4000  # of a sample: below, launches count and a pair fits in one batch
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient's norm, to B1's
+# Of the gradient's norm, to B1's. In bf16 the baselines round their noising and loss as well: 1 %
+# on four blocks, more on many; a wrong factor or sign is 50 % and more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def prepare(name: str, setting: Setting, expected: list[Tensor] | None) -> tuple[object, dict]:

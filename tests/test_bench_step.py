@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,25 @@ def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert 0 < held[0] / held[1] <= 0.6
     said = capsys.readouterr().out
     assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
+
+
+@pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
+def test_the_other_process_and_text_in_the_sequence(name, results, monkeypatch):
+    """v-prediction, shifted and rescaled schedules: the true ones, on a model of two blocks."""
+    arch = ARCHITECTURES[name]
+    config = {
+        **arch.config,
+        **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
+        **{"text_embed_dim": 32, "max_text_seq_length": 6, "time_embed_dim": 16},
+        **{"sample_height": 8, "sample_width": 8, "sample_frames": 9},
+    }
+    sizes = {"layers": 2, "dim": 32, "ffn": 128, "text": (6, 32)}
+    monkeypatch.setitem(ARCHITECTURES, name, replace(arch, config=config, **sizes))
+    arguments = ["--device", "cpu", "--rounds", "2", "--family", name, "--shape", "9x64x64"]
+    assert step.main([*arguments, "--variants", "B0", "joint/none", "deferred/full+cached"]) == 0
+    rows = results()
+    assert all(row["gradient_off"] < 1e-3 and row["tokens"] == 54 for row in rows.values())
+    assert all(row["s_per_pair"] > 0 for row in rows.values())
 
 
 def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, capsys):
