@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import cache, checkpoint, data, encode, models, reference
+from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
 from .files import identity
 from .functional import Draws
@@ -145,11 +146,30 @@ def preparer(
     return prepare
 
 
-def cache_of(
-    config: Config, dataset: data.PairDataset, process: Any, dtype: torch.dtype
-) -> tuple[Path, dict[str, Any]]:
-    """(folder, fingerprint) of the run's cached reference errors."""
-    mark = cache.fingerprint(
+def pick_attention(
+    config: Config,
+    model: torch.nn.Module,
+    probe: Callable[[], object],
+    device: torch.device,
+    record: Path,
+) -> attention.Choice:
+    """The run's attention backend; auto keeps to what `record`, a JSON file, says was picked."""
+    wanted = config.attention
+    if wanted == "auto" and record.exists():
+        wanted = read_record(record).get("attention", wanted)
+    return attention.choose(wanted, model, probe, device)
+
+
+def cache_folder(config: Config, dataset: data.PairDataset) -> Path:
+    """Where the run's cached reference errors are."""
+    return Path(config.reference_cache or dataset.folder / "reference")
+
+
+def cache_mark(
+    config: Config, dataset: data.PairDataset, process: Any, dtype: torch.dtype, backend: str
+) -> dict[str, Any]:
+    """The fingerprint of the run's cached reference errors."""
+    return cache.fingerprint(
         model=config.model,
         data=dataset.folder,
         process=process,
@@ -157,12 +177,11 @@ def cache_of(
         draws_per_pair=config.draws_per_pair,
         batch_size=config.train_batch_size,
         pair_mode=config.pair_mode,
-        compile="none",  # [the run's, once there is a choice]
-        attention="default",  # [likewise]
+        compile="blocks" if config.compile else "none",
+        attention=backend,
         dtype=str(dtype).removeprefix("torch."),
         prompt_dropout=config.prompt_dropout,
     )
-    return Path(config.reference_cache or dataset.folder / "reference"), mark
 
 
 def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
@@ -187,20 +206,32 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     dataset = open_data(config, Path(config.output_dir))
     process = make_process(config, family)
     model = load_model(config, family, device, dtype).requires_grad_(False)
-    where, mark = cache_of(config, dataset, process, dtype)
-    count = cache.fill(
-        where,
-        reference.base(model, predictor(family, device, dtype)),
-        process,
-        dataset,
-        preparer(config, dataset, device, dtype),
-        mark,
-        batch_size=config.train_batch_size,
-        draws_per_pair=config.draws_per_pair,
-        pair_mode=config.pair_mode,
-        rank=rank,
-        world=world,
-    )
+    where, prepare = cache_folder(config, dataset), preparer(config, dataset, device, dtype)
+    says = reference.base(model, predictor(family, device, dtype))
+
+    def probe() -> None:
+        batch, draws = prepare(0, data.collate([dataset[0]] * config.train_batch_size))
+        reference.errors(says, process, batch, draws, config.pair_mode)
+
+    backend = pick_attention(config, model, probe, device, where / "fingerprint.json")
+    if rank == 0:
+        print(f"attention  {backend}")
+    with attention.use(model, backend.name):
+        if config.compile:
+            compiling.compile_blocks(model, family.BLOCKS)
+        count = cache.fill(
+            where,
+            says,
+            process,
+            dataset,
+            prepare,
+            cache_mark(config, dataset, process, dtype, backend.name),
+            batch_size=config.train_batch_size,
+            draws_per_pair=config.draws_per_pair,
+            pair_mode=config.pair_mode,
+            rank=rank,
+            world=world,
+        )
     return where, count
 
 

@@ -94,6 +94,12 @@ class Config:
             fp32).
         checkpointing: none; full computes every block's activations again in the backward;
             attention keeps what attention gave and computes the rest again.
+        attention: backend of the attention: native is PyTorch's choice; auto times what is
+            installed on the run's shape and keeps to its pick when the run goes on.
+        compile: compile every block with its adapters (torch.compile): three compilations per shape
+            of batch, in the first step.
+        cuda_graphs: record a batch's whole step as a CUDA graph and replay it: for small shapes,
+            where launching takes longer than computing.
         seed: of the draws, the data order and the adapters' initialisation.
         deterministic: ask torch for deterministic kernels (bit-equal resume on a GPU, slower).
         device: cpu, cuda or cuda:N; default: cuda where there is one.
@@ -156,6 +162,9 @@ class Config:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "no"
     checkpointing: Literal["none", "attention", "full"] = "none"
+    attention: Literal["auto", "native", "cudnn", "flash", "flash3", "xformers"] = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     deterministic: bool = False
     device: str | None = None
@@ -214,6 +223,10 @@ class Config:
                 raise ValueError(f"validation_{name} has no effect without validation_prompts")
         if self.seed < 0:
             raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        if self.skip_zeros and self.cuda_graphs:
+            raise ValueError(
+                "skip_zeros waits for the device, which a recorded step cannot: remove cuda_graphs"
+            )
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
             raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cache, checkpoint, checkpointing, data, models, reference
+from . import attention, cache, checkpoint, checkpointing, compiling, data, models, reference
 from .assemble import (
     add_lora,
-    cache_of,
+    cache_folder,
+    cache_mark,
     load_model,
     make_process,
     open_data,
     open_run,
+    pick_attention,
     place,
     predictor,
     preparer,
@@ -29,6 +34,7 @@ from .assemble import (
 from .config import Config
 from .files import identity, write_atomic
 from .functional import Draws, PairLoss
+from .graphs import StepGraph
 from .guard import Guard, Interrupted, Signals
 from .step import deferred, joint
 from .telemetry import Log, Meter, pair_values
@@ -70,24 +76,36 @@ def train(config: Config) -> dict[str, Any]:
 
     @torch.no_grad()
     def probe() -> Tensor:
-        """What the policy says of the first batch."""
+        """What the policy says of the first batch, uncompiled."""
         batch, draws = prepare(*next(data.batches(dataset, config.train_batch_size, config.seed)))
-        return predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
+        with compiling.eagerly():
+            return predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
+
+    errors, record = cache_folder(config, dataset), folder / "attention.json"
+    earlier = errors / "fingerprint.json" if config.reference == "cached" else record
+    backend = pick_attention(config, model, probe, device, earlier)
+    write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
+    settings = ExitStack()  # of the process, as long as the run lasts
+    settings.enter_context(attention.use(model, backend.name))
 
     frozen = None
     if config.reference == "frozen_copy" or (config.reference, config.tuning) == ("auto", "full"):
-        frozen = reference.frozen_copy(model, predict)
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if config.tuning == "lora":
         base_says = probe()
         add_lora(model, config, family.LORA_TARGETS)
         reference.check_off(model, probe, base_says)
     checkpointing.apply(model, family.BLOCKS, config.checkpointing)
+    if config.compile:
+        compiling.compile_blocks(model, family.BLOCKS)
+        if frozen is not None:
+            compiling.compile_blocks(frozen, family.BLOCKS)
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
     if config.reference == "cached":
-        where, mark = cache_of(config, dataset, process, dtype)
-        says = cache.cached(where, mark, dataset.pair_ids, device)
+        mark = cache_mark(config, dataset, process, dtype, backend.name)
+        says = cache.cached(errors, mark, dataset.pair_ids, device)
     elif frozen is not None:
-        says = frozen
+        says = reference.base(frozen, predict)
     else:
         policy, says = reference.shared_prefix(model, predict)
     parameters = list(checkpoint.trainable(model).values())
@@ -122,6 +140,14 @@ def train(config: Config) -> dict[str, Any]:
             skip_zeros=config.skip_zeros,
         )
 
+    def whole_step(latents: Tensor, weight: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor):
+        """The same from tensors alone, times included: what a graph records."""
+        batch = data.Batch(latents, cond, weight, pair_id, [])
+        draws = Draws(config.seed, pair_id, index)
+        return pair_step(batch, draws, 1 / config.gradient_accumulation_steps)
+
+    recorded = StepGraph(whole_step, device, parameters=parameters) if config.cuda_graphs else None
+
     # ---- where to begin
     begin, noise = 0, None
     if start is not None:
@@ -144,6 +170,7 @@ def train(config: Config) -> dict[str, Any]:
     config.save(folder / "config.yaml")
     warn_of_repeats(config, len(dataset))
     announce(config, model, dataset, objective, device, dtype, noise)
+    print(f"attention  {backend}")
 
     prompts = None
     if config.validation_prompts:
@@ -162,7 +189,8 @@ def train(config: Config) -> dict[str, Any]:
         if prompts and step % config.validation_steps == 0:
             seeds = range(len(prompts.prompts))
             shape = dataset[0].latents_w.shape
-            clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
+            with compiling.eagerly():
+                clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
             write_sheet(folder / "validation", step, prompts.prompts, clips)
 
     if begin == 0:
@@ -195,7 +223,11 @@ def train(config: Config) -> dict[str, Any]:
                 epoch, batch = next(batches)
                 waited += time.perf_counter() - fetched
                 batch, draws = prepare(epoch, batch)
-                out = pair_step(batch, draws, 1 / accumulate)
+                if recorded is None:
+                    out = pair_step(batch, draws, 1 / accumulate)
+                else:
+                    ids = {"pair_id": draws.pair_id, "index": draws.index}
+                    out = recorded(latents=batch.latents, weight=batch.weight, **ids, **batch.cond)
                 meter.add(pair_values(out, objective), process.level(draws).to(device))
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
@@ -245,6 +277,7 @@ def train(config: Config) -> dict[str, Any]:
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )
     finally:
+        settings.close()
         progress.close()
         log.close()
         interrupted.restore()
@@ -326,7 +359,7 @@ def warn_of_repeats(config: Config, pairs: int) -> None:
 
 
 def announce(config, model, dataset, objective, device, dtype, noise) -> None:
-    """Five lines on what was picked."""
+    """What was picked, a line each."""
     trained = sum(p.numel() for p in checkpoint.trainable(model).values())
     total = sum(p.numel() for p in model.parameters())
     where = (
@@ -344,6 +377,8 @@ def announce(config, model, dataset, objective, device, dtype, noise) -> None:
     precision = str(dtype).removeprefix("torch.")
     print(
         f"running    {where}, {precision}, {config.pair_mode}, checkpointing {config.checkpointing}"
+        + (", compiled blocks" if config.compile else "")
+        + (", CUDA graphs" if config.cuda_graphs else "")
     )
 
 

@@ -76,8 +76,12 @@ def process(scheduler_config: dict[str, Any]) -> FlowMatching | Diffusion:
 def coordinates(like: Tensor) -> Tensor:
     """Channels t, y, x in [-SPAN, SPAN] for a batch `[N, C, F, H, W]` -> `[N, 3, F, H, W]`."""
     sizes = like.shape[2:]
-    axes = [torch.linspace(-SPAN, SPAN, n) if n > 1 else torch.zeros(1) for n in sizes]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(like.device)
+    # Made where it is used: a copy from the host could not be recorded in a CUDA graph.
+    place = {"device": like.device}
+    axes = [
+        torch.linspace(-SPAN, SPAN, n, **place) if n > 1 else torch.zeros(1, **place) for n in sizes
+    ]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return grid.to(like.dtype).expand(like.shape[0], -1, -1, -1, -1)
 
 
