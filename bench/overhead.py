@@ -60,7 +60,7 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
         workspace = ops._workspace(native, (2, 2, 2, 64), False, device)
         calls["pair_error: direct"] = lambda: native.pair_error(
             2, 2, 2, 64, pred.data_ptr(), 0, 1, target.data_ptr(), 1, 0, 0, 0, 0, 0,
-            err.data_ptr(), 0, ops._address(workspace), ops._last(device),
+            err.data_ptr(), 0, ops._plain(workspace), ops._last(device),
         )  # fmt: skip
     return calls
 

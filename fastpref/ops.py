@@ -62,13 +62,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of cs
 def build_info() -> dict[str, object]:
     """What was compiled: cpu (instruction set in use), compiler, cuda (archs), nvcc, or why not."""
     if _C is None:
-        return {
-            "cpu": "",
-            "compiler": "",
-            "cuda": "",
-            "nvcc": "",
-            "why_not_cuda": "_C was not built",
-        }
+        nothing = dict.fromkeys(("cpu", "compiler", "cuda", "nvcc"), "")
+        return nothing | {"why_not_cuda": "_C was not built"}
     return dict(_C.build_info())
 
 
@@ -77,9 +72,16 @@ def build_info() -> dict[str, object]:
 
 def _native(device: torch.device, *dtypes: torch.dtype):
     """The launchers for these tensors, or None where the oracle has to serve."""
-    if not all(dtype in _DTYPES for dtype in dtypes):
+    if device.type not in ("cpu", "cuda") or not all(dtype in _DTYPES for dtype in dtypes):
         return None
-    return getattr(_C, device.type, None) if device.type in ("cpu", "cuda") else None
+    native = getattr(_C, device.type, None)
+    if native is None and _C is not None:
+        warnings.warn(
+            "fastpref: the compiled core has no CUDA kernels"
+            f" ({_C.build_info()['why_not_cuda']}): CUDA tensors run on slower PyTorch code",
+            stacklevel=2,
+        )
+    return native
 
 
 def _known(op: str, objective: int) -> bool:
@@ -96,27 +98,26 @@ def _last(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+def _plain(argument) -> int | float:
+    """An argument as the core takes it: tensors as addresses, None as 0, dtypes as numbers."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else _DTYPES.get(argument, argument)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _launch(launcher, device: torch.device, *arguments) -> None:
+    """Call the core on the tensors' device, all contiguous and alive until it returns."""
+    alive = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    elsewhere = device.type == "cuda" and torch.cuda.device_count() > 1
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        launcher(*map(_plain, alive), _last(device))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
-def _workspace(
-    native, shape: tuple[int, ...], with_ref: bool, device: torch.device
-) -> Tensor | None:
+def _workspace(native, shape: tuple, with_ref: bool, device: torch.device) -> Tensor | None:
     if device.type == "cpu":
         return None
     size = native.workspace_bytes(*shape, with_ref)
@@ -136,11 +137,10 @@ def _check_vector(
         _fail(op, name, f"{dtype} [{n}] on {like.device}", got)
 
 
-def _check_draws(op: str, pairs: int, like: Tensor, ids: dict, scales: dict) -> None:
-    for name, tensor in ids.items():
-        _check_vector(op, name, tensor, pairs, torch.int64, like)
-    for name, tensor in scales.items():
-        _check_vector(op, name, tensor, pairs, torch.float32, like)
+def _check_draws(op: str, pairs: int, like: Tensor, **vectors: Tensor) -> None:
+    for name, tensor in vectors.items():
+        dtype = torch.int64 if name in ("pair_id", "index") else torch.float32
+        _check_vector(op, name, tensor, pairs, dtype, like)
 
 
 def _shape(
@@ -152,9 +152,7 @@ def _shape(
         pairs = len(pair_id) if pair_id is not None else min(rows, pred_rows)
     elements = math.prod(target.shape[1:])
     if pred.shape[1:] != target.shape[1:] or elements == 0:
-        _fail(
-            op, "pred", f"like the target beyond the batch, {list(target.shape)}", list(pred.shape)
-        )
+        _fail(op, "pred", f"like the target but for rows, {list(target.shape)}", list(pred.shape))
     if rows not in (pairs, 2 * pairs) or pred_rows not in (pairs, rows) or rows == 0:
         _fail(op, "the batch", f"{pairs} or {2 * pairs} rows", f"pred {pred_rows}, target {rows}")
     if pred.device != target.device:
@@ -162,13 +160,8 @@ def _shape(
     if pair_id is not None:
         if index is None or p is None or q is None:
             _fail(op, "index, p and q", "given with pair_id", "None")
-        _check_draws(op, pairs, pred, {"pair_id": pair_id, "index": index}, {"p": p, "q": q})
+        _check_draws(op, pairs, pred, pair_id=pair_id, index=index, p=p, q=q)
     return rows, pairs, pred_rows, elements
-
-
-def _target(target: Tensor, seed: int, pair_id, index, p, q) -> tuple[int, ...]:
-    addresses = (_address(tensor) for tensor in (pair_id, index, p, q))
-    return (target.data_ptr(), _DTYPES[target.dtype], seed, *addresses)
 
 
 def _regenerated(target: Tensor, seed: int, pair_id, index, p, q) -> Tensor:
@@ -188,19 +181,15 @@ def _add_noise(x0, pair_id, index, a, s, seed, dtype=None):
     rows, elements = x0.shape[0], math.prod(x0.shape[1:])
     if rows not in (pairs, 2 * pairs) or elements == 0 or rows == 0:
         _fail("add_noise", "x0", f"[{pairs} or {2 * pairs}, ...]", list(x0.shape))
-    ids, scales = {"pair_id": pair_id, "index": index}, {"a": a, "s": s}
-    _check_draws("add_noise", pairs, x0, ids, scales)
+    _check_draws("add_noise", pairs, x0, pair_id=pair_id, index=index, a=a, s=s)
     native = _native(x0.device, x0.dtype, dtype)
     if native is None:
         return oracle.mix(x0, oracle.normal(seed, pair_id, index, elements), a, s).to(dtype)
-    x0, pair_id, index, a, s = _contiguous(x0, pair_id, index, a, s)
     out = torch.empty(x0.shape, dtype=dtype, device=x0.device)
-    draws = (seed, *(tensor.data_ptr() for tensor in (pair_id, index, a, s)))
-    with _on(x0.device):
-        native.add_noise(
-            rows, pairs, elements, x0.data_ptr(), _DTYPES[x0.dtype], out.data_ptr(), _DTYPES[dtype],
-            *draws, _last(x0.device),
-        )  # fmt: skip
+    _launch(
+        native.add_noise, x0.device, rows, pairs, elements, x0, x0.dtype, out, dtype,
+        seed, pair_id, index, a, s,
+    )  # fmt: skip
     return out
 
 
@@ -209,15 +198,12 @@ def _pair_error(pred, target, seed, pair_id, index, p, q):
     native = _native(pred.device, pred.dtype, target.dtype)
     if native is None:
         return oracle.pair_error(pred, _regenerated(target, seed, pair_id, index, p, q))
-    pred, target, pair_id, index, p, q = _contiguous(pred, target, pair_id, index, p, q)
     err = _empty(pred, shape[0])
     workspace = _workspace(native, shape, False, pred.device)
-    with _on(pred.device):
-        native.pair_error(
-            *shape, pred.data_ptr(), 0, _DTYPES[pred.dtype],
-            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), 0, _address(workspace),
-            _last(pred.device),
-        )  # fmt: skip
+    _launch(
+        native.pair_error, pred.device, *shape, pred, None, pred.dtype, target, target.dtype,
+        seed, pair_id, index, p, q, err, None, workspace,
+    )  # fmt: skip
     return err
 
 
@@ -229,9 +215,7 @@ def _pair_loss(
         _fail("pair_loss", "the target's batch", "even, winners first", target.shape[0])
     shape = _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
     if (ref is None) == (ref_err is None):
-        _fail(
-            "pair_loss", "one of ref and ref_err", "given", "both" if ref is not None else "neither"
-        )
+        _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
     if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
         _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
     native = _native(pred.device, pred.dtype, target.dtype)
@@ -243,20 +227,15 @@ def _pair_loss(
         loss, *rest = _loss_epilogue(err, ref_err, hyper, gain, weight, objective)
         return loss, rest[0], err, ref_err.clone(), *rest[1:]
     _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
-    pred, target, ref, hyper, gain, weight = _contiguous(pred, target, ref, hyper, gain, weight)
-    pair_id, index, p, q = _contiguous(pair_id, index, p, q)
     ref_err = _empty(pred, 2 * pairs) if ref is not None else ref_err.clone()
     loss, pair_loss, margin = _empty(pred), _empty(pred, pairs), _empty(pred, pairs)
     err, importance, coef = (_empty(pred, 2 * pairs) for _ in range(3))
     workspace = _workspace(native, shape, ref is not None, pred.device)
-    with _on(pred.device):
-        native.pair_loss(
-            *shape[1:], pred.data_ptr(), _address(ref), _DTYPES[pred.dtype],
-            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), ref_err.data_ptr(),
-            _address(workspace), objective, hyper.data_ptr(), _address(gain), _address(weight),
-            loss.data_ptr(), pair_loss.data_ptr(), margin.data_ptr(), importance.data_ptr(),
-            coef.data_ptr(), _last(pred.device),
-        )  # fmt: skip
+    _launch(
+        native.pair_loss, pred.device, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
+        seed, pair_id, index, p, q, err, ref_err, workspace, objective, hyper, gain, weight,
+        loss, pair_loss, margin, importance, coef,
+    )  # fmt: skip
     return loss, pair_loss, err, ref_err, margin, importance, coef
 
 
@@ -275,39 +254,28 @@ def _loss_epilogue(err, ref_err, hyper, gain, weight, objective):
     native = _native(err.device) if _known("loss_epilogue", objective) else None
     if native is None:
         return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
-    err, ref_err, hyper, gain, weight = _contiguous(err, ref_err, hyper, gain, weight)
     loss, pair_loss, margin = _empty(err), _empty(err, pairs), _empty(err, pairs)
     importance, coef = _empty(err, 2 * pairs), _empty(err, 2 * pairs)
-    with _on(err.device):
-        native.loss_epilogue(
-            pairs, objective, hyper.data_ptr(), _address(gain), _address(weight), err.data_ptr(),
-            ref_err.data_ptr(), loss.data_ptr(), pair_loss.data_ptr(), margin.data_ptr(),
-            importance.data_ptr(), coef.data_ptr(), _last(err.device),
-        )  # fmt: skip
+    _launch(
+        native.loss_epilogue, err.device, pairs, objective, hyper, gain, weight, err, ref_err,
+        loss, pair_loss, margin, importance, coef,
+    )  # fmt: skip
     return loss, pair_loss, margin, importance, coef
 
 
 def _pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
     shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
-    rows, _, pred_rows, elements = shape
-    _check_vector("pair_grad", "coef", coef, rows, torch.float64, pred)
+    _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
     _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
     native = _native(pred.device, pred.dtype, target.dtype)
     if native is None:
-        y = _regenerated(target, seed, pair_id, index, p, q).reshape(rows, -1).double()
-        factor = coef * (scale * 2 / elements) * (1.0 if grad is None else grad)
-        residual = pred.reshape(pred_rows, -1).double().repeat(rows // pred_rows, 1) - y
-        each = (factor[:, None] * residual).view(rows // pred_rows, *pred.shape)
-        return each.sum(0).to(pred.dtype)
-    pred, target, coef, grad = _contiguous(pred, target, coef, grad)
-    pair_id, index, p, q = _contiguous(pair_id, index, p, q)
+        y = _regenerated(target, seed, pair_id, index, p, q)
+        return oracle.pair_grad(pred, y, coef * scale * (1.0 if grad is None else grad))
     out = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    with _on(pred.device):
-        native.pair_grad(
-            *shape, pred.data_ptr(), _DTYPES[pred.dtype],
-            *_target(target, seed, pair_id, index, p, q), coef.data_ptr(), _address(grad), scale,
-            out.data_ptr(), _last(pred.device),
-        )  # fmt: skip
+    _launch(
+        native.pair_grad, pred.device, *shape, pred, pred.dtype, target, target.dtype,
+        seed, pair_id, index, p, q, coef, grad, scale, out,
+    )  # fmt: skip
     return out
 
 
@@ -319,17 +287,14 @@ def _unit_seed(pred, target, scale, seed, pair_id, index, p, q):
     native = _native(pred.device, pred.dtype, target.dtype)
     if native is None:
         y = _regenerated(target, seed, pair_id, index, p, q)
-        out = (pred.double() - y.double()) * (scale * 2 / elements)
-        return oracle.pair_error(pred, y), out.to(pred.dtype)
-    pred, target, pair_id, index, p, q = _contiguous(pred, target, pair_id, index, p, q)
+        factor = _empty(pred, rows).fill_(scale)
+        return oracle.pair_error(pred, y), oracle.pair_grad(pred, y, factor)
     err, out = _empty(pred, rows), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     workspace = _workspace(native, shape, False, pred.device)
-    with _on(pred.device):
-        native.unit_seed(
-            rows, pairs, elements, pred.data_ptr(), _DTYPES[pred.dtype],
-            *_target(target, seed, pair_id, index, p, q), err.data_ptr(), _address(workspace),
-            scale, out.data_ptr(), _last(pred.device),
-        )  # fmt: skip
+    _launch(
+        native.unit_seed, pred.device, rows, pairs, elements, pred, pred.dtype,
+        target, target.dtype, seed, pair_id, index, p, q, err, workspace, scale, out,
+    )  # fmt: skip
     return err, out
 
 
@@ -452,7 +417,7 @@ for _name in ("pair_error", "pair_loss", "pair_grad", "loss_epilogue"):
     )
 
 
-# --- The loss without the dispatcher, whose 0.2 ms with cold caches are a third of a small loss ---
+# --- The loss without the dispatcher, which costs 0.2 ms when the caches are cold ---
 
 
 def _unwatched(tensor: Tensor) -> bool:

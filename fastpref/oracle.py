@@ -188,6 +188,15 @@ def pair_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target.reshape(rows, -1).double()).square().mean(1)
 
 
+def pair_grad(pred: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    """sum over rows r of factor[r] * 2 (pred - target[r]) / elements, like pred; factor [rows]."""
+    rows, times = target.shape[0], target.shape[0] // pred.shape[0]
+    wide = pred.reshape(pred.shape[0], -1).double().repeat(times, 1)
+    residual = wide - target.reshape(rows, -1).double()
+    terms = (factor * 2 / residual.shape[1])[:, None] * residual
+    return terms.view(times, *pred.shape).sum(0).to(pred.dtype)
+
+
 def mix(x0: Tensor, noise: Tensor, on_x0: Tensor, on_noise: Tensor) -> Tensor:
     """on_noise * noise + on_x0 * x0, rows of x0 in order w, l; noise [P, D], on_* [P]; float32.
 

@@ -459,7 +459,7 @@ def test_no_second_derivative(name):
 TARGET, ERRORS = torch.zeros(4, 5), torch.zeros(4, dtype=torch.float64)
 HYPER = objective("dpo", beta=1.0).hyper_tensor(TARGET.device)
 BAD_CALLS = {
-    "pred must be like": lambda: OP.pair_error(torch.zeros(4, 6), TARGET, *NO_DRAWS),
+    "pred must be like the target": lambda: OP.pair_error(torch.zeros(4, 6), TARGET, *NO_DRAWS),
     "the batch must be": lambda: OP.pair_error(torch.zeros(3, 5), TARGET, *NO_DRAWS),
     "pair_id must be torch.int64 [2]": lambda: OP.pair_grad(
         TARGET, TARGET, ERRORS, None, 1.0, 0, torch.zeros(2), *draws(2)[2:]
