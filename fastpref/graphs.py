@@ -11,10 +11,6 @@ from torch import Tensor
 
 Inputs = Mapping[str, Tensor | None]
 
-# Latent elements per sample below which a step's launches take longer than its work, as predicted
-# for a transformer of 1.3B on an H100: about 2,000 tokens of 64 elements.
-SMALL = 131_072
-
 
 class StepGraph:
     """`function(**inputs)`, a few tensors in and out, recorded as a CUDA graph and replayed.
