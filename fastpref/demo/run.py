@@ -153,7 +153,8 @@ class Demo:
             say(f"1. sampling {CANDIDATES} clips for each of {count} pairs from the base model,")
             say("   scoring them with a noisy judge, writing the best and the worst as mp4 ...")
             known = make_pairs(self.base, folder / "pairs", self.options.pairs, "pairs")
-            make_pairs(self.base, folder / "validation", VALIDATION_PAIRS, "validation")
+            held_back = min(VALIDATION_PAIRS, count)
+            make_pairs(self.base, folder / "validation", held_back, "validation")
             known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
             write_atomic(labels, json.dumps(known).encode())
         self.labels = json.loads(labels.read_text())
@@ -193,7 +194,7 @@ class Demo:
         folder = self.folder / label
         config = self.config(name, beta, seed, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "train.log").open("w") as log, contextlib.redirect_stdout(log):
+        with (self.folder / f"{label}.log").open("w") as log, contextlib.redirect_stdout(log):
             trained = train(config)
         model = checkpoint.load_lora(trained["artifact"], toy.load(BASE)).eval()
         tuned = Sampler(model, toy, self.base.process, self.base.pipe)
