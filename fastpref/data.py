@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +103,21 @@ def conditions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[5:]: value for name, value in tensors.items() if name.startswith("cond.")}
 
 
+def read_fingerprint(folder: Path) -> dict[str, Any]:
+    """What an encoded set was encoded with; ValueError: its fingerprint.json is damaged."""
+    path = folder / "fingerprint.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: is damaged, expected the JSON object that fastpref encode wrote; "
+            "encode into another output_dir"
+        )
+    return found
+
+
 class PairDataset:
     """The pairs of an encoded set, in the order of its index.
 
@@ -116,6 +132,7 @@ class PairDataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.folder = Path(folder)
@@ -127,25 +144,53 @@ class PairDataset:
             )
         try:
             columns = pq.read_table(index).to_pydict()
-            self.fingerprint: dict[str, Any] = json.loads(
-                (self.folder / "fingerprint.json").read_bytes()
-            )
             self.pair_ids: list[int] = columns["pair_id"]
             self.prompts: list[str] = columns["prompt"]
             self.weights: list[float] = columns["weight"]
             self.shapes: list[str] = columns["shapes"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder}: index.parquet or fingerprint.json is damaged ({error}); "
-                "delete index.parquet and run the same fastpref encode again"
-            ) from None
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise self._damaged(f"is damaged ({reason})") from None
+        self._check_index()
+        self.fingerprint: dict[str, Any] = read_fingerprint(self.folder)
         self.empty_cond = conditions(read_tensors(self.folder / "empty.safetensors"))
+
+    def _damaged(self, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.folder / 'index.parquet'}: {reason}; delete it and run the same fastpref "
+            "encode again"
+        )
+
+    def _check_index(self) -> None:
+        if not self.pair_ids:
+            raise self._damaged("has no rows, expected one per pair")
+        columns = zip(self.pair_ids, self.weights, self.prompts, self.shapes, strict=True)
+        for row, (pair_id, weight, prompt, shapes) in enumerate(columns, 1):
+            if type(pair_id) is not int or not 0 <= pair_id < 2**63:
+                raise self._damaged(
+                    f"row {row}: pair_id expected an integer in [0, 2^63), got {pair_id!r:.40}"
+                )
+            where = f"row {row} (pair {pair_id})"
+            number = isinstance(weight, (int, float)) and math.isfinite(weight)
+            if not number or weight < 0:
+                raise self._damaged(f"{where}: weight expected 0 or more, got {weight!r:.40}")
+            for name, value in (("prompt", prompt), ("shapes", shapes)):
+                if not isinstance(value, str):
+                    raise self._damaged(f"{where}: {name} expected a text, got {value!r:.40}")
 
     def __len__(self) -> int:
         return len(self.pair_ids)
 
     def __getitem__(self, i: int) -> Pair:
-        tensors = read_tensors(pair_file(self.folder, self.pair_ids[i]))
+        path = pair_file(self.folder, self.pair_ids[i])
+        tensors = read_tensors(path)
+        for name in ("latents_w", "latents_l"):
+            got = str(tensors[name].dtype) if name in tensors else "nothing"
+            if name not in tensors or not tensors[name].is_floating_point():
+                raise ValueError(
+                    f"{path}: {name} of pair {self.pair_ids[i]} expected floating-point latents, "
+                    f"got {got}; delete it and run the same fastpref encode again"
+                )
         return Pair(
             tensors["latents_w"],
             tensors["latents_l"],

@@ -15,13 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import models
-from .data import pair_file
+from .data import pair_file, read_fingerprint
 from .files import identity, write_atomic
 from .media import Sampling
 from .prepare import Prepared, finish, prepared, stored_shapes, survey
 from .rows import BadRow, Row, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_WORKERS = 256
+# Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
+# what was found of data whose rows were all bad.
+LEFT_OVER = (".fastpref", "fingerprint.json.", "bad_rows.jsonl", "counts.json")
 
 
 @torch.no_grad()
@@ -56,15 +60,19 @@ def encode(
         batch_size: prompts per call of the text encoder.
 
     Raises:
-        ValueError: no usable pair (all ties, all rows bad, none), or a folder encoded otherwise.
+        ValueError: no usable pair (all ties, all rows bad, none), an `output_dir` encoded otherwise
+            or holding something else, an option out of range.
     """
+    check_workers(num_workers)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
     sampling = Sampling(num_frames=num_frames, height=height, width=width, fps=fps)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
     module = models.family(family) if isinstance(family, str) else family
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
-    claim(folder, fingerprint(module, model, rows, sampling, dtype))
+    claim(folder, fingerprint(module, model, rows, sampling, dtype), rows.root)
     pipe = module.pipeline(model, DTYPES[dtype])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipe, "to"):
@@ -101,6 +109,12 @@ def encode(
     if progress:
         print(f"{folder}: {counts}")
     return folder
+
+
+def check_workers(num_workers: int) -> None:
+    """ValueError: not a number of threads to start."""
+    if not 0 <= num_workers <= MOST_WORKERS:
+        raise ValueError(f"num_workers: expected 0 to {MOST_WORKERS}, got {num_workers}")
 
 
 def encode_pairs(
@@ -163,13 +177,28 @@ def fingerprint(
     }
 
 
-def claim(folder: Path, now: dict[str, Any]) -> None:
-    """Makes `folder` this encoding's own; ValueError names what differs if it is another's."""
+def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
+    """Makes `folder` this encoding's own; ValueError names what differs if it is another's.
+
+    A folder without a fingerprint must be new or empty (but for LEFT_OVER), and none may be the
+    folder of the `data` itself.
+    """
+    if folder.resolve() == data:
+        raise ValueError(f"output_dir {folder}: is the data folder; choose another output_dir")
     path = folder / "fingerprint.json"
     if not path.exists():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir {folder}: is a file; choose another output_dir")
+        there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        foreign = [name for name in there if not name.startswith(LEFT_OVER)]
+        if foreign:
+            raise ValueError(
+                f"output_dir {folder}: holds something else ({foreign[0]}): "
+                "choose another output_dir"
+            )
         write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_fingerprint(folder)
     differs = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differs:
         listed = ", ".join(f"{k} (there {before.get(k)}, here {now.get(k)})" for k in differs)
@@ -200,7 +229,9 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str]) -> None:
     """`fastpref encode`; a mistake is a ValueError of one line."""
-    parser = argparse.ArgumentParser(prog="fastpref encode", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fastpref encode", description=__doc__, allow_abbrev=False
+    )
 
     def fail(message: str) -> None:
         raise ValueError(message)
@@ -229,6 +260,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
         encode(**options)
         return
+    check_workers(options["num_workers"])
     names = ("num_frames", "height", "width", "fps")
     sampling = Sampling(**{name: options[name] for name in names})
     shared = {name: options[name] for name in ("num_workers", "ranked", "split")}

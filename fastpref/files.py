@@ -12,14 +12,21 @@ MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, flushes it to the disk and renames it over `path`."""
+    """Writes `data` beside `path`, flushes it to the disk and renames it over `path`.
+
+    Of two processes that write at once each has its own temporary file; the last rename stands.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def identity(path: Path) -> str:

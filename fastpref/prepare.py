@@ -132,7 +132,8 @@ def finish(
         write_atomic(folder / "bad_rows.jsonl", "".join(f"{line}\n" for line in lines).encode())
         write_atomic(folder / "counts.json", (json.dumps(asdict(counts), indent=1) + "\n").encode())
     if not pairs:
-        if folder is not None:  # nothing is encoded yet: the repaired data may come here
+        # Nothing is encoded yet: the repaired data may come here.
+        if folder is not None and not (folder / "pairs").exists():
             (folder / "fingerprint.json").unlink(missing_ok=True)
         if not bad:
             raise ValueError(nothing(rows))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from pairs import write_pairs
+from safetensors.torch import save
 
 from fastpref.data import (
     Pair,
@@ -22,6 +25,7 @@ from fastpref.data import (
     epoch_batches,
     epoch_order,
     pair_file,
+    read_tensors,
 )
 from fastpref.encode import encode
 
@@ -209,8 +213,6 @@ def test_no_encoded_set(tmp_path):
 
 
 def test_damaged_sets(encoded, tmp_path):
-    import shutil
-
     copy = shutil.copytree(encoded, tmp_path / "copy")
     dataset = PairDataset(copy)
     path = pair_file(copy, dataset.pair_ids[0])
@@ -222,11 +224,57 @@ def test_damaged_sets(encoded, tmp_path):
         dataset[0]
     index = copy / "index.parquet"
     pq.write_table(pq.read_table(index).drop_columns("weight"), index)
-    with pytest.raises(ValueError, match=r"index.parquet or fingerprint.json is damaged"):
+    with pytest.raises(ValueError, match=r"index.parquet: is damaged \(.*weight"):
         PairDataset(copy)
     index.write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"index.parquet or fingerprint.json is damaged"):
+    with pytest.raises(
+        ValueError, match=r"index.parquet: is damaged .* delete it and run the same"
+    ):
         PairDataset(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "damaged", "said"),
+    [
+        ("weight", lambda v: [None, *v[1:]], r"\(pair \d+\): weight expected 0 or more, got None"),
+        ("weight", lambda v: [float("nan"), *v[1:]], r"\(pair \d+\): weight .* got nan"),
+        ("weight", lambda v: [-1.0, *v[1:]], r"\(pair \d+\): weight .* got -1.0"),
+        ("pair_id", lambda v: list(map(str, v)), r"pair_id expected an integer in \[0, .* '\d+'"),
+        ("pair_id", lambda v: [2**63, *v[1:]], "pair_id expected an integer"),
+        ("prompt", lambda v: [None, *v[1:]], r"\(pair \d+\): prompt expected a text, got None"),
+    ],
+)
+def test_damaged_rows_of_the_index_are_named(column, damaged, said, encoded, tmp_path):
+    copy = shutil.copytree(encoded, tmp_path / "copy")
+    index = copy / "index.parquet"
+    table = pq.read_table(index)
+    values = damaged(table[column].to_pylist())
+    place = table.column_names.index(column)
+    pq.write_table(table.set_column(place, column, pa.array(values)), index)
+    with pytest.raises(ValueError, match=f"index.parquet: row 1:? {said}"):
+        PairDataset(copy)
+    pq.write_table(table.slice(0, 0), index)
+    with pytest.raises(ValueError, match=r"index.parquet: has no rows, expected one per pair"):
+        PairDataset(copy)
+
+
+@pytest.mark.parametrize("damage", ["missing", "integers"])
+def test_pair_files_of_something_else_are_named(damage, encoded, tmp_path):
+    copy = shutil.copytree(encoded, tmp_path / "copy")
+    dataset = PairDataset(copy)
+    path = pair_file(copy, dataset.pair_ids[0])
+    tensors = read_tensors(path)
+    tensors["latents_l"] = tensors["latents_l"].int()
+    if damage == "missing":
+        del tensors["latents_l"]
+    path.write_bytes(save(tensors))
+    got = {"missing": "nothing", "integers": "torch.int32"}[damage]
+    with pytest.raises(
+        ValueError,
+        match=f"{path.name}: latents_l of pair {dataset.pair_ids[0]} expected floating-point "
+        f"latents, got {got}; delete it",
+    ):
+        dataset[0]
 
 
 @pytest.mark.cuda

@@ -333,8 +333,65 @@ def test_all_rows_bad(broken, tmp_path, capsys):
         "first: metadata.jsonl line 1, chosen: 'none.mp4' is not a file in"
     )
     assert said.endswith("the others are in " + str(tmp_path / "set" / "bad_rows.jsonl"))
+    (tmp_path / "set" / "fingerprint.json.123.tmp").touch()  # of a process that was killed
     (data / "metadata.jsonl").write_text(lines[0])  # repaired: the folder may be used
     assert main(arguments) == 0
+
+
+def test_media_away_for_a_while_cost_nothing(pairs, tmp_path):
+    """Without its media every row of a finished set is bad; with them back it goes on as it was."""
+    data = shutil.copytree(pairs, tmp_path / "data")
+    run(data, tmp_path / "set")
+    before = content(tmp_path / "set")
+    for path in data.glob("*.mp4"):
+        path.rename(tmp_path / path.name)
+    with pytest.raises(ValueError, match="no usable pair, 10 bad rows"):
+        run(data, tmp_path / "set")
+    for path in tmp_path.glob("*.mp4"):
+        path.rename(data / path.name)
+    run(data, tmp_path / "set")
+    assert content(tmp_path / "set") == before
+
+
+def test_folders_of_something_else_are_refused(pairs, tmp_path):
+    data = shutil.copytree(pairs, tmp_path / "data")
+    before = content(data)
+    (tmp_path / "link").symlink_to(data)
+    for name in ("data", "link"):
+        with pytest.raises(ValueError, match=f"{name}: is the data folder; choose another output_"):
+            run(data, tmp_path / name)
+    assert content(data) == before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    with pytest.raises(ValueError, match=r"holds something else \(chapter.txt\): choose another"):
+        run(data, tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+    with pytest.raises(ValueError, match=r"metadata.jsonl: is a file; choose another output_dir"):
+        run(data, data / "metadata.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".fastpref").touch()
+    assert len(run(data, tmp_path / "empty")) == 10
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"null", b"\xff\xfe\x00", b"[" * 100000])
+def test_damaged_fingerprints_are_named(text, pairs, tmp_path):
+    folder = tmp_path / "set"
+    run(pairs, folder)
+    (folder / "fingerprint.json").write_bytes(text)
+    for use in (lambda: run(pairs, folder), lambda: PairDataset(folder)):
+        with pytest.raises(ValueError, match=r"fingerprint.json: is damaged, expected the JSON"):
+            use()
+
+
+def test_writers_at_once_share_no_file(tmp_path):
+    """Two processes write one path over and over: what stands is always one of them, whole."""
+    code = "import sys; from fastpref.files import write_atomic; from pathlib import Path\n"
+    code += "for _ in range(200): write_atomic(Path(sys.argv[1]), sys.argv[2].encode() * 100000)"
+    path = tmp_path / "file"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), x]) for x in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert path.read_bytes() in (b"a" * 100000, b"b" * 100000)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def user_error(capsys, *arguments: str) -> str:
@@ -355,6 +412,10 @@ def user_error(capsys, *arguments: str) -> str:
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--data", "/no/where"], "data /no/where: no such file or folder; expected a folder with"),
         (["--num_worker_count", "1"], "unrecognized arguments: --num_worker_count 1"),
+        (["--num_w", "1"], "unrecognized arguments: --num_w 1"),
+        (["--batch_size", "0"], "batch_size: expected 1 or more, got 0"),
+        (["--num_workers", "-1"], "num_workers: expected 0 to 256, got -1"),
+        (["--num_workers", "257", "--dry_run"], "num_workers: expected 0 to 256, got 257"),
     ],
 )
 def test_mistakes_are_one_line(flags, said, pairs, tmp_path, capsys):
