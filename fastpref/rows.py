@@ -192,7 +192,7 @@ class Reader:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # an integer beyond float64's range
             number = math.nan
         if not math.isfinite(number):
             raise self.bad("not_a_number", field, f"expected a finite number, got {value!r:.40}")
@@ -270,8 +270,10 @@ class Reader:
         if isinstance(value, str) and value:  # CSV: a JSON list in the cell
             try:
                 value = json.loads(value)
-            except ValueError:
-                value = None
-            if not isinstance(value, list):
-                raise self.bad("missing_value", field, "expected a JSON list")
+            except (ValueError, RecursionError):
+                value = 0
+        if value is None or value == "":
+            return None
+        if not isinstance(value, list):
+            raise self.bad("missing_value", field, "expected a JSON list")
         return value or None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+BARE = {"audio", "image", "label", "pdf", "text", "video"}  # columns of files without metadata
 BOM = b"\xef\xbb\xbf"
 Records = Iterator[tuple[str, dict[str, Any] | str]]
 
@@ -25,6 +26,11 @@ def open_source(data: str | Path, split: str) -> Jsonl | Csv | Parquet | Hugging
     path = find(data)
     if path is None:
         return HuggingFace(str(data), split)
+    if split != "train":
+        raise ValueError(
+            f"split {split}: has no effect, {path} has no splits (only Hugging Face datasets do); "
+            "remove it"
+        )
     return {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}[path.suffix.lower()](path)
 
 
@@ -95,6 +101,12 @@ class Csv:
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
         self.columns = list(reader.fieldnames) if reader.fieldnames else None
+        twice = [name for i, name in enumerate(self.columns or []) if name in self.columns[:i]]
+        if twice:
+            raise ValueError(
+                f"{path} line 1: column {twice[0]!r} expected once, got it twice; rename or remove "
+                "one"
+            )
         self.total = len(self._records)
 
     def __iter__(self) -> Records:
@@ -118,7 +130,7 @@ class Parquet:
 
     def __iter__(self) -> Records:
         row = 0
-        for batch in self._file.iter_batches(batch_size=16):
+        for batch in self._batches():
             columns = {
                 name: values(column)
                 for name, column in zip(batch.schema.names, batch.columns, strict=True)
@@ -126,6 +138,22 @@ class Parquet:
             for i in range(batch.num_rows):
                 row += 1
                 yield f"row {row}", {name: column[i] for name, column in columns.items()}
+
+    def _batches(self) -> Iterator[Any]:
+        import pyarrow as pa
+
+        batches = self._file.iter_batches(batch_size=16)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise ValueError(
+                    f"{self.path}: its data cannot be read ({reason}); write the file anew"
+                ) from None
+            if batch is None:
+                return
+            yield batch
 
 
 def values(column: Any) -> list[Any]:
@@ -159,7 +187,10 @@ class HuggingFace:
         try:
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 stored = datasets.load_from_disk(data)
-                stored = stored[split] if isinstance(stored, datasets.DatasetDict) else stored
+                if isinstance(stored, datasets.DatasetDict):
+                    stored = stored[split]
+                elif split != "train":
+                    raise ValueError(f"it has no splits, remove split {split}")
             else:
                 stored = datasets.load_dataset(data, split=split, streaming=True)
         except Exception as error:  # datasets raises errors of many libraries
@@ -174,6 +205,11 @@ class HuggingFace:
                 stored = stored.cast_column(name, type(feature)(decode=False))
         self._records = stored
         self.columns: list[str] | None = stored.column_names
+        if self.root and self.columns and set(self.columns) <= BARE:
+            raise ValueError(
+                f"data {data}: no metadata.jsonl, metadata.csv or metadata.parquet in the folder; "
+                "expected one that names the pairs of its files"
+            )
         self.total = len(stored) if hasattr(stored, "__len__") else None
 
     def __iter__(self) -> Records:

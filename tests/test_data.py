@@ -240,7 +240,7 @@ def test_damaged_sets(encoded, tmp_path):
         ("weight", lambda v: [float("nan"), *v[1:]], r"\(pair \d+\): weight .* got nan"),
         ("weight", lambda v: [-1.0, *v[1:]], r"\(pair \d+\): weight .* got -1.0"),
         ("pair_id", lambda v: list(map(str, v)), r"pair_id expected an integer in \[0, .* '\d+'"),
-        ("pair_id", lambda v: [2**63, *v[1:]], "pair_id expected an integer"),
+        ("pair_id", lambda v: [-1, *v[1:]], "pair_id expected an integer"),
         ("prompt", lambda v: [None, *v[1:]], r"\(pair \d+\): prompt expected a text, got None"),
     ],
 )

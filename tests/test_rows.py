@@ -288,12 +288,57 @@ def test_unknown_labels(row, field, folder):
         ({"prompt": "x", "candidates": ["a.mp4"]}, "candidates"),
         ({"prompt": "x", "candidates": "a.mp4, b.mp4"}, "candidates"),
         ({"prompt": "x", "candidates": ["a.mp4", None]}, "candidates"),
+        ({"prompt": "x", "candidates": 5}, "candidates"),
+        ({"prompt": "x", "candidates": {"a": "a.mp4", "b": "b.mp4"}}, "candidates"),
+        ({"prompt": "x", "candidates": "[" * 100000}, "candidates"),
+        ({"prompt": "x", "candidates": ["a.mp4", "b.mp4"], "scores": 5}, "scores"),
+        ({"prompt": "x", "candidates": ["a.mp4", "b.mp4"], "scores": 0}, "scores"),
+        ({"prompt": "x", "candidates": ["a.mp4", "b.mp4"], "scores": [1, 10**400]}, "scores"),
         ({"prompt": "x", "candidates": ["a.mp4", "b.mp4"], "scores": [1, None]}, "scores"),
     ],
 )
 def test_bad_candidates(row, field, folder):
     save(folder / "metadata.jsonl", [row])
     assert only_bad(folder).field == field
+
+
+@pytest.mark.parametrize("field", ["weight", "score_chosen", "score_rejected"])
+def test_numbers_beyond_float64_are_bad(field, folder):
+    scores = {"score_chosen": 1, "score_rejected": 0}
+    save(folder / "metadata.jsonl", [{**PLAIN[0], **scores, field: 10**400}, PLAIN[1]])
+    bad = only_bad(folder)
+    assert (bad.kind, bad.field) == ("not_a_number", field) and len(list(Rows(folder))) == 2
+
+
+def test_parquet_whose_pages_are_garbled(folder):
+    path = save(folder / "metadata.parquet", PLAIN * 50)
+    whole = bytearray(path.read_bytes())
+    whole[4:400] = b"\xff" * 396  # behind the magic number; the footer stays whole
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"metadata.parquet: its data cannot be read \(") as error:
+        read_rows(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_files_have_no_splits(suffix, folder):
+    save(folder / f"metadata.{suffix}", PLAIN)
+    with pytest.raises(ValueError, match=f"split nope: has no effect, .*metadata.{suffix} has no"):
+        Rows(folder, split="nope")
+    assert len(read_rows(folder, split="train")) == 2
+
+
+def test_a_column_named_twice(folder):
+    (folder / "metadata.csv").write_text("prompt,chosen,rejected,chosen\nx,a.mp4,b.mp4,b.mp4\n")
+    with pytest.raises(ValueError, match=r"metadata.csv line 1: column 'chosen' expected once"):
+        Rows(folder)
+
+
+def test_media_without_metadata(folder, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"no metadata.jsonl, metadata.csv or .* in the folder"):
+        Rows(folder)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
