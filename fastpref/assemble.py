@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,38 @@ from .models.folder import scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
 
 
+def claim(folder: Path) -> Path:
+    """Makes `folder` a run's own (by its .fastpref); ValueError where something else is in it."""
+    mark = folder / ".fastpref"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: choose another one")
+    if not mark.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output_dir {folder} holds something else: choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        mark.touch()
+    return mark
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process trains into `folder` meanwhile."""
+    with claim(folder).open() as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"output_dir {folder}: another fastpref is writing there; wait for it, or choose "
+                "another one"
+            ) from None
+        yield
+
+
 def open_run(config: Config, folder: Path) -> Path | None:
     """The checkpoint to go on from (None: start at 0), after a check that the folder is this
     run's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     record, done = folder / "config.yaml", folder / "result.json"
     started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
     if started and record.exists():
@@ -41,8 +70,11 @@ def open_run(config: Config, folder: Path) -> Path | None:
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
-    if done.exists() and read_record(done).get("global_step", 0) < config.max_train_steps:
-        done.unlink()
+    if done.exists():
+        before = read_record(done)
+        artifact = folder / Path(str(before.get("artifact"))).name
+        if before.get("global_step", 0) < config.max_train_steps or not artifact.exists():
+            done.unlink()
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]
@@ -85,6 +117,7 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name} has no effect: data {path} is already encoded; remove it")
     else:
+        claim(folder)
         path = encode.encode(
             config.family,
             config.model,
@@ -242,9 +275,22 @@ def load_model(config: Config, family: Any, device: torch.device, dtype: torch.d
     return family.load(config.model, torch.float32 if config.tuning == "full" else dtype).to(device)
 
 
+def device_of(name: str) -> torch.device:
+    """A device this process can use; ValueError says why not."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: {torch.cuda.device_count()} CUDA devices are there")
+    return device
+
+
 def place(config: Config) -> tuple[torch.device, torch.dtype]:
     """Where a run computes, and in which precision."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 

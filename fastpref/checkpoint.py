@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PREFIX = "checkpoint-"
+TENSORS = ("parameters", "optimizer", "generators")
+FILES = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
 # What an adapter file says of itself, written and read.
 LORA_SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias")
 
@@ -94,6 +96,8 @@ def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name in sorted(FILES - manifest.keys()):
+            return f"manifest.json does not list {name}"
         for name, (size, digest) in manifest.items():
             found = (checkpoint / name).stat().st_size
             if found != size:
@@ -102,6 +106,8 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} was changed after it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{error.strerror.lower()}: {error.filename}"
     except (ValueError, AttributeError, TypeError):
         return "manifest.json is not readable"
     return None
@@ -128,9 +134,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     if problem is not None:
         raise ValueError(f"{checkpoint} is damaged ({problem}): resume from another checkpoint")
     try:
-        values = load_file(checkpoint / "parameters.safetensors")
-        moments = load_file(checkpoint / "optimizer.safetensors")
-        generators = load_file(checkpoint / "generators.safetensors")
+        values, moments, generators = (load_file(checkpoint / f"{n}.safetensors") for n in TENSORS)
     except SafetensorError as error:
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
@@ -141,8 +145,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise ValueError(
             f"{checkpoint} belongs to another model or adapter: parameter {odd} is on one side only"
         )
-    with torch.no_grad():
-        for name, p in parameters.items():
+    for name, p in parameters.items():
+        if p.shape != values[name].shape:
+            raise ValueError(
+                f"{checkpoint} belongs to another adapter: {name} is {list(values[name].shape)} "
+                f"there, {list(p.shape)} here"
+            )
+        with torch.no_grad():
             p.copy_(values[name])
     saved = optimizer.state_dict()
     order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -233,23 +242,31 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
     component = component_of(model)
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["lora_adapter_metadata"])
+            metadata = json.loads(file.metadata()["lora_adapter_metadata"])
             values: dict[str, Tensor] = {
                 k.removeprefix(f"{component}."): file.get_tensor(k)
                 for k in file.keys()  # noqa: SIM118
             }
-    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        settings = {k.removeprefix(f"{component}."): v for k, v in metadata.items()}
+        settings = {k: v for k, v in settings.items() if k in LORA_SETTINGS}
+        rank = settings["r"]
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: expected a LoRA file with its rank in the metadata, got {error!r}"
+            f"{path}: expected a LoRA file of {type(model).__name__} with its rank in the metadata "
+            f"({' '.join(str(error).split())})"
         ) from None
-    settings = {k.removeprefix(f"{component}."): v for k, v in metadata.items()}
-    config = peft.LoraConfig(**{k: v for k, v in settings.items() if k in LORA_SETTINGS})
-    peft.inject_adapter_in_model(config, model)
-    result = peft.set_peft_model_state_dict(model, values)
-    if result.unexpected_keys:
-        raise ValueError(
-            f"{path}: {result.unexpected_keys[0]} has no place in {type(model).__name__}"
-        )
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(own.keys() ^ values.keys()):
+        where = "the file" if name in own else type(model).__name__
+        raise ValueError(f"{path}: {where} has no {name}: is it another model's adapter?")
+    for name, value in values.items():
+        if value.shape != own[name].shape or not value.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} expected {list(own[name].shape)} finite values for rank {rank}, "
+                f"got {list(value.shape)}"
+            )
+    peft.set_peft_model_state_dict(model, values)
     return model
 
 

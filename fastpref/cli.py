@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
 
@@ -36,11 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
         return USER_ERROR
+    from safetensors import SafetensorError
+    from yaml import YAMLError
+
     from .guard import Diverged, Interrupted
 
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         commands[name](rest)
-    except (ValueError, TypeError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, TypeError, OSError, YAMLError, SafetensorError) as error:
         if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
             raise
         print(f"fastpref {name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -51,11 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as error:
         print(f"fastpref {name}: interrupted: {error}", file=sys.stderr)
         return INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"fastpref {name}: interrupted; run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
     return OK
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line and exit code 1, like every other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         raise ValueError(message)
@@ -72,10 +86,13 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
+    from .assemble import alone
     from .config import parse
     from .train import train as run
 
-    result = run(parse(rest))
+    config = parse(rest)
+    with alone(Path(config.output_dir)):
+        result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(f"{result['artifact']}: step {result['global_step']}, {speed}")
 
@@ -120,14 +137,16 @@ def load(options: argparse.Namespace) -> tuple:
     import torch
 
     from . import checkpoint, models
+    from .assemble import device_of
     from .models.folder import scheduler_config
 
+    device = device_of(options.device)
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:
         checkpoint.load_lora(options.lora, model)
     process = family.process(scheduler_config(options.model))
-    return family, process, model.to(options.device).eval()
+    return family, process, model.to(device).eval()
 
 
 def sample(rest: list[str]) -> None:
@@ -140,6 +159,11 @@ def sample(rest: list[str]) -> None:
     options.add_argument("--guidance_scale", type=float, default=1.0, help="1: none")
     options.add_argument("--fps", type=float, default=8)
     options = options.parse_args(rest)
+    for name in ("num_frames", "height", "width", "fps", "steps"):
+        if not 0 < getattr(options, name) < 10_000:
+            raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
+    if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
+        raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
     import torch
 
     from .media import write_clip
@@ -170,6 +194,8 @@ def evaluate(rest: list[str]) -> None:
     options.add_argument("--data", required=True, help="a set made by fastpref encode")
     options.add_argument("--draws_per_pair", type=int, default=8)
     options = options.parse_args(rest)
+    if options.draws_per_pair < 1:
+        raise ValueError(f"--draws_per_pair: expected 1 or more, got {options.draws_per_pair}")
     if not options.lora:
         raise ValueError("--lora is required: the run's folder, or its adapter file")
     from . import reference

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,6 +186,15 @@ class Config:
 
     def __post_init__(self) -> None:
         self.timestep_range = tuple(self.timestep_range)
+        for name in ("family", "model", "data", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a value, got an empty one")
+        for name in ("lora_targets", "validation_prompts"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name}: expected at least one, got an empty list")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= value < 1, got {getattr(self, name)}")
         self.make_objective(elements=1)
         if self.objective == "sft":
             for name in ("beta", "sft_weight", "beta_convention"):
@@ -221,8 +231,11 @@ class Config:
                     setattr(self, f"validation_{name}", default)
             elif not self.validation_prompts:
                 raise ValueError(f"validation_{name} has no effect without validation_prompts")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
+        for name, most in (("num_workers", 256), ("lora_rank", 8192), ("draws_per_pair", 2**28)):
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name}: expected at most {most}, got {getattr(self, name)}")
         if self.skip_zeros and self.cuda_graphs:
             raise ValueError(
                 "skip_zeros waits for the device, which a recorded step cannot: remove cuda_graphs"
@@ -298,15 +311,37 @@ def parse(arguments: list[str], command: str = "fastpref train") -> Config:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
-        prog=command, exit_on_error=False, description=Config.__doc__.splitlines()[0]
+        allow_abbrev=False,
+        prog=command,
+        exit_on_error=False,
+        description=Config.__doc__.splitlines()[0],
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of the same fields; flags win over it"
     )
     parser.add_class_arguments(Config, as_group=False)
+    for flag, file in pairwise(arguments):
+        if flag == "--config":
+            check_yaml(Path(file))
     try:
         values = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
     del values["config"]
     return Config(**vars(values))
+
+
+def check_yaml(path: Path) -> None:
+    """ValueError where a YAML file is no mapping, or says a field twice (the last would win)."""
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"--config {path}: expected lines of `field: value`")
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise ValueError(f"--config {path}, line {line}: {key.value} stands there twice")
+        seen.add(key.value)

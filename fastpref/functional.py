@@ -21,7 +21,7 @@ class Draws:
     """Which random numbers a batch of pairs takes: pure functions of (seed, pair_id, index).
 
     seed: 0 <= seed < 2^63. pair_id [B] int64: a stable hash of each pair's content. index [B]
-    int64: the draw's number (the epoch by default), below 2^28.
+    int64: the draw's number (the epoch by default), of which the low 28 bits count.
     Raises TypeError or ValueError on another dtype, shape or range.
     """
 

@@ -95,6 +95,11 @@ def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) 
     """Self-check: with its adapters off the model says what the base said, bit for bit."""
     with disabled(adapter_layers(model)):
         off = probe()
+    if not base_says.isfinite().all():
+        raise ValueError(
+            "self-check: the base model's prediction of the first batch is not finite: look at its "
+            "weights and at the encoded latents, or use mixed_precision no"
+        )
     if not torch.equal(off, base_says):
         raise ValueError(
             "self-check: with its adapters off the model differs from the base by "

@@ -4,6 +4,7 @@ trackers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -61,6 +62,13 @@ class Meter:
         return result
 
 
+def check_trackers(names: list[str]) -> None:
+    """ValueError names a tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to {name}: install it with pip install fastpref[{name}]")
+
+
 class Log:
     """metrics.jsonl always; TensorBoard, wandb and trackio on request. A resumed run drops later
     lines.
@@ -72,12 +80,12 @@ class Log:
         self.path = folder / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:  # a line cut by a kill
                     continue
-                if row["global_step"] <= step:
+                if isinstance(row, dict) and row.get("global_step", step + 1) <= step:
                     kept.append(line)
         write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
         self.file = self.path.open("a")
@@ -88,12 +96,7 @@ class Log:
 
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             else:
-                try:
-                    module = __import__(tracker)
-                except ImportError:
-                    raise ValueError(
-                        f"report_to {tracker}: install it with pip install fastpref[{tracker}]"
-                    ) from None
+                module = importlib.import_module(tracker)
                 module.init(project="fastpref", name=folder.name, config=config)
                 self.writers.append(module)
 

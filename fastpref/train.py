@@ -37,7 +37,7 @@ from .functional import Draws, PairLoss
 from .graphs import StepGraph
 from .guard import Guard, Interrupted, Signals
 from .step import deferred, joint
-from .telemetry import Log, Meter, pair_values
+from .telemetry import Log, Meter, check_trackers, pair_values
 from .validation import Prompts, write_sheet
 
 
@@ -60,7 +60,9 @@ def train(config: Config) -> dict[str, Any]:
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
         print(f"{folder} is already trained to step {result['global_step']}")
-        return result
+        artifact = folder / Path(result["artifact"]).name  # the folder may have been moved
+        return result | {"output_dir": str(folder), "artifact": str(artifact)}
+    check_trackers(config.trackers)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -197,7 +199,7 @@ def train(config: Config) -> dict[str, Any]:
         validate(0)
 
     # ---- the loop
-    meter, guard = Meter(device), Guard(device)
+    meter, guard = Meter(device), Guard(device, patience=min(20, config.max_train_steps))
     log = Log(folder, config.trackers, config.to_dict(), begin)
     accumulate = config.gradient_accumulation_steps
     per_step = config.train_batch_size * accumulate
@@ -258,11 +260,8 @@ def train(config: Config) -> dict[str, Any]:
                 warning = guard.judge(metrics, step)
                 if warning:
                     progress.write(f"warning: {warning}", file=sys.stderr)
-            if (
-                step % config.checkpointing_steps == 0
-                or step == config.max_train_steps
-                or interrupted
-            ):
+            last, stop = step == config.max_train_steps, bool(interrupted)
+            if step % config.checkpointing_steps == 0 or last or stop:
                 began = time.perf_counter()
                 state = {"margin_noise": noise}
                 checkpoint.save(
@@ -272,7 +271,7 @@ def train(config: Config) -> dict[str, Any]:
             began = time.perf_counter()
             validate(step)
             since += time.perf_counter() - began
-            if interrupted and step < config.max_train_steps:
+            if stop and not last:
                 raise Interrupted(
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )

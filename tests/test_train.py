@@ -14,9 +14,12 @@ import pytest
 import torch
 import yaml
 from pairs import BASE, arguments, command, options, write_pairs
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastpref import checkpoint, models, reference
+from fastpref.assemble import alone
+from fastpref.cli import main
 from fastpref.config import Config, parse
 from fastpref.guard import Diverged, Guard
 from fastpref.train import train
@@ -143,6 +146,59 @@ def test_only_this_runs_newest_checkpoint_is_resumed(pairs, unbroken, tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             train(Config(**options(pairs, tmp_path, resume_from_checkpoint=str(place))))
+
+
+def test_a_folder_with_other_things_is_not_touched(pairs, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else: choose another one"):
+        train(Config(**options(pairs, tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_two_processes_do_not_share_a_run(pairs, tmp_path, capsys):
+    with alone(tmp_path / "run"):
+        process = command("train", *arguments(options(pairs, tmp_path / "run")))
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "another fastpref is writing there" in said
+
+
+def test_a_run_that_never_stepped_diverges(pairs, tmp_path, capsys):
+    flags = arguments(options(pairs, tmp_path, beta=1e308))
+    assert main(["train", *flags]) == 2
+    assert "diverged" in capsys.readouterr().err
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_lost_adapter_is_exported_again(pairs, unbroken, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(unbroken[1], copy)
+    (copy / "pytorch_lora_weights.safetensors").unlink()
+    again = train(Config(**options(pairs, copy)))
+    assert again["output_dir"] == str(copy)
+    assert_equal_adapters(copy, unbroken[1])
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "rank", "metadata"])
+def test_foreign_adapter_files_are_refused(fault, unbroken, tmp_path, capsys):
+    with safe_open(unbroken[1] / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    values = adapter(unbroken[1])
+    first = sorted(values)[0]
+    if fault == "missing":
+        del values[first]
+    elif fault == "nan":
+        values[first].fill_(torch.nan)
+    elif fault == "rank":
+        metadata["transformer.r"] = 3
+    else:
+        metadata = [1]
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(values, path, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    said = fails(
+        capsys, "eval", "--family", "toy", "--model", str(BASE), "--lora", str(path),
+        "--data", str(unbroken[1] / "encoded"),
+    )  # fmt: skip
+    assert str(path) in said
 
 
 def test_cut_records_are_one_line(pairs, tmp_path, capsys):
@@ -356,8 +412,6 @@ def test_guard_skips_and_gives_up():
 
 
 def fails(capsys, *parts):
-    from fastpref.cli import main
-
     assert main(list(parts)) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said
@@ -382,6 +436,14 @@ def fails(capsys, *parts):
         ({"train_batch_size": 11}, "10"),
         ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint"),
         ({"report_to": "paper"}, "report_to"),
+        ({"report_to": "trackio"}, "pip install fastpref[trackio]"),
+        ({"device": "gpu"}, "device: expected cpu, cuda or cuda:N, got gpu"),
+        ({"device": "cuda:7"}, "device cuda:7"),
+        ({"output_dir": ""}, "output_dir: expected a value"),
+        ({"adam_beta1": 1.5}, "adam_beta1"),
+        ({"seed": 2**70}, "seed: expected 0 <= seed < 2^63"),
+        ({"lora_targets": "[]"}, "lora_targets: expected at least one"),
+        ({"validation_guidance_scale": 2.0}, "validation_guidance_scale has no effect"),
         ({"timestep_range": "[0.9, 0.1]"}, "timestep_range"),
     ],
 )
@@ -395,6 +457,13 @@ def test_unknown_field_in_yaml(pairs, tmp_path, capsys):
     assert "famly" in fails(
         capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path))
     )
+
+
+def test_a_field_said_twice_in_yaml(pairs, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 1\nbeta: 2\n")
+    said = fails(capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path / "r")))
+    assert "line 2: beta stands there twice" in said
 
 
 def test_yaml_and_flags_agree(pairs, tmp_path):
