@@ -1,97 +1,20 @@
-// The CPU launchers: rows cut into chunks, chunks handed to a small thread pool, sums put together in
+// The CPU launchers: rows cut into chunks, chunks handed to threads, sums put together in
 // order.
 //
 // Work is cut by (pair, chunk), so both members of a pair share one regeneration of their noise. Every
 // partial sum has its own slot and slots are added in order: threads change nothing but the time.
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <functional>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "cpu_threads.h"
 #include "kernels.h"
 #include "objectives.h"
 
 namespace fastpref::cpu {
 namespace {
-
-// Sleeping helpers beside the calling thread. Never destroyed: helpers may sleep until the process ends.
-class Pool {
- public:
-  // The process's pool; a forked child, which has none of its parent's threads, gets a new one.
-  static Pool& instance() {
-    static int const registered = pthread_atfork(nullptr, nullptr, [] { current() = nullptr; });
-    (void)registered;
-    Pool* pool = current();
-    if (!pool) {
-      Pool* const fresh = new Pool;
-      if (current().compare_exchange_strong(pool, fresh)) return *fresh;
-      delete fresh;
-    }
-    return *pool;
-  }
-
-  // task(0) .. task(count - 1), on at most `threads` threads; returns when all are done.
-  void run(int64_t count, int threads, std::function<void(int64_t)> const& task) {
-    int64_t const helpers = std::min<int64_t>(threads, count) - 1;
-    if (helpers <= 0 || !caller_.try_lock()) {  // a second caller does its own work alone
-      for (int64_t i = 0; i < count; ++i) task(i);
-      return;
-    }
-    std::lock_guard<std::mutex> const release(caller_, std::adopt_lock);
-    {
-      std::lock_guard<std::mutex> const lock(mutex_);
-      task_ = &task;
-      count_ = count;
-      batch_ = std::max<int64_t>(1, count / (8 * (helpers + 1)));
-      next_ = 0;
-      seats_ = helpers;
-      for (; alive_ < helpers; ++alive_) std::thread([this] { help(); }).detach();
-    }
-    wake_.notify_all();
-    work();
-    std::unique_lock<std::mutex> lock(mutex_);
-    seats_ = 0;  // a helper that wakes only now goes back to sleep
-    idle_.wait(lock, [this] { return busy_ == 0; });
-  }
-
- private:
-  static std::atomic<Pool*>& current() {
-    static std::atomic<Pool*> pool{nullptr};
-    return pool;
-  }
-
-  // Neighbouring tasks stay on one thread, a batch at a time: memory is read in longer stretches.
-  void work() {
-    for (int64_t i; (i = next_.fetch_add(batch_, std::memory_order_relaxed)) < count_;)
-      for (int64_t const end = std::min(i + batch_, count_); i < end; ++i) (*task_)(i);
-  }
-
-  void help() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [this] { return seats_ > 0; });
-      --seats_;
-      ++busy_;
-      lock.unlock();
-      work();
-      lock.lock();
-      if (--busy_ == 0) idle_.notify_one();
-    }
-  }
-
-  std::mutex caller_, mutex_;
-  std::condition_variable wake_, idle_;
-  std::function<void(int64_t)> const* task_ = nullptr;
-  std::atomic<int64_t> next_{0};
-  int64_t count_ = 0, batch_ = 1, seats_ = 0, busy_ = 0, alive_ = 0;
-};
 
 Kernels const* named(char const* name) {
   std::string const wanted(name);
@@ -142,7 +65,7 @@ template <class F>
 void for_each_chunk(Shape const& shape, int threads, F const& body) {
   int64_t const chunks = chunks_of(shape.elements);
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + shape.rows * shape.elements / kWorthWaking));
-  Pool::instance().run(shape.pairs * chunks, threads, [&](int64_t i) {
+  run(shape.pairs * chunks, threads, [&](int64_t i) {
     int64_t const begin = i % chunks * kChunk;
     body(Piece{i / chunks, i % chunks, begin, std::min(kChunk, shape.elements - begin)});
   });
