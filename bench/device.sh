@@ -2,8 +2,9 @@
 # Everything that needs a GPU, in parts of under ten minutes: build, tests, sanitizers, benchmarks.
 #
 #   bash bench/device.sh            every part that has not passed on this commit yet
-#   bash bench/device.sh PART...    these parts: build test memcheck racecheck synccheck pair_loss
-#                                   overhead ncu
+#   bash bench/device.sh PART...    these parts: build test step_wan pair_loss memcheck racecheck
+#                                   synccheck step_wan_more step_small step_cogvideox_2b
+#                                   step_cogvideox_5b overhead ncu
 #
 # Writes $OUT (default bench/results): a log per part, the benchmarks' JSON lines, and device.jsonl
 # with a line per part. Ends with 1 if a part failed; a part that cannot run here is said to be skipped.
@@ -13,7 +14,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=(build test memcheck racecheck synccheck pair_loss overhead ncu)
+PARTS=(build test step_wan pair_loss memcheck racecheck synccheck step_wan_more step_small
+  step_cogvideox_2b step_cogvideox_5b overhead ncu)
 export OUT=${OUT:-bench/results} PYTHON=${PYTHON:-python3}
 SKIPPED=77 # a part's exit code when it cannot run here
 WAN=16,21,60,104
@@ -73,6 +75,23 @@ bench() {
 }
 part_pair_loss() { bench pair_loss && bench pair_loss --objective sdpo --pairs 4; }
 part_overhead() { bench overhead; }
+
+OURS=(deferred/none+compile deferred/none+compile+cached)
+part_step_wan() { bench step --family wan --variants B1 B4 "${OURS[@]}" --rounds 3; }
+part_step_wan_more() {
+  bench step --family wan --rounds 3 \
+    --variants B0 B5 joint/full deferred/full deferred/attention deferred/attention+compile
+}
+part_step_small() {
+  bench step --family wan --shape 17x256x256 && bench step --family wan --shape 1x480x832 &&
+    bench step --family toy
+}
+part_step_cogvideox_2b() {
+  bench step --family cogvideox-2b --variants B1 B4 "${OURS[@]}" --rounds 3
+}
+part_step_cogvideox_5b() {
+  bench step --family cogvideox-5b --variants B1 B4 "${OURS[@]}" --rounds 3
+}
 
 # Hardware counters of each kernel, once, with cold caches: a JSON line per launch.
 part_ncu() {
