@@ -121,7 +121,7 @@ class FlowMatching(Process):
 
     def _window(self) -> tuple[float, float]:
         """timestep_range as probabilities of the distribution of u."""
-        window = [sigma / (self.shift - (self.shift - 1) * sigma) for sigma in self.timestep_range]
+        window = [s / (self.shift * (1 - s) + s) for s in self.timestep_range]
         if self.time_sampling == "logit_normal":
             normal = NormalDist(self.logit_mean, self.logit_std)
             window = [normal.cdf(math.log(u / (1 - u))) if 0 < u < 1 else u for u in window]

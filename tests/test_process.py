@@ -177,6 +177,14 @@ def test_flow_times(kind, window):
     assert ks(sigma, expected) < 1.95
 
 
+@pytest.mark.parametrize("shift", [1e-30, 1.0, 3.0, 1e30])
+def test_a_window_that_ends_at_one_is_exact_for_any_shift(shift):
+    process = FlowMatching(shift=shift)
+    assert process._window() == (0.0, 1.0)
+    level = process.level(draws_of(100))
+    assert level.isfinite().all() and level.min() >= 0 and level.max() <= 1
+
+
 def test_a_window_keeps_the_order_of_the_draws():
     """No rejection: a draw keeps its place in the distribution, so runs stay comparable."""
     for process in (FlowMatching(shift=2.0), from_config(SD15)):
