@@ -81,6 +81,25 @@ def test_the_schedulers_config_is_read_whatever_its_class(case):
         model_folder.scheduler_config("/nowhere")
 
 
+@pytest.mark.parametrize("text", ["[1]", '[["shift", 3]]', "5", "null", '"x"', "{", "\ud800"])
+def test_a_scheduler_config_that_is_no_object_is_named(text, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"scheduler: scheduler_config.json cannot be read") as e:
+        model_folder.scheduler_config(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["Nope", "UNet2DConditionModel", "utils", None, 5])
+def test_a_scheduler_of_an_unknown_class_is_named(name, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = {} if name is None else {"_class_name": name}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"expected a scheduler of diffusers, got {name}; copy"):
+        model_folder.scheduler_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

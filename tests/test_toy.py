@@ -1,7 +1,11 @@
 """The toy family: a folder that loads back, prompts, media, and the shape of what it predicts."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastpref import models
 from fastpref.demo.run import BASE
@@ -20,7 +24,6 @@ def test_the_family_has_its_nine_names():
 
 def test_the_shipped_folder_is_small_bf16_and_loads_as_diffusers_would(model):
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-    from safetensors.torch import load_file
 
     files = [path for path in BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4_000_000
@@ -119,5 +122,49 @@ def test_media_that_do_not_fit_are_named(frames, message):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"transformer/config\.json"):
+    with pytest.raises(ValueError, match=r"transformer: config\.json cannot be read"):
         toy.load(tmp_path)
+
+
+def test_another_class_is_named(tmp_path):
+    shutil.copytree(BASE, tmp_path / "model")
+    config = tmp_path / "model" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet3D"}))
+    with pytest.raises(ValueError, match="expected a WanTransformer3DModel, got UNet3D"):
+        toy.load(tmp_path / "model")
+
+
+def remove(tensors, name):
+    del tensors[name]
+
+
+def shrink(tensors, name):
+    tensors[name] = torch.zeros(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (remove, r"weights lack blocks.1.attn1.to_q.weight; expected"),
+        (shrink, r"weights cannot be read .*blocks.1.attn1.to_q.weight expected shape"),
+    ],
+)
+def test_tensors_that_are_missing_or_do_not_fit_are_named(change, said, tmp_path):
+    shutil.copytree(BASE, tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    change(tensors, "blocks.1.attn1.to_q.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model/transformer: {said}") as error:
+        toy.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0garbage" * 100, b"\x08" + bytes(7) + b"{}      "])
+def test_weights_that_are_no_safetensors_are_named(content, tmp_path):
+    shutil.copytree(BASE, tmp_path / "model")
+    folder = tmp_path / "model" / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model/transformer: weights (cannot be read|lack)") as e:
+        toy.load(tmp_path / "model")
+    assert "\n" not in str(e.value)

@@ -31,7 +31,10 @@ def read_config(
     if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"model {path}: no such folder; expected a diffusers folder or a hub id")
     try:
-        config = dict(kind.load_config(str(path), subfolder=subfolder))
+        config = kind.load_config(str(path), subfolder=subfolder)
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a JSON object, got {type(config).__name__}")
+        config = dict(config)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -47,10 +50,22 @@ def read_config(
 
 
 def scheduler_config(path: str | Path) -> dict[str, Any]:
-    """The scheduler_config.json of a folder or hub id, of whatever class; ValueError: none."""
-    from diffusers import DDPMScheduler
+    """The scheduler_config.json of a folder or hub id, of whatever class of diffusers.
 
-    return read_config(DDPMScheduler, path, "scheduler", any_class=True)
+    Raises:
+        ValueError: there is none, or its class is unknown.
+    """
+    import diffusers
+
+    config = read_config(diffusers.DDPMScheduler, path, "scheduler", any_class=True)
+    name = str(config.get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(
+            f"model {path}/scheduler: _class_name expected a scheduler of diffusers, got {name}; "
+            "copy the scheduler folder of the original model"
+        )
+    return config
 
 
 def variant(path: str | Path, parts: list[str]) -> str | None:
@@ -77,15 +92,29 @@ def arguments(path: str | Path, parts: list[str], dtype: torch.dtype) -> dict[st
 
 
 def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype) -> nn.Module:
-    """The model in `path/subfolder`, in `dtype`; ValueError: none there, or of another class."""
+    """The model in `path/subfolder`, in `dtype`.
+
+    Raises:
+        ValueError: none there, of another class, or weights that do not fill its config.
+    """
+    from safetensors import SafetensorError
+
     read_config(kind, path, subfolder)
     try:
-        return kind.from_pretrained(
+        model = kind.from_pretrained(
             str(path), subfolder=subfolder, **arguments(path, [subfolder], dtype)
         )
-    except OSError as error:
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {path}/{subfolder}: weights cannot be read ({reason})") from None
+    # diffusers only warns of a tensor that no file holds, and leaves it without memory.
+    lacking = [name for name, value in model.named_parameters() if value.is_meta]
+    if lacking:
+        raise ValueError(
+            f"model {path}/{subfolder}: weights lack {lacking[0]}; expected every tensor of its "
+            "config.json, copy the folder again"
+        )
+    return model
 
 
 class Encoders:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, FlowMatching, from_config
+from .folder import load_model
 
 TEXT_DIM = 32
 SLOTS = 8
@@ -52,13 +53,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The transformer of a diffusers folder (`path/transformer`), in `dtype`."""
     from diffusers import WanTransformer3DModel
 
-    if not (Path(path) / "transformer" / "config.json").is_file():
-        raise ValueError(
-            f"toy.load: {path} holds no transformer/config.json; expected a diffusers folder"
-        )
-    model = WanTransformer3DModel.from_pretrained(
-        str(path), subfolder="transformer", torch_dtype=dtype
-    )
+    model = load_model(WanTransformer3DModel, path, "transformer", dtype)
     if model.config.in_channels != 6 or model.config.out_channels != 3:
         raise ValueError(
             f"toy.load: {path} has {model.config.in_channels} input and "
