@@ -101,11 +101,27 @@ def animation(
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    """The rows of a run's metrics.jsonl, without lines that were cut off or damaged.
+
+    Raises:
+        ValueError: no such file, or not one line with a global_step in it.
+    """
     path = Path(run) / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} not found: expected the output folder of a training run")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("global_step"), int | float):
+            rows.append(row)
+    if not rows:
+        raise ValueError(
+            f"{path}: no line with a global_step; expected the metrics of a run that has logged"
+        )
+    return rows
 
 
 def _figure(columns: int) -> tuple[Any, Any]:
@@ -236,7 +252,8 @@ class Page:
         head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         path.write_text(
             f'<!doctype html><html lang="en">{head}<style>{STYLE}</style>'
-            f"<body>{''.join(self.parts)}</body></html>\n"
+            f"<body>{''.join(self.parts)}</body></html>\n",
+            encoding="utf-8",
         )
         return path
 
@@ -258,7 +275,7 @@ def run_report(
         page.heading("Clips, base against tuned at the same seeds")
         page.picture(run / "samples.gif")
         page.picture(run / "samples.png")
-    if (run / "config.yaml").exists():
+    if (run / "config.yaml").is_file():
         page.heading("Configuration")
-        page.code((run / "config.yaml").read_text())
+        page.code((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
     return page.save(run / "report.html")

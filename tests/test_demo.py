@@ -12,12 +12,12 @@ from pairs import command
 from fastpref import evaluate, oracle
 from fastpref.demo import clips
 from fastpref.demo.pairs import Sampler, make_pairs, shuffle_labels
-from fastpref.demo.run import base_sampler, evaluation_set, main, parse
+from fastpref.demo.run import Demo, Options, base_sampler, evaluation_set, main, parse
 from fastpref.demo.summary import HEADER, Row, as_text, average, table, verdict
 from fastpref.media import Sampling, decode
 from fastpref.models import toy
 from fastpref.process import Diffusion, FlowMatching
-from fastpref.report import Page, read_metrics
+from fastpref.report import Page, read_metrics, run_report
 from fastpref.sample import sample, starting_noise
 
 
@@ -275,6 +275,11 @@ def test_pairs_are_lossless_best_against_worst_and_half_of_the_labels_swap(base,
     [
         (["--objectives", "dpo,kto"], "--objectives: expected some of dpo,ipo"),
         (["--betas", "high"], "--betas: expected numbers"),
+        (["--betas", "2000,nan"], "--betas: expected finite numbers above 0, got nan"),
+        (["--betas", "0"], "--betas: expected finite numbers above 0, got 0"),
+        (["--betas=-5"], "--betas: expected finite numbers above 0, got -5"),
+        (["--betas", "1e400"], "--betas: expected finite numbers above 0, got inf"),
+        (["--seed", "2"], "unrecognized arguments: --seed"),
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--pairs", "7"], "--pairs: expected at least 8, got 7"),
         (["--colour", "red"], "unrecognized arguments"),
@@ -284,6 +289,14 @@ def test_mistakes_are_named_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"{}", b"\xff\x00", b"5"])
+def test_a_damaged_demo_json_is_named(text, tmp_path):
+    (tmp_path / "demo.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"demo.json: expected a JSON object with pairs and steps"):
+        Demo(Options(output_dir=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -334,6 +347,24 @@ def test_the_command_ends_with_its_table_and_its_files_open(tmp_path):
     assert code == 1
     assert err.startswith("fastpref demo: output_dir")
     assert "holds a demo with 8 pairs and 3 steps, got 9 and 3" in err
+
+
+def test_a_report_survives_what_a_crash_leaves(tmp_path):
+    """Lines cut off or overwritten are left out of the curves; a binary config is shown as is."""
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"global_step": i, "loss": 1 / i}).encode() for i in (1, 2)]
+    bad = [b"{}", b"null", b"5", b"\xff\x00", b"[" * 100000, b'{"global_step": null}', b""]
+    path.write_bytes(b"\n".join([good[0], *bad, good[1], good[1][:12]]))
+    assert [row["global_step"] for row in read_metrics(tmp_path)] == [1, 2]
+    (tmp_path / "config.yaml").write_bytes(b"beta: \xff\n")
+    assert "beta: \ufffd" in run_report(tmp_path).read_text(encoding="utf-8")
+    path.write_bytes(b"\n".join(bad))
+    with pytest.raises(ValueError, match=r"metrics.jsonl: no line with a global_step; expected"):
+        read_metrics(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"metrics.jsonl not found: expected the output folder"):
+        read_metrics(tmp_path)
 
 
 def test_text_on_a_page_is_escaped(tmp_path):

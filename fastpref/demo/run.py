@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
             raise ValueError(message)
 
     default = Options()
-    parser = Parser(prog="fastpref demo", description=__doc__.strip())
+    parser = Parser(prog="fastpref demo", description=__doc__.strip(), allow_abbrev=False)
     add = parser.add_argument
     add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OBJECTIVES)}")
     add("--betas", default="2000", help="comma-separated; every objective is trained at each")
@@ -83,6 +84,9 @@ def parse(arguments: Sequence[str]) -> Options:
         betas = list(dict.fromkeys(float(b) for b in found.betas.split(",")))
     except ValueError:
         raise ValueError(f"--betas: expected numbers with commas, got {found.betas!r}") from None
+    for beta in betas:
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"--betas: expected finite numbers above 0, got {beta:g}")
     for name, least in (("seeds", 1), ("pairs", 8), ("steps", 1), ("clips", 1)):
         if getattr(found, name) < least:
             raise ValueError(f"--{name}: expected at least {least}, got {getattr(found, name)}")
@@ -132,7 +136,15 @@ class Demo:
         path = self.folder / "demo.json"
         now = {"pairs": self.options.pairs, "steps": self.options.steps}
         if path.exists():
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_bytes())
+            except (OSError, ValueError, RecursionError):
+                before = None
+            if not isinstance(before, dict) or before.keys() != now.keys():
+                raise ValueError(
+                    f"{path}: expected a JSON object with {' and '.join(now)}; "
+                    "choose another output_dir"
+                )
             if before != now:
                 raise ValueError(
                     f"output_dir {self.folder} holds a demo with {before['pairs']} pairs and "
