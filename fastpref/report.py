@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +132,11 @@ def _figure(columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _number(value: Any) -> float:
+    """`value`, or nan for what cannot be drawn."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
 def curves(run: Path, path: Path) -> None:
     """Plots loss, margins and accuracy, the four errors, and values per noise-level bin."""
     rows = read_metrics(run)
@@ -138,8 +144,8 @@ def curves(run: Path, path: Path) -> None:
     figure, axes = _figure(4)
 
     def line(axis: Any, key: str, label: str | None = None, **style: Any) -> None:
-        if any(row.get(key) is not None for row in rows):
-            values = [float("nan") if row.get(key) is None else row[key] for row in rows]
+        values = [_number(row.get(key)) for row in rows]
+        if not all(map(math.isnan, values)):
             marker = "." if len(values) < 3 else None
             axis.plot(steps, values, label=label, marker=marker, **style)
 
@@ -167,10 +173,11 @@ def _levels(axis: Any, rows: list[dict[str, Any]]) -> None:
         ("rewards/margins", "margin by noise level"),
     ):
         binned = [row[f"{key}/by_level"] for row in rows if row.get(f"{key}/by_level")]
+        binned = [levels for levels in binned if isinstance(levels, list)]
         if binned:
             means = []
-            for column in zip(*binned, strict=True):
-                values = [v for v in column if v is not None]
+            for column in zip(*binned, strict=False):
+                values = [v for v in map(_number, column) if not math.isnan(v)]
                 means.append(sum(values) / len(values) if values else 0.0)
             width = 1 / len(means)
             axis.bar([(i + 0.5) * width for i in range(len(means))], means, width * 0.9)

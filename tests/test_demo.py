@@ -353,9 +353,11 @@ def test_a_report_survives_what_a_crash_leaves(tmp_path):
     """Lines cut off or overwritten are left out of the curves; a binary config is shown as is."""
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"global_step": i, "loss": 1 / i}).encode() for i in (1, 2)]
+    strange = {"global_step": 3, "loss": "x", "rewards/margins/by_level": 5}
+    good.append(json.dumps(strange).encode())
     bad = [b"{}", b"null", b"5", b"\xff\x00", b"[" * 100000, b'{"global_step": null}', b""]
-    path.write_bytes(b"\n".join([good[0], *bad, good[1], good[1][:12]]))
-    assert [row["global_step"] for row in read_metrics(tmp_path)] == [1, 2]
+    path.write_bytes(b"\n".join([good[0], *bad, *good[1:], good[1][:12]]))
+    assert [row["global_step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     (tmp_path / "config.yaml").write_bytes(b"beta: \xff\n")
     assert "beta: \ufffd" in run_report(tmp_path).read_text(encoding="utf-8")
     path.write_bytes(b"\n".join(bad))
