@@ -432,17 +432,29 @@ def _unwatched(tensor: Tensor) -> bool:
 
 
 class _PairLoss(torch.autograd.Function):
+    """One tensor in, one out: autograd need not look at the others."""
+
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _pair_loss(*inputs)
-        _keep_pair_loss(ctx, inputs, output)
-        return output
+    def forward(ctx, pred, inputs, rest):
+        loss, *others = _pair_loss(pred, *inputs)
+        rest += others
+        target, *_, ctx.seed, pair_id, index, p, q = inputs
+        ctx.save_for_backward(pred, target, others[-1], pair_id, index, p, q)
+        return loss
 
-    backward = staticmethod(_backward_pair_loss)
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward_pair_loss(ctx, grad)[0], None, None
 
 
-def pair_loss(*inputs):
+def pair_loss(pred: Tensor, *inputs) -> tuple[Tensor, ...]:
     """torch.ops.fastpref.pair_loss, by the shortest way that gives the same."""
-    if not _unwatched(inputs[0]):
-        return torch.ops.fastpref.pair_loss(*inputs)
-    return (_PairLoss.apply if torch.is_grad_enabled() else _pair_loss)(*inputs)
+    recorded = torch.is_grad_enabled()
+    refused = recorded and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    if refused or not _unwatched(pred):
+        return torch.ops.fastpref.pair_loss(pred, *inputs)
+    if not (recorded and pred.requires_grad):
+        return _pair_loss(pred, *inputs)
+    rest: list[Tensor] = []
+    loss = _PairLoss.apply(pred, inputs, rest)
+    return loss, *rest
