@@ -7,7 +7,7 @@ Two forms, each for one pair of latents (Wan 480p and CogVideoX shapes) in bf16:
           then the same. Ours draws it again in the loss, the baselines keep it for their target.
 Baselines: eager PyTorch written as DiffusionDPO writes it, and torch.compile of the very same
 function. Gradients are checked against the float64 oracle before anything is timed. All variants
-run in every round, shuffled; `x ours` is the median of the rounds' ratios, "again" ours once more.
+take turns in all orders; `x ours` is the median of the rounds' ratios, "again" ours once more.
 On a GPU the inputs rotate, so that the L2 cache does not lie, and times are the GPU's own.
 """
 
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--objective", default="dpo", choices=list(OBJECTIVES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=72)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     rows = [row for shape in args.shapes for row in measure(args, shape)]

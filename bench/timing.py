@@ -4,8 +4,9 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -51,6 +52,15 @@ def _on_gpu(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def _orders(names: list[str]) -> Iterator[list[str]]:
+    """All orders of the names, shuffled, over and over; random ones where there are too many."""
+    shuffled = random.Random(0)
+    while True:
+        some = list(permutations(names)) if len(names) <= 5 else [names] * 120
+        for order in shuffled.sample(some, len(some)):
+            yield list(order) if len(names) <= 5 else shuffled.sample(names, len(names))
+
+
 def interleave(
     variants: dict[str, Callable[[], object]],
     device: torch.device,
@@ -60,16 +70,17 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time each variant once a round: on a GPU by events, elsewhere by the wall clock.
 
-    Rounds are shuffled, so that what the variant before leaves in the caches falls on all alike.
+    Every order comes up equally often (up to chance above five variants), so that what the
+    variant before leaves in the caches falls on all alike.
     """
-    shuffled = random.Random(0)
+    orders = _orders(list(variants))
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     for call in variants.values():
         for _ in range(warmup):
             measure(call)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name in shuffled.sample(list(variants), len(variants)):
+        for name in next(orders):
             samples[name].append(measure(variants[name]))
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
