@@ -91,7 +91,7 @@ def open_run(config: Config, folder: Path) -> Path | None:
     found, broken = checkpoint.newest(folder)
     for line in broken:
         print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
-    if found is None and wanted == "latest":
+    if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
         print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
     return found
 

@@ -200,6 +200,7 @@ def export(folder: Path, model: nn.Module) -> Path:
         temporary,
         metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
     )
+    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
     _flush(temporary)
     temporary.replace(path)
     return path

@@ -48,8 +48,8 @@ class Config:
             checkpoint.
         objective: dpo, ipo, hinge, dmpo, dpo_cm or sdpo; sft is the plain error of the chosen clips
             (a control).
-        beta: strength of the preference against the reference; published: SD1.5 2000, SDXL 5000,
-            video 500.
+        beta: strength of the preference against the reference (required except for sft);
+            published: SD1.5 2000, SDXL 5000, video 500.
         beta_convention: what beta multiplies (README, "Objectives"): half_mean, mean, half_sum or
             sum.
         alpha: dmpo: probability that a label is wrong.

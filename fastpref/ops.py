@@ -26,7 +26,7 @@ except ImportError as error:
     _C = None
     warnings.warn(
         f"fastpref: the compiled core is missing ({error}): everything runs on the slower pure"
-        " PyTorch implementation; `pip install .` builds it",
+        " PyTorch implementation; `pip install -e .` in the source tree builds it",
         stacklevel=2,
     )
 else:

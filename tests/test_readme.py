@@ -31,7 +31,7 @@ def test_the_loop_runs_and_learns(tmp_path):
     assert [row[0] for row in printed] == list(range(0, 80, 10))
     assert printed[0][2] == 0  # policy equals reference: no margin is above zero
     assert printed[-1][2] > 0.5
-    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "runs" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_pictures_exist():
