@@ -1,8 +1,9 @@
-// Running numbered tasks on several threads: torch's own OpenMP team where there is one, else a small pool.
+// Running numbered tasks on several threads: torch's own OpenMP team where there is one, else a small
+// pool.
 //
-// A team of ours beside torch's would fight it for the cores: OpenMP's threads go on spinning for a while
-// after torch's operators. The pool is for processes without OpenMP, and for forked children, in which
-// OpenMP hangs and which have none of their parent's threads.
+// A team of ours beside torch's would fight it for the cores: OpenMP's threads go on spinning for a
+// while after torch's operators. The pool is for processes without OpenMP, and for forked children, in
+// which OpenMP hangs and which have none of their parent's threads.
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
@@ -16,6 +17,7 @@
 #include <thread>
 
 namespace fastpref::cpu {
+namespace {  // for cpu.cpp alone: nothing here is exported
 
 struct Job {
   std::function<void(int64_t)> const& task;
@@ -106,4 +108,5 @@ inline void run(int64_t count, int64_t threads, std::function<void(int64_t)> con
   all.team([](void* of) { static_cast<Job*>(of)->work(); }, &job, static_cast<unsigned>(threads), 0);
 }
 
+}  // namespace
 }  // namespace fastpref::cpu
