@@ -146,8 +146,8 @@ struct PairResult {
   double loss, margin, importance_w, importance_l, coef_w, coef_l;
 };
 
-// weight * (L + sft_weight * e_w) and its derivatives. An error that is not finite makes loss and
-// coefficients NaN whatever the objective says (a mask or a saturated sigmoid would hide it).
+// weight * (L + sft_weight * e_w) and its derivatives. An error or a gain that is not finite makes loss
+// and coefficients NaN whatever the objective says (a mask or a saturated sigmoid would hide it).
 FASTPREF_HD PairResult evaluate(int objective, double err_w, double err_l, double ref_w, double ref_l,
                                 double gain, double weight, Hyper const& h) {
   Errors const e{{err_w, 1, 0}, {err_l, 0, 1}, ref_w, ref_l, gain};
@@ -161,7 +161,7 @@ FASTPREF_HD PairResult evaluate(int objective, double err_w, double err_l, doubl
 #undef FASTPREF_CASE
   }
   Dual const total = (out.loss + e.w * h.sft_weight) * weight;
-  double const poison = 0.0 * (err_w + err_l + ref_w + ref_l);
+  double const poison = 0.0 * (err_w + err_l + ref_w + ref_l + gain);
   return {total.v + poison, out.margin,       out.importance_w,
           out.importance_l, total.w + poison, total.l + poison};
 }

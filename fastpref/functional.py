@@ -248,7 +248,7 @@ def preference_loss(
     gain: [B], the importance gain g of dpo_cm and sdpo (`process.gain(draws)`), or SPO's k.
     weight: [B], default 1.
     Only `loss` carries a gradient, d loss / d pred = weight dL/de 2 (pred - y) / (D B); a second
-    derivative raises RuntimeError. A NaN or Inf in any error makes the loss NaN.
+    derivative raises RuntimeError. A NaN or Inf in any error or gain makes the loss NaN.
     Raises TypeError or ValueError on a wrong dtype, shape or device, a missing or useless gain.
     """
     function = "preference_loss"

@@ -119,8 +119,8 @@ def _evaluate(
     number: int, h: Hyper, err_w: Tensor, err_l: Tensor, ref_w: Tensor, ref_l: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     value, m = OBJECTIVES[number](h, err_w, err_l, ref_w, ref_l, gain)
-    # 1, or NaN where an error is not finite: a mask or a saturated sigmoid must not hide it.
-    finite = 1 + sum(0 * e.detach() for e in (err_w, err_l, ref_w, ref_l))
+    # 1, or NaN where an input is not finite: a mask or a saturated sigmoid must not hide it.
+    finite = 1 + sum(0 * e.detach() for e in (err_w, err_l, ref_w, ref_l, gain))
     return (value + h.sft_weight * err_w) * finite, m
 
 
@@ -135,7 +135,7 @@ def loss(
     """The pairs' losses [B] with the SFT term, unweighted, from the four errors [B].
 
     gain is the importance gain g of dpo_cm and sdpo, or k of spo; the others ignore it.
-    Formulas and sources: `fastpref.objectives`. Not finite wherever an error is not finite.
+    Formulas and sources: `fastpref.objectives`. Not finite wherever an error or the gain is not finite.
     """
     hyper = torch.tensor(objective.hyper(), dtype=torch.float64, device=err_w.device)
     gain = torch.as_tensor(0.0 if gain is None else gain, dtype=err_w.dtype, device=err_w.device)

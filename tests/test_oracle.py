@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fastpref
 from fastpref import oracle
 from fastpref.objectives import OBJECTIVES, objective
 
@@ -115,3 +116,17 @@ def test_pair_error_of_one_prediction_for_both_members():
     pred = f64(1.0, 2.0, 3.0, 4.0).view(2, 2)
     target = torch.stack([pred[0] + 1, pred[1] - 2, pred[0], pred[1] * 2])
     assert oracle.pair_error(pred, target).tolist() == [1.0, 4.0, 0.0, 12.5]
+
+
+@pytest.mark.parametrize("name", ["dpo_cm", "sdpo", "spo"])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_gain_that_is_not_finite_reaches_the_loss(name, bad):
+    """An infinite gain would make the importance weight 0, and the pair silently masked."""
+    obj = objective(name, beta=10.0)
+    err = torch.tensor([0.5, 0.6], dtype=torch.float64)
+    gain = torch.tensor([bad], dtype=torch.float64)
+    out = fastpref.loss_from_errors(err, err + 0.1, obj, gain=gain)
+    assert out.loss.isnan() and out.coef.isnan().all()
+    assert oracle.loss(obj, *err.view(2, 1), *(err + 0.1).view(2, 1), gain).isnan().all()
+    masked = torch.tensor([1e30], dtype=torch.float64)  # how a masked step is carried
+    assert fastpref.loss_from_errors(err, err + 0.1, obj, gain=masked).loss.isfinite()
