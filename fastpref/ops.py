@@ -9,7 +9,6 @@ on every call. float32, bfloat16 and float16 on CPU and CUDA run natively; the o
 rest, and everything where _C was not built, which is said once.
 """
 
-import contextlib
 import math
 import os
 import warnings
@@ -98,19 +97,19 @@ def _last(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _plain(argument) -> int | float:
-    """An argument as the core takes it: tensors as addresses, None as 0, dtypes as numbers."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else _DTYPES.get(argument, argument)
-
-
 def _launch(launcher, device: torch.device, *arguments) -> None:
-    """Call the core on the tensors' device, all contiguous and alive until it returns."""
-    alive = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    elsewhere = device.type == "cuda" and torch.cuda.device_count() > 1
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        launcher(*map(_plain, alive), _last(device))
+    """Call the core on the tensors' device: tensors as addresses, None as 0, dtypes as numbers."""
+    alive, plain = [], []  # contiguous tensors must live until the core returns
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            alive.append(argument.contiguous())
+            plain.append(alive[-1].data_ptr())
+        else:
+            plain.append(0 if argument is None else _DTYPES.get(argument, argument))
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        with torch.cuda.device(device):
+            return launcher(*plain, _last(device))
+    return launcher(*plain, _last(device))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
