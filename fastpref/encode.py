@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import models
+from . import models, oracle
 from .data import pair_file, read_fingerprint
 from .files import identity, write_atomic
 from .media import Sampling
@@ -22,6 +25,7 @@ from .prepare import Prepared, finish, prepared, stored_shapes, survey
 from .rows import BadRow, Row, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POSTERIORS = ("mode", "sample")
 MOST_WORKERS = 256
 # Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
 # what was found of data whose rows were all bad.
@@ -44,6 +48,8 @@ def encode(
     batch_size: int = 8,
     ranked: str = "all",
     split: str = "train",
+    posterior: str = "mode",
+    seed: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Path:
@@ -58,10 +64,13 @@ def encode(
         dtype: of the encoders and of what is stored: float32, bfloat16 or float16.
         num_workers: threads that read and decode beside the encoding; 0: none.
         batch_size: prompts per call of the text encoder.
+        posterior: of the VAE: its mode, or a sample mean + std eps in which eps depends on `seed`
+            (0 unless given), the pair's id and the member alone (`posterior_normals`).
 
     Raises:
         ValueError: no usable pair (all ties, all rows bad, none), an `output_dir` encoded otherwise
-            or holding something else, an option out of range.
+            or holding something else, an option out of range or without effect, a sample of a
+            family without a posterior.
     """
     check_workers(num_workers)
     if batch_size < 1:
@@ -70,9 +79,10 @@ def encode(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
     module = models.family(family) if isinstance(family, str) else family
+    seed = posterior_seed(module, posterior, seed)
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
-    claim(folder, fingerprint(module, model, rows, sampling, dtype), rows.root)
+    claim(folder, fingerprint(module, model, rows, sampling, dtype, seed), rows.root)
     pipe = module.pipeline(model, DTYPES[dtype])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipe, "to"):
@@ -83,7 +93,7 @@ def encode(
     before = 0
 
     def flush() -> None:
-        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype]):
+        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
 
@@ -117,25 +127,69 @@ def check_workers(num_workers: int) -> None:
         raise ValueError(f"num_workers: expected 0 to {MOST_WORKERS}, got {num_workers}")
 
 
+def posterior_seed(module: ModuleType, posterior: str, seed: int | None) -> int | None:
+    """The seed of the posterior's samples, None for its mode; ValueError: see `encode`."""
+    if posterior not in POSTERIORS:
+        raise ValueError(f"posterior: expected {' or '.join(POSTERIORS)}, got {posterior}")
+    if posterior == "mode":
+        if seed is not None:
+            raise ValueError(
+                "seed has no effect with posterior mode; remove it, or pass posterior sample"
+            )
+        return None
+    try:
+        inspect.signature(module.encode_media).bind("pipe", "frames", "normal")
+    except TypeError:
+        raise ValueError(
+            f"posterior sample: family {module.__name__} has none to sample (its encode_media "
+            "takes no third argument, normal); use --posterior mode"
+        ) from None
+    seed = 0 if seed is None else seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 <= seed < 2^63, got {seed}")
+    return seed
+
+
+def posterior_normals(seed: int, pair_id: int, index: int, shape: Sequence[int]) -> Tensor:
+    """eps of a pair's winner (index 0) or loser (1), float32, elements in the latents' order.
+
+    Made on the CPU, so that the device that encodes does not matter.
+    """
+    ids = torch.tensor([pair_id]), torch.tensor([index])
+    return oracle.normal(seed, *ids, math.prod(shape), domain=oracle.POSTERIOR).view(*shape)
+
+
 def encode_pairs(
-    module: ModuleType, pipe: Any, items: list[Prepared], folder: Path, dtype: torch.dtype
+    module: ModuleType,
+    pipe: Any,
+    items: list[Prepared],
+    folder: Path,
+    dtype: torch.dtype,
+    seed: int | None,
 ) -> Iterator[dict[str, Any] | BadRow]:
-    """Encodes and writes pairs, giving each one's line of the index.
+    """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
 
     A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end.
     """
     prompts = list(dict.fromkeys(item.row.prompt for item in items))
     texts = dict(zip(prompts, module.encode_text(pipe, prompts), strict=True)) if prompts else {}
-    latents: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
+    modes: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
+
+    def latents(item: Prepared, index: int) -> Tensor:
+        digest, frames = item.digests[index], item.clips[index].frames
+        if seed is not None:  # the pair's own, so not kept for other pairs
+            normal = partial(posterior_normals, seed, item.pair_id, index)
+            return module.encode_media(pipe, frames, normal)
+        if digest not in modes:
+            modes[digest] = module.encode_media(pipe, frames)
+        return modes[digest]
+
     for item in items:
         try:
-            for digest, clip in zip(item.digests, item.clips, strict=True):
-                if digest not in latents:
-                    latents[digest] = module.encode_media(pipe, clip.frames)
+            tensors = {"latents_w": latents(item, 0), "latents_l": latents(item, 1)}
         except ValueError as error:
             yield BadRow("not_encodable", item.row.where, "chosen, rejected", str(error))
             continue
-        tensors = {"latents_w": latents[item.digests[0]], "latents_l": latents[item.digests[1]]}
         tensors |= embeddings(texts[item.row.prompt])
         write_tensors(pair_file(folder, item.pair_id), tensors, dtype)
         yield entry(item)
@@ -164,7 +218,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) ->
 
 
 def fingerprint(
-    module: ModuleType, model: str | Path, rows: Rows, sampling: Sampling, dtype: str
+    module: ModuleType,
+    model: str | Path,
+    rows: Rows,
+    sampling: Sampling,
+    dtype: str,
+    seed: int | None,
 ) -> dict[str, Any]:
     """What decides an encoded set's content, as compared by `claim`."""
     return {
@@ -172,6 +231,7 @@ def fingerprint(
         "model": identity(Path(model)) if Path(model).exists() else str(model),
         **asdict(sampling),
         "dtype": dtype,
+        **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
         "ranked": rows.ranked if rows.layout == "candidates" else None,
         "data": identity(rows.path) if rows.path else rows.name,
     }
@@ -198,7 +258,7 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
             )
         write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
         return
-    before = read_fingerprint(folder)
+    before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
     differs = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differs:
         listed = ", ".join(f"{k} (there {before.get(k)}, here {now.get(k)})" for k in differs)
@@ -251,6 +311,8 @@ def main(arguments: list[str]) -> None:
     add("--batch_size", type=int, default=8, help="prompts per call of the text encoder")
     add("--ranked", default="all", choices=("all", "best_worst"), help="pairs of ranked candidates")
     add("--split", default="train", help="of a Hugging Face dataset")
+    add("--posterior", default="mode", choices=POSTERIORS, help="of the VAE: mode, or keyed sample")
+    add("--seed", type=int, help="of --posterior sample; default: 0")
     add("--device", help="default: cuda where there is one")
     add("--dry_run", action="store_true", help="count, measure and list bad rows without a model")
     options = vars(parser.parse_args(arguments))

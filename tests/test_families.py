@@ -29,9 +29,10 @@ from torch import Tensor
 
 from fastpref import models, oracle
 from fastpref.config import Config
-from fastpref.data import PairDataset
+from fastpref.data import PairDataset, read_rows
 from fastpref.encode import encode
 from fastpref.functional import Draws, pair_error
+from fastpref.media import Sampling, decode
 from fastpref.models import folder as model_folder
 from fastpref.sample import sample, starting_noise
 from fastpref.train import add_lora, train
@@ -220,6 +221,58 @@ def test_media_go_through_the_pipelines_vae(case):
     difference = (decoded.int() - (output * 255).round().int()).abs()
     assert difference.max() <= 1 and (difference == 0).float().mean() > 0.999
     assert decoded.float().std() > 3
+
+
+def test_sampled_latents_are_the_posteriors(case, tmp_path):
+    """mean + std eps of diffusers' latent_dist, normalised; the same bits again and resumed."""
+    data, arguments = write_media(case.family, tmp_path / "media"), (case.family.name, case.path)
+    options = {"posterior": "sample", "seed": 5, "progress": False}
+    dataset = PairDataset(encode(*arguments, data, tmp_path / "set", **options))
+    modes = PairDataset(encode(*arguments, data, tmp_path / "modes", progress=False))
+    rows, pipe = {row.prompt: row for row in read_rows(data)}, case.pipe()
+    config, image = pipe.vae.config, case.family.frames == 1
+    for pair, mode in zip(dataset, modes, strict=True):
+        row = rows[pair.prompt]
+        members = ((row.chosen, pair.latents_w, mode.latents_w),
+                   (row.rejected, pair.latents_l, mode.latents_l))  # fmt: skip
+        for index, (path, sampled, plain) in enumerate(members):
+            frames = decode(path.read_bytes(), Sampling()).frames
+            frames = [Image.fromarray(frame.numpy()) for frame in frames]
+            with torch.no_grad():
+                if image:
+                    x = pipe.image_processor.preprocess(frames[0])
+                else:
+                    x = pipe.video_processor.preprocess_video([frames])
+                posterior = pipe.vae.encode(x).latent_dist
+            key = torch.tensor([pair.pair_id]), torch.tensor([index])
+            count = posterior.mean.numel()
+            eps = oracle.normal(5, *key, count, domain=oracle.POSTERIOR)
+            for stored, z in (
+                (plain, posterior.mode()),
+                (sampled, posterior.mean + posterior.std * eps.view_as(posterior.mean)),
+            ):
+                if case.family.name == "wan":
+                    mean, std = (
+                        torch.tensor(values).view(1, -1, 1, 1, 1)
+                        for values in (config.latents_mean, config.latents_std)
+                    )
+                    z = (z - mean) / std
+                else:
+                    z = z * config.scaling_factor
+                z = z[0].unsqueeze(1) if image else z[0]
+                torch.testing.assert_close(stored, z, rtol=1e-5, atol=1e-5)
+            assert (sampled - plain).std() > 0.05 * plain.std()
+
+    before = {path: load_file(path) for path in (tmp_path / "set").glob("pairs/*/*")}
+    for path in sorted(before)[:2]:
+        path.unlink()
+    for folder in ("set", "again"):
+        encode(*arguments, data, tmp_path / folder, **options)
+        for path, expected in before.items():
+            found = load_file(tmp_path / folder / path.relative_to(tmp_path / "set"))
+            # Prompts are embedded in batches, whose size may move a text encoder's last bit.
+            for name in ("latents_w", "latents_l"):
+                assert torch.equal(found[name], expected[name])
 
 
 def direct(case: Case, pipe: Any, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .folder import Encoders, load_model, pixels, read_config, to_frames
+from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
 
 # Projections of the joint attention over text and video, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,8 +104,10 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
 
 
 @torch.no_grad()
-def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
+def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -> Tensor:
     """Pixels `uint8 [F, H, W, 3]` -> `[C, (F-1)/4+1, H/8, W/8]`: posterior mode * scaling_factor.
+
+    normal: gives eps; the posterior's mean + std eps stands in place of its mode.
 
     The VAE's `invert_scale_latents` concerns the picture that image-to-video models start from,
     not the latents a model denoises, in every published CogVideoX.
@@ -127,7 +129,7 @@ def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
             f"{len(frames)} frames: pass --num_frames {' or '.join(map(str, near))}"
         )
     x = x.to(pipe.device, media.vae.dtype)
-    return media.vae.encode(x).latent_dist.mode()[0] * media.vae_scaling_factor_image
+    return drawn(media.vae.encode(x).latent_dist, normal)[0] * media.vae_scaling_factor_image
 
 
 @torch.no_grad()

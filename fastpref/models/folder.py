@@ -7,6 +7,7 @@ or a hub id alike.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
+
+# shape -> standard normals of that shape, float32: the noise of a posterior's sample.
+Normal = Callable[[Sequence[int]], Tensor]
 
 
 def read_config(
@@ -206,6 +210,13 @@ def pixels(frames: Tensor, *, size: int, stride: int = 1) -> Tensor:
             f"or {near + stride}"
         )
     return 2 * (frames.permute(3, 0, 1, 2)[None].float() / 255) - 1
+
+
+def drawn(posterior: Any, normal: Normal | None) -> Tensor:
+    """A VAE posterior's mode or, with `normal`, mean + std eps, as its `sample` computes it."""
+    if normal is None:
+        return posterior.mode()
+    return posterior.mean + posterior.std * normal(posterior.mean.shape).to(posterior.mean)
 
 
 def to_frames(decoded: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .folder import Encoders, load_model, pixels, read_config, to_frames
+from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
 
 # Self- and cross-attention projections of every transformer block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -103,8 +103,10 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
 
 
 @torch.no_grad()
-def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
+def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -> Tensor:
     """An image `uint8 [1, H, W, 3]` -> `[C, 1, H/8, W/8]`: posterior mode * scaling_factor.
+
+    normal: gives eps; the posterior's mean + std eps stands in place of its mode.
 
     Raises:
         ValueError: more than one frame, or H or W not divisible by 8.
@@ -116,7 +118,7 @@ def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
         )
     vae = pipe.media.vae
     x = pixels(frames, size=pipe.media.vae_scale_factor)[:, :, 0].to(pipe.device, vae.dtype)
-    latents = vae.encode(x).latent_dist.mode() * vae.config.scaling_factor
+    latents = drawn(vae.encode(x).latent_dist, normal) * vae.config.scaling_factor
     return latents.to(pipe.dtype).permute(1, 0, 2, 3)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import FlowMatching, from_config
-from .folder import Encoders, load_model, pixels, read_config, to_frames
+from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -73,8 +73,10 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
 
 
 @torch.no_grad()
-def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
+def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -> Tensor:
     """Pixels `uint8 [F, H, W, 3]` -> `[C, (F-1)/4+1, H/8, W/8]`: (posterior mode - mean) / std.
+
+    normal: gives eps; the posterior's mean + std eps stands in place of its mode.
 
     Raises:
         ValueError: F is not 4k+1, or H or W not divisible by 16.
@@ -82,7 +84,8 @@ def encode_media(pipe: Encoders, frames: Tensor) -> Tensor:
     media = pipe.media
     size = media.vae_scale_factor_spatial * pipe.patch_size[1]
     x = pixels(frames, size=size, stride=media.vae_scale_factor_temporal)
-    latents = media.vae.encode(x.to(pipe.device, media.vae.dtype)).latent_dist.mode()[0].float()
+    posterior = media.vae.encode(x.to(pipe.device, media.vae.dtype)).latent_dist
+    latents = drawn(posterior, normal)[0].float()
     mean, std = statistics(media.vae, latents)
     return ((latents - mean) / std).to(pipe.dtype)
 
