@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the devices at hand and the golden cases."""
+"""Fixtures shared by the tests: the devices at hand, the golden cases, a folder of pairs."""
 
 import json
 import os
@@ -33,3 +33,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def golden() -> list[dict]:
     """Cases with known losses and derivatives, float64, exact to 1e-12."""
     return json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pairs of clips, as users have them."""
+    from pairs import write_pairs
+
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")

@@ -1,5 +1,5 @@
-"""What several test files need: a folder of mp4 pairs, a run's arguments, the command line in a
-process.
+"""What several test files need: a folder of mp4 pairs, a run's arguments, the command line
+with its one line of a mistake and in a process.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastpref
+from fastpref.cli import main
 from fastpref.demo import clips
 from fastpref.media import write_clip
 
@@ -59,6 +61,14 @@ def options(data: Path, output_dir: Path, **changes) -> dict:
 def arguments(values: dict) -> list[str]:
     """The same as flags."""
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *parts: str) -> str:
+    """What `fastpref PARTS` says when it exits with 1: one line."""
+    assert main(list(parts)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    return said
 
 
 def command(*parts: str, **extra) -> subprocess.Popen:

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import NAMES, Case, case, distance, gradients, plain
+from tiny import NAMES, STEPS, Case, case, distance, gradients, plain
 
 import fastpref
 from fastpref import reference, step
@@ -23,7 +23,6 @@ OBJECTIVES = {
     "sdpo+sft": {"beta": 40.0, "mask_threshold": 0.2, "inverse_weight": True, "sft_weight": 0.3},
     "sft": None,
 }
-STEPS = {"joint": step.joint, "deferred": step.deferred}
 
 
 def make(name):

@@ -9,25 +9,18 @@ import shutil
 import signal
 import time
 
-import peft
 import pytest
 import torch
 import yaml
-from pairs import BASE, arguments, command, options, write_pairs
+from pairs import BASE, arguments, command, fails, options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastpref import checkpoint, models, reference
 from fastpref.assemble import alone
 from fastpref.cli import main
-from fastpref.config import Config, parse
-from fastpref.guard import Diverged, Guard
+from fastpref.config import Config
 from fastpref.train import train
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -352,25 +345,6 @@ def test_model_card_and_config(pairs, unbroken):
     assert Config(**recorded) == Config(**options(pairs, unbroken[1]))
 
 
-def test_self_check_sees_a_changed_base(pairs):
-    family = models.family("toy")
-    model = family.load(BASE, torch.float32)
-    x, t = torch.ones(1, 3, 8, 12, 12), torch.tensor([500.0])
-    cond = {"text": family.encode_text(family.pipeline(BASE), ["a disc"])[0]["text"][None]}
-
-    def probe():
-        with torch.no_grad():
-            return family.predict(model, x, t, cond)
-
-    before = probe()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=family.LORA_TARGETS), model)
-    reference.check_off(model, probe, before)
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "base_layer" in name).mul_(1.01)
-    with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
-        reference.check_off(model, probe, before)
-
-
 def test_self_check_warns_of_adapters_that_do_nothing(pairs, tmp_path, capsys):
     train(Config(**options(pairs, tmp_path, learning_rate=1e-30, max_train_steps=1)))
     assert "after the first step the adapters change nothing" in capsys.readouterr().err
@@ -379,100 +353,6 @@ def test_self_check_warns_of_adapters_that_do_nothing(pairs, tmp_path, capsys):
 def test_repeated_draws_are_warned_of(pairs, tmp_path, capsys):
     train(Config(**options(pairs, tmp_path, draws_per_pair=1, max_train_steps=6)))
     assert "1.2 epochs with draws_per_pair 1" in capsys.readouterr().err
-
-
-def test_guard_skips_and_gives_up():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    guard = Guard(torch.device("cpu"), patience=3)
-    for step in range(3):
-        weight.grad = torch.full((3,), float("nan"))
-        guard.watch(optimizer, weight.grad.norm())
-        optimizer.step()
-        assert torch.equal(weight.data, torch.ones(3))
-        if step == 1:
-            assert "2 steps skipped" in guard.judge({}, step)
-    with pytest.raises(Diverged, match="1 of the last steps"):
-        guard.judge({}, 3)
-    weight.grad = torch.ones(3)
-    guard.watch(optimizer, weight.grad.norm())
-    optimizer.step()
-    assert not torch.equal(weight.data, torch.ones(3)) and guard.judge({}, 4) is None
-    alternating = Guard(torch.device("cpu"), patience=3)
-    for step in range(20):
-        alternating.watch(optimizer, torch.tensor(float("nan") if step % 2 else 1.0))
-    with pytest.raises(Diverged, match="10 of the last steps"):
-        alternating.judge({}, 20)
-    del optimizer.found_inf
-    warning = guard.judge({"errors/policy_w": 2.0, "errors/reference_w": 1.0}, 5)
-    assert "100 % above the reference" in warning
-
-
-# ---- the command line
-
-
-def fails(capsys, *parts):
-    assert main(list(parts)) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "Traceback" not in said
-    return said
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"beta": -1}, "beta must be finite and > 0, got -1"),
-        ({"objective": "dmpo", "alpha": 0.5}, "alpha must be finite and > 0 and < 0.5, got 0.5"),
-        ({"alpha": 0.1}, "dpo has no option 'alpha'"),
-        ({"importance_steps": 5}, "importance_steps has no effect with objective dpo"),
-        ({"objective": "best"}, "objective"),
-        ({"bta": 3}, "bta"),
-        ({"learning_rate": "fast"}, "learning_rate"),
-        ({"family": "nope"}, "nope"),
-        ({"model": "/nowhere"}, "/nowhere"),
-        ({"data": "/nowhere"}, "/nowhere"),
-        ({"lora_targets": "['nothing']"}, "nothing"),
-        ({"tuning": "full"}, "lora_rank has no effect with tuning full"),
-        ({"train_batch_size": 11}, "10"),
-        ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint"),
-        ({"report_to": "paper"}, "report_to"),
-        ({"report_to": "trackio"}, "pip install fastpref[trackio]"),
-        ({"device": "gpu"}, "device: expected cpu, cuda or cuda:N, got gpu"),
-        ({"device": "cuda:7"}, "device cuda:7"),
-        ({"output_dir": ""}, "output_dir: expected a value"),
-        ({"adam_beta1": 1.5}, "adam_beta1"),
-        ({"seed": 2**70}, "seed: expected 0 <= seed < 2^63"),
-        ({"lora_targets": "[]"}, "lora_targets: expected at least one"),
-        ({"validation_guidance_scale": 2.0}, "validation_guidance_scale has no effect"),
-        ({"timestep_range": "[0.9, 0.1]"}, "timestep_range"),
-    ],
-)
-def test_mistakes_are_one_line(change, says, pairs, tmp_path, capsys):
-    assert says in fails(capsys, "train", *arguments(options(pairs, tmp_path) | change))
-
-
-def test_unknown_field_in_yaml(pairs, tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("famly: toy\n")
-    assert "famly" in fails(
-        capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path))
-    )
-
-
-def test_a_field_said_twice_in_yaml(pairs, tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("beta: 1\nbeta: 2\n")
-    said = fails(capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path / "r")))
-    assert "line 2: beta stands there twice" in said
-
-
-def test_yaml_and_flags_agree(pairs, tmp_path):
-    file = tmp_path / "run.yaml"
-    Config(**options(pairs, tmp_path, objective="sdpo", importance_steps=5)).save(file)
-    assert parse(["--config", str(file)]) == Config(
-        **options(pairs, tmp_path, objective="sdpo", importance_steps=5)
-    )
-    assert parse(["--config", str(file), "--beta", "3"]).beta == 3.0
 
 
 def test_the_same_command_goes_on_after_sigterm(pairs, tmp_path):

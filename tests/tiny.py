@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fastpref
-from fastpref import oracle
+from fastpref import oracle, step
 from fastpref.models import cogvideox, stable_diffusion, toy, wan
 
 PAIRS = 2
 NAMES = ("toy", "wan", "cogvideox-2b", "cogvideox-5b", "sd15")
+STEPS = {"joint": step.joint, "deferred": step.deferred}
+DPO = fastpref.objective("dpo", beta=40.0)
 
 
 class Case(NamedTuple):
@@ -150,6 +152,18 @@ def gradients(parameters: list[Tensor]) -> Tensor:
     for p in parameters:
         p.grad = None
     return flat
+
+
+def run(
+    c: Case, form: str, policy: Any, ref: Any, **changes: Any
+) -> tuple[fastpref.PairLoss, Tensor]:
+    """One step of `form` on DPO: (its numbers, the gradient)."""
+    noisy, t, target = c.inputs()
+    out = STEPS[form](
+        policy, ref, noisy, t, target, c.cond, c.draws, DPO,
+        **{"weight": c.weight, "parameters": c.parameters, **changes},
+    )  # fmt: skip
+    return out, gradients(c.parameters)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,211 @@
+"""The reference errors on disk: filled, looked up in a step, refused, resumed after kill -9."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import memory
+import pytest
+import torch
+from memory import K, Pairs, prepare
+from safetensors.torch import load_file
+from tiny import DPO, STEPS, case, distance, gradients, plain, run
+
+import fastpref
+from fastpref import cache, data, reference
+
+
+def kind(path, c, **changes):
+    """A fingerprint; the files it looks at are made where they are missing."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("index.parquet", "fingerprint.json"):
+        if not (path / name).exists():
+            (path / name).write_text("something")
+    values = {
+        "model": path, "data": path, "process": c.process, "seed": 11, "draws_per_pair": K,
+        "batch_size": 2, "pair_mode": "joint", "compile": None, "attention": "native",
+        "dtype": "float32", "prompt_dropout": 0.0,
+    }  # fmt: skip
+    return cache.fingerprint(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """(case, dataset, reference, folder of the cache, its fingerprint), filled in joint mode."""
+    c, dataset = case("wan"), Pairs()
+    ref = reference.adapters_off(c.model, c.family.predict)
+    folder = tmp_path_factory.mktemp("cache")
+    mark = kind(folder / "data", c)
+    how = {"batch_size": 2, "draws_per_pair": K}
+    count = cache.fill(folder / "a", ref, c.process, dataset, prepare, mark, **how)
+    assert count == 7 and dataset.loaded == 8  # the only long pair fills its batch with itself
+    return c, dataset, ref, folder / "a", mark
+
+
+def test_what_was_filled_is_what_a_step_would_compute(filled):
+    """Looked up in another order and in other batches, winners first."""
+    c, dataset, ref, folder, mark = filled
+    read = cache.cached(folder, mark, dataset.pair_ids)
+    for rows, k in (([4, 0], 2), ([6, 1], 0)):
+        batch, draws = prepare(k, data.collate([dataset[i] for i in rows]))
+        found = read(None, None, None, draws)
+        noisy, t, target = c.process.noise(batch.latents, draws)
+        wanted = fastpref.pair_error(ref(noisy, t, batch.cond), target)
+        assert found.dtype == torch.float64 and distance(found, wanted) < 1e-6
+    # In the very batch it was filled in, to the bit.
+    batch, draws = prepare(1, data.collate([dataset[0], dataset[1]]))
+    assert torch.equal(
+        read(None, None, None, draws), reference.errors(ref, c.process, batch, draws, "joint")
+    )
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_a_step_with_the_cache_is_the_step_with_the_reference(filled, tmp_path, form):
+    c, dataset, ref, _, _ = filled
+    mark = kind(tmp_path / "data", c, pair_mode=form)
+    how = {"batch_size": 2, "draws_per_pair": K, "pair_mode": form}
+    cache.fill(tmp_path / "b", ref, c.process, dataset, prepare, mark, **how)
+    read = cache.cached(tmp_path / "b", mark, dataset.pair_ids)
+    batch, draws = prepare(0, data.collate([dataset[0], dataset[1]]))
+    c = c._replace(latents=batch.latents, cond=batch.cond, draws=draws)
+    online, wanted = run(c, form, c.policy, ref)
+    out, gradient = run(c, form, c.policy, read)
+    assert torch.equal(out.ref_err, online.ref_err) and torch.equal(out.loss, online.loss)
+    assert torch.equal(gradient, wanted)
+    assert distance(out.err, plain(c, DPO)[1]) < 1e-5
+    gradients(c.parameters)
+
+
+def test_ranks_share_the_work_and_a_second_call_has_none(filled, tmp_path, monkeypatch):
+    c, dataset, ref, folder, mark = filled
+    monkeypatch.setattr(cache, "CHUNK", 1)
+    how = {"batch_size": 2, "draws_per_pair": K, "world": 2}
+    counts = [
+        cache.fill(tmp_path, ref, c.process, dataset, prepare, mark, rank=r, **how) for r in (1, 0)
+    ]
+    assert counts == [3, 4] and len(list(tmp_path.glob("errors-*"))) == 4
+    assert cache.fill(tmp_path, ref, c.process, dataset, prepare, mark, rank=0, **how) == 0
+    tables = []
+    for where in (folder, tmp_path):
+        read = cache.cached(where, mark, dataset.pair_ids)
+        ids = torch.tensor(dataset.pair_ids)
+        every = [fastpref.Draws(11, ids, torch.full_like(ids, k)) for k in range(K)]
+        tables.append(torch.stack([read(None, None, None, draws) for draws in every]))
+    assert torch.equal(*tables) and tables[0].isfinite().all()
+    beyond = fastpref.Draws(11, torch.tensor([5, ids[0]]), torch.tensor([0, K]))
+    assert read(None, None, None, beyond).isnan().all()
+
+
+def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_path):
+    c, dataset, ref, folder, _ = filled
+    where = folder.parent / "data"
+    same = kind(where, c, process=c.process.replace(importance_steps=5))
+    assert cache.cached(folder, same, dataset.pair_ids)
+    changes = {
+        "model": "another/model", "seed": 12, "draws_per_pair": 4, "batch_size": 1,
+        "pair_mode": "deferred", "compile": "blocks", "attention": "cudnn", "dtype": "bfloat16",
+        "prompt_dropout": 0.1,
+    }  # fmt: skip
+    changed = {**changes, "process": c.process.replace(strata=K)}
+    named = {"batch_size": "train_batch_size", "process": "process.strata"}
+    for field, value in changed.items():
+        other = kind(where, c, **{field: value})
+        for use in (
+            lambda other=other: cache.cached(folder, other, dataset.pair_ids),
+            lambda other=other: cache.fill(
+                folder, ref, c.process, dataset, prepare, other, batch_size=2, draws_per_pair=K
+            ),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"another {named.get(field, field)} \(.* there, "
+            ):
+                use()
+    (where / "index.parquet").write_text("other pairs")
+    with pytest.raises(ValueError, match=r"filled with another data \("):
+        cache.cached(folder, kind(where, c), dataset.pair_ids)
+    (where / "index.parquet").write_text("something")
+    table = torch.linspace(0.9, 0.1, 10, dtype=torch.float64)
+    ddpm = [fastpref.Diffusion(alphas_cumprod=t, importance_steps=5) for t in (table, table * 0.9)]
+    a, b = (kind(where, c, process=p) for p in ddpm)
+    assert [k for k in a if a[k] != b[k]] == ["process.alphas_cumprod"]
+
+
+def test_an_incomplete_or_damaged_cache_is_one_line(filled, tmp_path):
+    c, dataset, _, folder, mark = filled
+    with pytest.raises(ValueError, match="holds no reference errors; run fastpref cache-reference"):
+        cache.cached(tmp_path / "nowhere", mark, dataset.pair_ids)
+    with pytest.raises(
+        ValueError, match=r"lacks 1 pairs of the data \(the first is 00000000000000"
+    ):
+        cache.cached(folder, mark, [*dataset.pair_ids, 255])
+    file = tmp_path / "errors-000000.safetensors"
+    (tmp_path / "fingerprint.json").write_text(json.dumps(mark))
+    file.write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"errors-000000.safetensors: cannot be read .*delete it"):
+        cache.cached(tmp_path, mark, dataset.pair_ids)
+    (tmp_path / "fingerprint.json").write_text("{")
+    with pytest.raises(ValueError, match=r"fingerprint.json: is not readable"):
+        cache.cached(tmp_path, mark, dataset.pair_ids)
+
+    def broken(noisy, t, cond, draws):
+        return torch.full_like(noisy, torch.nan)
+
+    with pytest.raises(ValueError, match=f"pair {dataset.pair_ids[0]:016x} is not finite"):
+        cache.fill(
+            tmp_path / "new", broken, c.process, dataset, prepare, mark, batch_size=2,
+            draws_per_pair=K,
+        )  # fmt: skip
+    assert not list((tmp_path / "new").glob("errors-*"))
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form):
+    c, dataset, ref, _, _ = filled
+    mark = kind(tmp_path / "data", c, pair_mode=form)
+    how = {"batch_size": 2, "draws_per_pair": K, "pair_mode": form}
+    cache.fill(tmp_path / "b", ref, c.process, dataset, prepare, mark, **how)
+    read = cache.cached(tmp_path / "b", mark, dataset.pair_ids)
+
+    def batches():
+        rows = [[0, 1], [3, 4]]
+        return [prepare(k, data.collate([dataset[i] for i in r])) for k, r in enumerate(rows)]
+
+    limits = {"pair_mode": form, "beta": 500.0, "margin_noise": 0.0}
+    worst, allowed = cache.drift(read, ref, c.process, batches(), **limits)
+    assert worst == 0 and allowed == 500e-6 and not capfd.readouterr().err
+
+    def shifted(noisy, t, cond, draws=None):
+        return ref(noisy, t, cond, draws) + 1e-4 * noisy
+
+    worst, _ = cache.drift(read, shifted, c.process, batches(), **limits)
+    said = capfd.readouterr().err
+    assert worst > allowed and said.count("\n") == 1
+    assert f"cached and online margins differ by {worst:.3g}, expected at most 0.0005" in said
+    limits["margin_noise"] = worst
+    assert cache.drift(read, shifted, c.process, batches(), **limits)[1] == 2 * worst
+    assert not capfd.readouterr().err
+
+
+def test_killed_and_started_again_it_goes_on(tmp_path, monkeypatch):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    script = [sys.executable, memory.__file__, str(broken), "0.2"]
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 120
+    while len(list(broken.glob("errors-*.safetensors"))) < 2:
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = len(list(broken.glob("errors-*.safetensors")))
+    monkeypatch.setattr(cache, "CHUNK", 1)
+    assert left in (2, 3) and memory.fill(broken, 0) == 7 - 2 * left
+    assert memory.fill(whole, 0) == 7
+    names = sorted(file.name for file in whole.glob("errors-*.safetensors"))
+    assert names == sorted(file.name for file in broken.glob("errors-*.safetensors"))
+    for name in names:
+        a, b = load_file(whole / name), load_file(broken / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,63 @@
+"""Flags and run files of `fastpref train`: each mistake is one line, and both say the same run."""
+
+import pytest
+from pairs import arguments, fails, options
+
+from fastpref.config import Config, parse
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"beta": -1}, "beta must be finite and > 0, got -1"),
+        ({"objective": "dmpo", "alpha": 0.5}, "alpha must be finite and > 0 and < 0.5, got 0.5"),
+        ({"alpha": 0.1}, "dpo has no option 'alpha'"),
+        ({"importance_steps": 5}, "importance_steps has no effect with objective dpo"),
+        ({"objective": "best"}, "objective"),
+        ({"bta": 3}, "bta"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"family": "nope"}, "nope"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"lora_targets": "['nothing']"}, "nothing"),
+        ({"tuning": "full"}, "lora_rank has no effect with tuning full"),
+        ({"train_batch_size": 11}, "10"),
+        ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint"),
+        ({"report_to": "paper"}, "report_to"),
+        ({"report_to": "trackio"}, "pip install fastpref[trackio]"),
+        ({"device": "gpu"}, "device: expected cpu, cuda or cuda:N, got gpu"),
+        ({"device": "cuda:7"}, "device cuda:7"),
+        ({"output_dir": ""}, "output_dir: expected a value"),
+        ({"adam_beta1": 1.5}, "adam_beta1"),
+        ({"seed": 2**70}, "seed: expected 0 <= seed < 2^63"),
+        ({"lora_targets": "[]"}, "lora_targets: expected at least one"),
+        ({"validation_guidance_scale": 2.0}, "validation_guidance_scale has no effect"),
+        ({"timestep_range": "[0.9, 0.1]"}, "timestep_range"),
+    ],
+)
+def test_mistakes_are_one_line(change, says, pairs, tmp_path, capsys):
+    assert says in fails(capsys, "train", *arguments(options(pairs, tmp_path) | change))
+
+
+def test_unknown_field_in_yaml(pairs, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("famly: toy\n")
+    assert "famly" in fails(
+        capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path))
+    )
+
+
+def test_a_field_said_twice_in_yaml(pairs, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 1\nbeta: 2\n")
+    said = fails(capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path / "r")))
+    assert "line 2: beta stands there twice" in said
+
+
+def test_yaml_and_flags_agree(pairs, tmp_path):
+    file = tmp_path / "run.yaml"
+    Config(**options(pairs, tmp_path, objective="sdpo", importance_steps=5)).save(file)
+    assert parse(["--config", str(file)]) == Config(
+        **options(pairs, tmp_path, objective="sdpo", importance_steps=5)
+    )
+    assert parse(["--config", str(file), "--beta", "3"]).beta == 3.0
