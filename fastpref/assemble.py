@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import identity
+from .files import differences, identity
 from .functional import Draws
 from .models.folder import scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
@@ -59,9 +59,8 @@ def open_run(config: Config, folder: Path) -> Path | None:
         before, now = read_record(record), config.to_dict()
         # A decaying schedule is a function of the last step: another one is another run.
         free = FREE_FIELDS - ({"max_train_steps"} if config.lr_scheduler != "constant" else set())
-        differs = [k for k in now if k not in free and before.get(k) != now[k]]
-        if differs:
-            listed = ", ".join(f"{k} ({before.get(k)} there, {now[k]} here)" for k in differs)
+        listed = differences(before, now, free)
+        if listed:
             raise ValueError(
                 f"{folder} holds another run: {listed}. "
                 "Choose another output_dir, or the same values"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import Batch, PairDataset, collate
-from .files import identity, write_atomic
+from .files import differences, identity, write_atomic
 from .functional import Draws
 from .reference import PairMode, Reference, errors
 
@@ -233,9 +233,8 @@ def _same(record: Path, now: dict[str, Any]) -> None:
             f"reference cache {record}: is not readable; delete its folder and run fastpref "
             "cache-reference again"
         ) from None
-    differs = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if differs:
-        listed = ", ".join(f"{n} ({there.get(n)} there, {now.get(n)} here)" for n in differs)
+    listed = differences(there, now)
+    if listed:
         raise ValueError(
             f"reference cache {record.parent}: filled with another {listed}; use the same values, "
             "or fill another folder with fastpref cache-reference"

@@ -9,7 +9,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .parsing import Parser
 
 USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
 
@@ -17,6 +20,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
   train     train on your own pairs:   fastpref train --config FILE [--field value ...]
   encode    media and prompts to latents and embeddings, once
   cache-reference   what the reference says of every pair and draw, once: same flags as train
+  sweep     several objectives and betas on the same pairs and draws: same flags as train
   sample    clips from a model, with or without an adapter
   eval      errors and implicit accuracy of an adapter on encoded pairs
   report    plots and one HTML page of a run
@@ -34,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return OK
     name, *rest = arguments
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
-    commands |= {"cache-reference": cache_reference}
+    commands |= {"cache-reference": cache_reference, "sweep": sweep}
     commands |= {"eval": evaluate, "report": report, "doctor": doctor}
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
@@ -65,17 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     return OK
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line and exit code 1, like every other."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 def parser(name: str, what: str) -> Parser:
+    from .parsing import Parser
+
     return Parser(prog=f"fastpref {name}", description=what)
 
 
@@ -87,7 +83,7 @@ def demo(rest: list[str]) -> None:
 
 def train(rest: list[str]) -> None:
     from .assemble import alone
-    from .config import parse
+    from .parsing import parse
     from .train import train as run
 
     config = parse(rest)
@@ -98,9 +94,58 @@ def train(rest: list[str]) -> None:
 
 
 def encode(rest: list[str]) -> None:
-    from . import encode as module
+    from .assemble import device_of
+    from .encode import DTYPES, POSTERIORS
+    from .encode import encode as run
 
-    module.main(rest)
+    options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
+    add = options.add_argument
+    add("--data", required=True, help="folder with metadata, metadata file, or HF dataset")
+    add("--family", help="wan, cogvideox, stable_diffusion, toy, or a module")
+    add("--model", help="diffusers model folder or hub id")
+    add("--output_dir", help="the encoded set; the same command run again goes on")
+    add("--num_frames", type=int, help="frames per clip; default: all of them")
+    add("--height", type=int, help="frames are scaled and cropped in the middle to this size")
+    add("--width", type=int)
+    add("--fps", type=float, help="take frames at this rate; default: num_frames evenly")
+    add("--dtype", default="float32", choices=DTYPES, help="of encoders and latents; float32")
+    add("--num_workers", type=int, default=2, help="decoding threads; default: 2")
+    add("--batch_size", type=int, default=8, help="prompts per call of the text encoder; 8")
+    add("--ranked", default="all", choices=("all", "best_worst"), help="pairs of ranked candidates")
+    add("--split", default="train", help="of a Hugging Face dataset")
+    add("--posterior", default="mode", choices=POSTERIORS, help="of the VAE: mode, or keyed sample")
+    add("--seed", type=int, help="of --posterior sample; default: 0")
+    add("--device", help="default: cuda where there is one")
+    add("--dry_run", action="store_true", help="count, measure and list bad rows without a model")
+    found = vars(options.parse_args(rest))
+    if found.pop("dry_run"):
+        return survey(found)
+    missing = [f"--{n}" for n in ("family", "model", "output_dir") if found[n] is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
+    if found["device"]:
+        device_of(found["device"])
+    run(**found)
+
+
+def survey(options: dict) -> None:
+    """`fastpref encode --dry_run`."""
+    from .encode import check_workers
+    from .media import Sampling
+    from .prepare import survey as run
+
+    check_workers(options["num_workers"])
+    names = ("num_frames", "height", "width", "fps")
+    sampling = Sampling(**{name: options[name] for name in names})
+    shared = {name: options[name] for name in ("num_workers", "ranked", "split")}
+    found = run(options["data"], sampling=sampling, **shared)
+    for row in found["bad_rows"]:
+        print(row)
+    print(found["counts"])
+    for name in ("frames", "seconds"):
+        low, middle, high = found[name]
+        print(f"{name}: {low:g} to {high:g}, median {middle:g}")
+    print("sizes: " + ", ".join(f"{n} of {size}" for size, n in found["sizes"].items()))
 
 
 def cache_reference(rest: list[str]) -> None:
@@ -108,7 +153,7 @@ def cache_reference(rest: list[str]) -> None:
     import torch
 
     from .assemble import cache_reference as run
-    from .config import parse
+    from .parsing import parse
 
     config = parse(rest, "fastpref cache-reference")
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -116,6 +161,55 @@ def cache_reference(rest: list[str]) -> None:
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     folder, count = run(config, rank, world)
     print(f"{folder}: {count} pairs computed, {config.draws_per_pair} draws each")
+
+
+def sweep(rest: list[str]) -> None:
+    """Trains every objective at every beta into a folder of its own; one encoding, one cache.
+
+    An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
+    those. Killed and started again it goes on.
+    """
+    from .assemble import alone, cache_reference, open_data
+    from .config import OFFLINE, Config, belongs
+    from .parsing import betas, config_values, names
+    from .train import train as run
+
+    options = parser("sweep", sweep.__doc__)
+    options.add_argument("--objectives", required=True, help=f"with commas, of {','.join(OFFLINE)}")
+    options.add_argument("--betas", required=True, help="with commas")
+    mine, rest = options.parse_known_args(rest)
+    objectives = names("--objectives", mine.objectives, OFFLINE)
+    strengths = betas("--betas", mine.betas)
+    values = config_values(rest, "fastpref sweep")
+    for name in ("beta", "resume_from_checkpoint"):
+        if values[name] is not None:
+            raise ValueError(f"--{name} has no effect in a sweep: remove it")
+    folder = Path(values["output_dir"])
+    runs = []
+    for objective in objectives:
+        own = {k: v if belongs(k, objective) else None for k, v in values.items()}
+        for beta in strengths:
+            where = str(folder / f"{objective}-beta{beta:g}")
+            runs.append(Config(**own | {"objective": objective, "beta": beta, "output_dir": where}))
+    with alone(folder):
+        data = open_data(runs[0], folder).folder
+        for config in runs:
+            if config.data != str(data):  # encoded now: its size is that of the set
+                config.data = str(data)
+                config.num_frames = config.height = config.width = config.fps = None
+        if runs[0].reference == "cached":
+            cache_reference(runs[0])
+        lines = []
+        for config in runs:
+            print(f"--- {config.output_dir}")
+            metrics = run(config)["metrics"]
+            rise = metrics["errors/policy_w"] / metrics["errors/reference_w"] - 1
+            lines.append(
+                f"{config.objective:10}{config.beta:>10g}{metrics['implicit_acc']:>14.2f}"
+                f"{metrics['rewards/margins']:>12.4g}{100 * rise:>17.1f} %"
+            )
+    print(f"{'objective':10}{'beta':>10}{'implicit acc':>14}{'margin':>12}{'chosen error':>19}")
+    print("\n".join(lines))
 
 
 def model_options(name: str, what: str) -> Parser:
@@ -128,7 +222,7 @@ def model_options(name: str, what: str) -> Parser:
     options.add_argument("--model", required=True, help="diffusers model folder")
     options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="cpu")
+    options.add_argument("--device", help="default: cuda where there is one")
     return options
 
 
@@ -140,7 +234,7 @@ def load(options: argparse.Namespace) -> tuple:
     from .assemble import device_of
     from .models.folder import scheduler_config
 
-    device = device_of(options.device)
+    device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:

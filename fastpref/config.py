@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,18 @@ FREE_FIELDS = {
     "validation_steps",
     "num_workers",
 }
+
+
+def belongs(field: str, objective: str) -> bool:
+    """Whether a field has an effect with an objective; sft has no options."""
+    options = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
+    if field == "importance_steps":
+        return objective in OBJECTIVES and OBJECTIVES[objective].has_importance
+    if field not in options:
+        return True
+    return objective in OBJECTIVES and field in {
+        f.name for f in dataclasses.fields(OBJECTIVES[objective])
+    }
 
 
 @dataclass(kw_only=True)
@@ -200,7 +211,7 @@ class Config:
             for name in ("beta", "sft_weight", "beta_convention"):
                 if getattr(self, name) not in (None, "half_mean"):
                     raise ValueError(f"{name} has no effect with objective sft: remove it")
-        if self.importance_steps is not None and self.objective not in ("dpo_cm", "sdpo"):
+        if self.importance_steps is not None and not belongs("importance_steps", self.objective):
             raise ValueError(
                 f"importance_steps has no effect with objective {self.objective} "
                 "(it belongs to dpo_cm and sdpo): remove it"
@@ -303,45 +314,5 @@ class Config:
         }
 
     def save(self, path: Path) -> None:
+        """Writes config.yaml: every field, defaults too."""
         write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
-
-
-def parse(arguments: list[str], command: str = "fastpref train") -> Config:
-    """`--config FILE --field value ...` to a Config; ValueError with one line for any mistake."""
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
-        allow_abbrev=False,
-        prog=command,
-        exit_on_error=False,
-        description=Config.__doc__.splitlines()[0],
-    )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of the same fields; flags win over it"
-    )
-    parser.add_class_arguments(Config, as_group=False)
-    for flag, file in pairwise(arguments):
-        if flag == "--config":
-            check_yaml(Path(file))
-    try:
-        values = parser.parse_args(arguments)
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    del values["config"]
-    return Config(**vars(values))
-
-
-def check_yaml(path: Path) -> None:
-    """ValueError where a YAML file is no mapping, or says a field twice (the last would win)."""
-    try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"--config {path}: expected lines of `field: value`")
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            line = key.start_mark.line + 1
-            raise ValueError(f"--config {path}, line {line}: {key.value} stands there twice")
-        seen.add(key.value)

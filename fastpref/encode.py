@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
@@ -19,9 +18,9 @@ from tqdm import tqdm
 
 from . import models, oracle
 from .data import pair_file, read_fingerprint
-from .files import identity, write_atomic
+from .files import differences, identity, write_atomic
 from .media import Sampling
-from .prepare import Prepared, finish, prepared, stored_shapes, survey
+from .prepare import Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Row, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -259,9 +258,8 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
         write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
         return
     before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
-    differs = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if differs:
-        listed = ", ".join(f"{k} (there {before.get(k)}, here {now.get(k)})" for k in differs)
+    listed = differences(before, now)
+    if listed:
         raise ValueError(
             f"output_dir {folder}: encoded with another {listed}; "
             "choose another output_dir, or the same values"
@@ -285,52 +283,3 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
     write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())
-
-
-def main(arguments: list[str]) -> None:
-    """`fastpref encode`; a mistake is a ValueError of one line."""
-    parser = argparse.ArgumentParser(
-        prog="fastpref encode", description=__doc__, allow_abbrev=False
-    )
-
-    def fail(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = fail  # type: ignore[method-assign]
-    add = parser.add_argument
-    add("--data", required=True, help="folder with metadata, metadata file, or HF dataset")
-    add("--family", help="wan, cogvideox, stable_diffusion, toy, or a module")
-    add("--model", help="diffusers model folder")
-    add("--output_dir", help="the encoded set; the same command run again goes on")
-    add("--num_frames", type=int, help="frames per clip; default: all of them")
-    add("--height", type=int, help="frames are scaled and cropped in the middle to this size")
-    add("--width", type=int)
-    add("--fps", type=float, help="take frames at this rate; default: num_frames evenly")
-    add("--dtype", default="float32", choices=DTYPES)
-    add("--num_workers", type=int, default=2, help="decoding threads")
-    add("--batch_size", type=int, default=8, help="prompts per call of the text encoder")
-    add("--ranked", default="all", choices=("all", "best_worst"), help="pairs of ranked candidates")
-    add("--split", default="train", help="of a Hugging Face dataset")
-    add("--posterior", default="mode", choices=POSTERIORS, help="of the VAE: mode, or keyed sample")
-    add("--seed", type=int, help="of --posterior sample; default: 0")
-    add("--device", help="default: cuda where there is one")
-    add("--dry_run", action="store_true", help="count, measure and list bad rows without a model")
-    options = vars(parser.parse_args(arguments))
-    if not options.pop("dry_run"):
-        missing = [f"--{n}" for n in ("family", "model", "output_dir") if options[n] is None]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
-        encode(**options)
-        return
-    check_workers(options["num_workers"])
-    names = ("num_frames", "height", "width", "fps")
-    sampling = Sampling(**{name: options[name] for name in names})
-    shared = {name: options[name] for name in ("num_workers", "ranked", "split")}
-    found = survey(options["data"], sampling=sampling, **shared)
-    for row in found["bad_rows"]:
-        print(row)
-    print(found["counts"])
-    for name in ("frames", "seconds"):
-        low, middle, high = found[name]
-        print(f"{name}: {low:g} to {high:g}, median {middle:g}")
-    print("sizes: " + ", ".join(f"{n} of {size}" for size, n in found["sizes"].items()))

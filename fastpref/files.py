@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 # Of a large file its size, head and tail and evenly spaced windows between them are hashed.
 EDGE, WINDOW, WINDOWS = 4 << 20, 64 << 10, 256
 MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Container[str] = ()
+) -> str:
+    """Where two records differ but for `free`: `beta (1 there, 2 here), ...`; empty: nowhere."""
+    names = [n for n in {**before, **now} if n not in free and before.get(n) != now.get(n)]
+    return ", ".join(f"{n} ({before.get(n)} there, {now.get(n)} here)" for n in names)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -135,7 +135,7 @@ def loss(
     """The pairs' losses [B] with the SFT term, unweighted, from the four errors [B].
 
     gain is the importance gain g of dpo_cm and sdpo, or k of spo; the others ignore it.
-    Formulas and sources: `fastpref.objectives`. Not finite wherever an error or the gain is not finite.
+    Formulas and sources: `fastpref.objectives`. Not finite where an error or the gain is not.
     """
     hyper = torch.tensor(objective.hyper(), dtype=torch.float64, device=err_w.device)
     gain = torch.as_tensor(0.0 if gain is None else gain, dtype=err_w.dtype, device=err_w.device)

@@ -6,7 +6,7 @@ what they hold on the way. To the loop they are one name; a fork may call either
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from .functional import (
     unit_seed,
 )
 from .objectives import Objective
-from .reference import Reference, errors_of, member
-
-Policy = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (noisy, t, cond) -> prediction
+from .reference import Policy, Reference, errors_of, member
 
 
 def joint(

@@ -3,7 +3,8 @@
 import pytest
 from pairs import arguments, fails, options
 
-from fastpref.config import Config, parse
+from fastpref.config import Config
+from fastpref.parsing import parse
 
 
 @pytest.mark.parametrize(

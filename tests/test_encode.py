@@ -222,9 +222,9 @@ def test_ranked_candidates_have_a_sample_in_each_pair(pairs, slow, tmp_path):
 def test_the_posterior_belongs_to_the_fingerprint(pairs, slow, tmp_path):
     draw(pairs, tmp_path / "set")
     before = content(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"another seed \(there 5, here 6\); choose"):
+    with pytest.raises(ValueError, match=r"another seed \(5 there, 6 here\); choose"):
         draw(pairs, tmp_path / "set", seed=6)
-    with pytest.raises(ValueError, match=r"another posterior \(there sample, here mode\), seed \("):
+    with pytest.raises(ValueError, match=r"another posterior \(sample there, mode here\), seed \("):
         draw(pairs, tmp_path / "set", posterior="mode", seed=None)
     assert content(tmp_path / "set") == before
 
@@ -234,7 +234,7 @@ def test_the_posterior_belongs_to_the_fingerprint(pairs, slow, tmp_path):
     assert mark.pop("posterior") == "mode" and "seed" not in mark
     path.write_text(json.dumps(mark))  # as sets were before there was a choice
     draw(pairs, tmp_path / "old", posterior="mode", seed=None)
-    with pytest.raises(ValueError, match=r"another posterior \(there mode, here sample\), seed \("):
+    with pytest.raises(ValueError, match=r"another posterior \(mode there, sample here\), seed \("):
         draw(pairs, tmp_path / "old")
 
 
@@ -280,12 +280,12 @@ def test_a_damaged_pair_is_encoded_again(pairs, slow, tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"num_frames": 4}, "num_frames (there None, here 4)"),
-        ({"height": 8, "width": 4}, "height (there None, here 8), width (there None, here 4)"),
-        ({"fps": 4.0}, "fps (there None, here 4.0)"),
-        ({"dtype": "float16"}, "dtype (there float32, here float16)"),
-        ({"model": "other"}, "model (there none, here other)"),
-        ({"family": "house.slow"}, "family (there fastpref.models.toy, here house.slow)"),
+        ({"num_frames": 4}, "num_frames (None there, 4 here)"),
+        ({"height": 8, "width": 4}, "height (None there, 8 here), width (None there, 4 here)"),
+        ({"fps": 4.0}, "fps (None there, 4.0 here)"),
+        ({"dtype": "float16"}, "dtype (float32 there, float16 here)"),
+        ({"model": "other"}, "model (none there, other here)"),
+        ({"family": "house.slow"}, "family (fastpref.models.toy there, house.slow here)"),
     ],
 )
 def test_a_folder_encoded_otherwise_is_refused(change, named, pairs, slow, tmp_path):

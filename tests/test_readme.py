@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pairs import BASE, write_pairs
 
-from fastpref.config import parse
 from fastpref.encode import encode
+from fastpref.parsing import parse
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

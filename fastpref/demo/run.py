@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint, evaluate
-from ..config import Config
+from ..config import OFFLINE, Config
 from ..data import PairDataset
 from ..encode import encode
 from ..files import write_atomic
 from ..models import toy
+from ..parsing import Parser, betas, names
 from ..process import from_config
 from ..report import Comparison, run_report
 from ..train import train
@@ -28,7 +27,6 @@ from .pairs import CANDIDATES, SEEDS, Sampler, judge_all, make_pairs, shuffle_la
 from .summary import Row, summarise
 
 BASE = Path(__file__).parent / "base"
-OBJECTIVES = ("dpo", "ipo", "hinge", "dmpo", "dpo_cm", "sdpo")
 CONTROLS = ("sft", "dpo_windowed", "dpo_shuffled")
 VALIDATION_PAIRS = 24
 VALIDATION_SEED = 7
@@ -61,14 +59,10 @@ class Options:
 def parse(arguments: Sequence[str]) -> Options:
     """Flags to options; ValueError with one line for any mistake."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise ValueError(message)
-
     default = Options()
-    parser = Parser(prog="fastpref demo", description=__doc__.strip(), allow_abbrev=False)
+    parser = Parser(prog="fastpref demo", description=__doc__.strip())
     add = parser.add_argument
-    add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OBJECTIVES)}")
+    add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OFFLINE)}")
     add("--betas", default="2000", help="comma-separated; every objective is trained at each")
     add("--seeds", type=int, default=1, help="initialisations and data orders per objective")
     add("--output_dir", type=Path, default=default.output_dir)
@@ -76,23 +70,12 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--steps", type=int, default=default.steps, help="training steps of 8 pairs")
     add("--clips", type=int, default=default.clips, help="clips to evaluate on")
     found = parser.parse_args(list(arguments))
-    objectives = list(dict.fromkeys(found.objectives.split(",")))
-    for name in objectives:
-        if name not in OBJECTIVES:
-            raise ValueError(f"--objectives: expected some of {','.join(OBJECTIVES)}, got {name!r}")
-    try:
-        betas = list(dict.fromkeys(float(b) for b in found.betas.split(",")))
-    except ValueError:
-        raise ValueError(f"--betas: expected numbers with commas, got {found.betas!r}") from None
-    for beta in betas:
-        if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"--betas: expected finite numbers above 0, got {beta:g}")
     for name, least in (("seeds", 1), ("pairs", 8), ("steps", 1), ("clips", 1)):
         if getattr(found, name) < least:
             raise ValueError(f"--{name}: expected at least {least}, got {getattr(found, name)}")
     return Options(
-        objectives=objectives,
-        betas=betas,
+        objectives=names("--objectives", found.objectives, OFFLINE),
+        betas=betas("--betas", found.betas),
         seeds=found.seeds,
         output_dir=found.output_dir,
         pairs=found.pairs,

@@ -1,0 +1,91 @@
+"""Command lines and YAML whose every mistake is a ValueError of one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import Config
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises, and takes no shortened flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def names(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """Names with commas, each once, all of them known."""
+    found = list(dict.fromkeys(text.split(",")))
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{flag}: expected some of {','.join(known)}, got {name!r}")
+    return found
+
+
+def betas(flag: str, text: str) -> list[float]:
+    """Finite numbers above 0 with commas, each once."""
+    try:
+        found = list(dict.fromkeys(float(word) for word in text.split(",")))
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers with commas, got {text!r}") from None
+    for beta in found:
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"{flag}: expected finite numbers above 0, got {beta:g}")
+    return found
+
+
+def config_values(arguments: Sequence[str], command: str) -> dict[str, Any]:
+    """`--config FILE --field value ...` to the fields of a Config, not yet checked together."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        allow_abbrev=False,
+        prog=command,
+        exit_on_error=False,
+        description=Config.__doc__.splitlines()[0],
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the same fields; flags win over it"
+    )
+    parser.add_class_arguments(Config, as_group=False)
+    for flag, file in pairwise(arguments):
+        if flag == "--config":
+            check_yaml(Path(file))
+    try:
+        values = parser.parse_args(list(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    del values["config"]
+    return vars(values)
+
+
+def parse(arguments: Sequence[str], command: str = "fastpref train") -> Config:
+    """`--config FILE --field value ...` to a Config."""
+    return Config(**config_values(arguments, command))
+
+
+def check_yaml(path: Path) -> None:
+    """ValueError where a YAML file is no mapping, or says a field twice (the last would win)."""
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"--config {path}: expected lines of `field: value`")
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise ValueError(f"--config {path}, line {line}: {key.value} stands there twice")
+        seen.add(key.value)
