@@ -13,7 +13,7 @@ import torch
 import fastpref
 from bench import timing
 from bench.pair_loss import mean_squares
-from fastpref import ops, oracle
+from fastpref import native, oracle
 
 CALLS = 100
 
@@ -55,12 +55,13 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
         "pair_loss: eager, recorded": lambda: eager(learned),
         "pair_loss: eager, backward": backward(eager),
     }
-    native = ops._native(device, pred.dtype)
-    if native is not None:
-        workspace = ops._workspace(native, (2, 2, 2, 64), False, device)
-        calls["pair_error: direct"] = lambda: native.pair_error(
+    kernels = native.launchers(device, pred.dtype)
+    if kernels is not None:
+        workspace = native.workspace_of(kernels, (2, 2, 2, 64), False, device)
+        place = 0 if workspace is None else workspace.data_ptr()
+        calls["pair_error: direct"] = lambda: kernels.pair_error(
             2, 2, 2, 64, pred.data_ptr(), 0, 1, target.data_ptr(), 1, 0, 0, 0, 0, 0,
-            err.data_ptr(), 0, ops._plain(workspace), ops._last(device),
+            err.data_ptr(), 0, place, native.last(device),
         )  # fmt: skip
     return calls
 

@@ -3,7 +3,7 @@
 import importlib
 
 _PLACES = {
-    "ops": ("build_info",),
+    "native": ("build_info",),
     "objectives": ("DMPO", "DPO", "DPOCM", "IPO", "SDPO", "SPO", "Hinge", "objective"),
     "functional": (
         "Draws",

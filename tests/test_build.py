@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import fastpref
-from fastpref import ops
+from fastpref import native as core
 
 ROOT = Path(__file__).parents[1]
-native = pytest.mark.skipif(ops._C is None, reason="needs the compiled core")
+native = pytest.mark.skipif(core._C is None, reason="needs the compiled core")
 
 
 def copy_of_the_sources(folder: Path) -> Path:
@@ -73,7 +73,7 @@ def test_build_info_says_what_was_built():
 @pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
 def test_the_binary_stands_alone():
     """Neither torch nor the CUDA runtime is linked: one binary for all torches and machines."""
-    linked = subprocess.run(["ldd", ops._C.__file__], capture_output=True, text=True).stdout
+    linked = subprocess.run(["ldd", core._C.__file__], capture_output=True, text=True).stdout
     assert "libc.so" in linked
     for library in ("libcudart", "libcuda", "libtorch", "libc10", "libpython"):
         assert library not in linked
@@ -83,7 +83,7 @@ def test_the_binary_stands_alone():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_the_binary_exports_its_init_function_alone():
     """Nothing of ours or of the static CUDA runtime can be mixed up with another library's."""
-    command = ["nm", "-D", "--defined-only", ops._C.__file__]
+    command = ["nm", "-D", "--defined-only", core._C.__file__]
     symbols = subprocess.run(command, capture_output=True, text=True).stdout.split()[2::3]
     assert "PyInit__C" in symbols
     assert not [s for s in symbols if "fastpref" in s or s.startswith("cuda")]

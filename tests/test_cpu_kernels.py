@@ -14,27 +14,28 @@ import torch
 from operands import DTYPES, EPS32, NO_DRAWS, OP, draws, same_bits, unaligned
 from torch import Tensor
 
-from fastpref import objective, ops
+from fastpref import native as core
+from fastpref import objective
 
-native = pytest.mark.skipif(ops._C is None, reason="needs the compiled core")
+native = pytest.mark.skipif(core._C is None, reason="needs the compiled core")
 
 
 def instruction_sets() -> list[str]:
-    if ops._C is None:
+    if core._C is None:
         return []
-    used = ops._C.cpu.features()
-    found = [name for name in ("portable", "avx2", "avx512") if ops._C.cpu.use(name)]
-    ops._C.cpu.use(used)
+    used = core._C.cpu.features()
+    found = [name for name in ("portable", "avx2", "avx512") if core._C.cpu.use(name)]
+    core._C.cpu.use(used)
     return found
 
 
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request):
     """Every set of vector loops this machine can run."""
-    used = ops._C.cpu.features()
-    assert ops._C.cpu.use(request.param)
+    used = core._C.cpu.features()
+    assert core._C.cpu.use(request.param)
     yield request.param
-    ops._C.cpu.use(used)
+    core._C.cpu.use(used)
 
 
 @pytest.fixture
@@ -76,17 +77,17 @@ def wait_for(child: int) -> int:
 
 @native
 def test_bits_do_not_depend_on_the_instruction_set_or_the_threads(threads):
-    used = ops._C.cpu.features()
+    used = core._C.cpu.features()
     try:
         threads(1)
-        ops._C.cpu.use("portable")
+        core._C.cpu.use("portable")
         first = all_outputs(40_003)
         for name, count in product(instruction_sets(), (1, 3)):
-            ops._C.cpu.use(name)
+            core._C.cpu.use(name)
             threads(count)
             assert same_bits(first, all_outputs(40_003)), f"{name}, {count} threads"
     finally:
-        ops._C.cpu.use(used)
+        core._C.cpu.use(used)
 
 
 @native
@@ -205,7 +206,7 @@ def test_nan_and_inf_pass_through(bad, where, dtype, instruction_set):
 @pytest.mark.parametrize("elements", [1, 63, 64, 8257])
 def test_outputs_are_written_whole_and_nothing_else(elements, dtype, instruction_set):
     """Poisoned, misaligned outputs between guards, written by pointer."""
-    guard, code = 67, ops._DTYPES[dtype]
+    guard, code = 67, core.DTYPES[dtype]
     pred, target = unaligned(2, elements, dtype), unaligned(2, elements, dtype, seed=1)
     coef = torch.tensor([3.0, -2.0], dtype=torch.float64)
     seed, pair_id, index, p, q = draws(1)
@@ -214,15 +215,15 @@ def test_outputs_are_written_whole_and_nothing_else(elements, dtype, instruction
 
     def noise(out: int) -> None:
         a, s = q.data_ptr(), p.data_ptr()
-        ops._C.cpu.add_noise(2, 1, elements, target.data_ptr(), code, out, code, *y[2:5], a, s, 2)
+        core._C.cpu.add_noise(2, 1, elements, target.data_ptr(), code, out, code, *y[2:5], a, s, 2)
 
     def grad(out: int) -> None:
         shape = (2, 1, 2, elements)
-        ops._C.cpu.pair_grad(*shape, pred.data_ptr(), code, *y, coef.data_ptr(), 0, 1.0, out, 2)
+        core._C.cpu.pair_grad(*shape, pred.data_ptr(), code, *y, coef.data_ptr(), 0, 1.0, out, 2)
 
     def unit(out: int) -> None:
         shape = (2, 1, elements)
-        ops._C.cpu.unit_seed(*shape, pred.data_ptr(), code, *y, err.data_ptr(), 0, 64.0, out, 2)
+        core._C.cpu.unit_seed(*shape, pred.data_ptr(), code, *y, err.data_ptr(), 0, 64.0, out, 2)
 
     source = (seed, pair_id, index, p, q)
     expected = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref import objective, ops
+from fastpref import native as core
+from fastpref import objective
 from fastpref.objectives import OBJECTIVES
 
 pytestmark = [
@@ -32,7 +33,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def built_for_cuda():
     """Without it the oracle would serve, and every comparison would hold."""
-    assert hasattr(ops._C, "cuda"), f"built without CUDA: {fastpref.build_info()['why_not_cuda']}"
+    assert hasattr(core._C, "cuda"), f"built without CUDA: {fastpref.build_info()['why_not_cuda']}"
 
 
 def on_gpu(value):

@@ -9,6 +9,7 @@ import torch
 from operands import DTYPES, EPS32, NO_DRAWS, OP, draws, same_bits, unaligned
 from torch import Tensor
 
+from fastpref import native as core
 from fastpref import objective, ops, oracle
 
 
@@ -102,13 +103,13 @@ def calls() -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("name", list(ops.SCHEMAS))
 def test_opcheck(name):
     """Schema, fake, autograd registration and tracing with dynamic shapes."""
     torch.library.opcheck(getattr(OP, name).default, calls()[name])
 
 
-@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("name", list(ops.SCHEMAS))
 def test_compiles_whole(name):
     """torch.compile(fullgraph=True) gives the bits of eager mode, gradients too."""
     arguments = calls()[name]
@@ -126,7 +127,7 @@ def test_compiles_whole(name):
     assert same_bits(run(op), run(compiled))
 
 
-@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("name", list(ops.SCHEMAS))
 def test_without_the_core_the_oracle_serves(name, monkeypatch):
     """The same schemas, the same numbers within rounding, gradients too."""
     arguments = calls()[name]
@@ -138,7 +139,7 @@ def test_without_the_core_the_oracle_serves(name, monkeypatch):
         return [*results, *(torch.autograd.grad(results[0].sum(), learned) if learned else ())]
 
     with_core = run()
-    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(core, "_C", None)
     for a, b in zip(with_core, run(), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         rtol = 2 * torch.finfo(a.dtype).eps if a.dtype != torch.float64 else 1e-5
