@@ -16,21 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import BadRow, Row, Rows, read_rows
-
-__all__ = [
-    "BadRow",
-    "Batch",
-    "Pair",
-    "PairDataset",
-    "Row",
-    "Rows",
-    "batches",
-    "collate",
-    "epoch_order",
-    "read_rows",
-]
-
 
 class Pair(NamedTuple):
     """One encoded pair: latents `[C, F, h, w]` of both members, the prompt's embeddings."""

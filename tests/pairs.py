@@ -15,7 +15,9 @@ import torch
 
 import fastpref
 from fastpref.cli import main
+from fastpref.data import PairDataset
 from fastpref.demo import clips
+from fastpref.encode import encode
 from fastpref.media import write_clip
 
 BASE = Path(fastpref.__file__).parent / "demo" / "base"
@@ -86,3 +88,8 @@ def command(*parts: str, **extra) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **extra,
     )
+
+
+def encoded(data: Path, output_dir: Path, **options) -> PairDataset:
+    """The toy family's set of some media."""
+    return PairDataset(encode("toy", "none", data, output_dir, progress=False, **options))

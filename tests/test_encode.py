@@ -1,4 +1,4 @@
-"""Encoding: what is stored, resuming after kill -9, refusals, bad rows of every kind, dry runs."""
+"""Encoding: what is stored, samples of a posterior, resuming after kill -9, folders refused."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pairs import write_pairs
+from pairs import encoded
 
 from fastpref import media, oracle
-from fastpref.cli import main
-from fastpref.data import PairDataset, pair_file, read_rows
+from fastpref.data import PairDataset, pair_file
 from fastpref.encode import encode
 from fastpref.models import family, toy
-from fastpref.prepare import content_id, survey
-from fastpref.rows import BadRow
+from fastpref.prepare import content_id
+from fastpref.rows import read_rows
 
 SLOW = '''
 """The toy family, but each clip takes its time and is written down."""
@@ -50,15 +49,6 @@ def encode_media(pipe, frames, normal=None):
 '''
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
-
-
-def run(data: Path, output_dir: Path, **options) -> PairDataset:
-    return PairDataset(encode("toy", "none", data, output_dir, progress=False, **options))
-
-
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of an encoded set."""
     return {
@@ -69,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_latents_and_embeddings_are_the_familys(pairs, tmp_path):
-    dataset = run(pairs, tmp_path / "set")
+    dataset = encoded(pairs, tmp_path / "set")
     by_prompt = {row.prompt: row for row in read_rows(pairs)}
     assert set(dataset.prompts) == set(by_prompt)
     pipe = toy.pipeline("")
@@ -83,7 +73,7 @@ def test_latents_and_embeddings_are_the_familys(pairs, tmp_path):
 
 def test_what_stands_in_the_folder(pairs, tmp_path):
     folder = tmp_path / "set"
-    dataset = run(pairs, folder, num_frames=4, height=8, width=8, fps=4, dtype="bfloat16")
+    dataset = encoded(pairs, folder, num_frames=4, height=8, width=8, fps=4, dtype="bfloat16")
     assert dataset[0].latents_w.shape == (3, 4, 8, 8)
     assert dataset[0].latents_w.dtype == dataset[0].cond["text"].dtype == torch.bfloat16
     names = {path.suffix for path in folder.rglob("*") if path.is_file()}
@@ -106,7 +96,7 @@ def test_the_index_keeps_scores_weights_and_negative_prompts(pairs, tmp_path):
         "negative_prompt": "blurry",
     }
     (data / "metadata.jsonl").write_text(json.dumps({**lines[0], **extra}) + "\n")
-    dataset = run(data, tmp_path / "set")
+    dataset = encoded(data, tmp_path / "set")
     assert dataset.weights == [3.0] and dataset[0].weight == 3.0
     row = pq.read_table(tmp_path / "set" / "index.parquet").to_pylist()[0]
     assert {key: row[key] for key in extra} == extra and row["where"] == "metadata.jsonl line 1"
@@ -114,7 +104,7 @@ def test_the_index_keeps_scores_weights_and_negative_prompts(pairs, tmp_path):
 
 def test_pair_ids_depend_on_content_alone(pairs, tmp_path):
     """Other file names, another order of rows, other options: the same pairs have the same ids."""
-    first = run(pairs, tmp_path / "first")
+    first = encoded(pairs, tmp_path / "first")
     data = tmp_path / "renamed"
     data.mkdir()
     rows = read_rows(pairs)
@@ -125,7 +115,7 @@ def test_pair_ids_depend_on_content_alone(pairs, tmp_path):
         shutil.copy(row.rejected, data / f"bad-{i}.mp4")
         lines.append(f'"{row.prompt}",good-{i}.mp4,bad-{i}.mp4')
     (data / "metadata.csv").write_text("\n".join(lines))
-    second = run(data, tmp_path / "second", num_frames=2)
+    second = encoded(data, tmp_path / "second", num_frames=2)
     assert second.pair_ids == first.pair_ids and second.prompts == first.prompts
     assert len(set(first.pair_ids)) == 10
 
@@ -141,8 +131,8 @@ CONTENT_ID = 7701886557308314318
 
 
 def test_nothing_depends_on_the_number_of_workers_or_the_batch(pairs, tmp_path):
-    run(pairs, tmp_path / "one", num_workers=0, batch_size=1)
-    run(pairs, tmp_path / "two", num_workers=3, batch_size=4)
+    encoded(pairs, tmp_path / "one", num_workers=0, batch_size=1)
+    encoded(pairs, tmp_path / "two", num_workers=3, batch_size=4)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
@@ -169,7 +159,7 @@ def draw(data: Path, output_dir: Path, **options) -> PairDataset:
 
 
 def test_a_sample_is_a_function_of_seed_pair_and_member(pairs, slow, tmp_path):
-    drawn, modes = draw(pairs, tmp_path / "drawn"), run(pairs, tmp_path / "modes")
+    drawn, modes = draw(pairs, tmp_path / "drawn"), encoded(pairs, tmp_path / "modes")
     assert drawn.pair_ids == modes.pair_ids
     seen = []
     for sampled, mode in zip(drawn, modes, strict=True):
@@ -213,7 +203,9 @@ def test_ranked_candidates_have_a_sample_in_each_pair(pairs, slow, tmp_path):
     path = shutil.copytree(pairs, tmp_path / "data") / "ranked.jsonl"
     path.write_text(json.dumps({"prompt": "x", "candidates": [f"{i}_w.mp4" for i in range(3)]}))
     members = [x for pair in draw(path, tmp_path / "set") for x in (pair.latents_w, pair.latents_l)]
-    modes = [x for pair in run(path, tmp_path / "modes") for x in (pair.latents_w, pair.latents_l)]
+    modes = [
+        x for pair in encoded(path, tmp_path / "modes") for x in (pair.latents_w, pair.latents_l)
+    ]
     eps = torch.stack([a - b for a, b in zip(members, modes, strict=True)]).flatten(1)
     assert len({tuple(x.flatten().tolist()) for x in modes}) == 3
     assert (torch.corrcoef(eps) - torch.eye(6)).abs().max() < 0.2
@@ -318,125 +310,18 @@ def test_other_data_or_weights_are_noticed(pairs, tmp_path):
         encode("toy", model, data, tmp_path / "set", progress=False)
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """Three good pairs, two ties, a bad row of every kind; gives the folder and what is wrong."""
-    data = write_pairs(tmp_path / "broken", 3)
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
-    good = rows[0]
-    whole = (data / good["chosen"]).read_bytes()
-    (data / "empty.mp4").touch()
-    (data / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    (data / "text.mp4").write_text("this is no clip\n" * 20)
-    frames = media.decode(whole, media.Sampling()).frames
-    media.write_clip(data / "wide.mp4", frames.repeat(1, 1, 2, 1))
-    media.write_clip(data / "short.mp4", frames[:5])
-    media.write_clip(data / "odd.mp4", frames[:, :10, :10])
-    media.write_clip(data / "odd2.mp4", frames[:, 2:, 2:])
-    (data / "folder.mp4").mkdir()
-    (tmp_path / "outside.mp4").write_bytes(whole)
-    wrong = [
-        ({**good, "chosen": "none.mp4"}, "missing_file", "chosen"),
-        ({**good, "chosen": "folder.mp4"}, "missing_file", "chosen"),
-        ({**good, "rejected": "empty.mp4"}, "empty_file", "rejected"),
-        ({**good, "rejected": "cut.mp4"}, "truncated", "rejected"),
-        ({**good, "chosen": "text.mp4"}, "unreadable", "chosen"),
-        ({**good, "rejected": "wide.mp4"}, "shape_mismatch", "rejected"),
-        ({**good, "rejected": "short.mp4"}, "shape_mismatch", "rejected"),
-        (
-            {**good, "chosen": "odd.mp4", "rejected": "odd2.mp4"},
-            "not_encodable",
-            "chosen, rejected",
-        ),
-        ({**good, "chosen": "../outside.mp4"}, "outside", "chosen"),
-        ({**good, "rejected": good["chosen"]}, "identical", "rejected"),
-        (good, "duplicate", "row"),
-        ({**good, "prompt": ""}, "missing_value", "prompt"),
-        ({**good, "prompt": "\ud800"}, "not_utf8", "prompt"),
-        ({**good, "weight": "heavy"}, "not_a_number", "weight"),
-    ]
-    ties = [{**good, "score_chosen": 1, "score_rejected": 1}] * 2
-    lines = [json.dumps(row) for row in [*rows, *ties, *(row for row, _, _ in wrong)]]
-    (data / "metadata.jsonl").write_text("\n".join([*lines, "{no json"]) + "\n")
-    expected = [(f"metadata.jsonl line {6 + i}", f, k) for i, (_, k, f) in enumerate(wrong)]
-    expected.append((f"metadata.jsonl line {6 + len(wrong)}", "line", "not_json"))
-    return data, expected
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_rows_are_listed_and_counted_and_the_rest_is_encoded(broken, num_workers, tmp_path):
-    data, expected = broken
-    dataset = run(data, tmp_path / "set", num_workers=num_workers)
-    assert len(dataset) == 3
-    listed = [json.loads(x) for x in (tmp_path / "set" / "bad_rows.jsonl").read_text().splitlines()]
-    assert sorted((x["where"], x["field"], x["kind"]) for x in listed) == sorted(expected)
-    reasons = {x["kind"]: x["reason"] for x in listed}
-    assert "\n" not in "".join(reasons.values())
-    assert reasons["truncated"].startswith("cut.mp4 is truncated: ")
-    assert reasons["not_encodable"].endswith("pass --height and --width when encoding")
-    assert reasons["duplicate"] == "prompt and media are those of metadata.jsonl line 1"
-    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
-    assert (counts["records"], counts["ties"], counts["pairs"]) == (20, 2, 3)
-    assert sum(counts["bad"].values()) == len(expected)
-
-
-def test_shapes_that_differ_say_what_to_pass(broken, tmp_path):
-    data, _ = broken
-    bad = {row.where.split()[-1]: row.reason for row in survey(data, progress=False)["bad_rows"]}
-    assert bad["11"] == "frames x height x width expected 8x12x12 as in chosen, got 8x12x24; " + (
-        "pass --height and --width"
-    )
-    assert bad["12"].endswith("got 5x12x12; pass --num_frames")
-    sized = survey(data, sampling=media.Sampling(num_frames=5, height=12, width=12), progress=False)
-    kinds = {row.where.split()[-1]: row.kind for row in sized["bad_rows"]}
-    assert "11" not in kinds and "12" not in kinds and "13" not in kinds
-    short = survey(data, sampling=media.Sampling(num_frames=8), progress=False)
-    assert {r.where.split()[-1]: r.kind for r in short["bad_rows"]}["12"] == "too_short"
-
-
-def test_the_dry_run_finds_what_encoding_finds(broken, tmp_path, capsys):
-    data, expected = broken
-    assert main(["encode", "--data", str(data), "--dry_run", "--num_workers", "1"]) == 0
-    out = capsys.readouterr().out
-    found = [x for x in expected if x[2] != "not_encodable"]  # what only the model can tell
-    for where, field, _ in found:
-        assert f"{where}, {field}: " in out
-    assert "20 rows: 4 pairs, 2 ties dropped, 14 bad rows (1 duplicate" in out
-    assert "frames: 8 to 8, median 8\nseconds: 1 to 1, median 1\n" in out
-    assert "sizes: 6 of 12x12, 2 of 10x10" in out
-    assert not (tmp_path / "set").exists()
-
-
-def test_all_rows_bad(broken, tmp_path, capsys):
-    data, _ = broken
-    lines = (data / "metadata.jsonl").read_text().splitlines()
-    (data / "metadata.jsonl").write_text("\n".join(lines[5:7]))
-    arguments = ["encode", "--family", "toy", "--model", "none", "--data", str(data)]
-    arguments += ["--output_dir", str(tmp_path / "set")]
-    assert main(arguments) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(
-        "fastpref encode: metadata.jsonl: no usable pair, 2 bad rows; "
-        "first: metadata.jsonl line 1, chosen: 'none.mp4' is not a file in"
-    )
-    assert said.endswith("the others are in " + str(tmp_path / "set" / "bad_rows.jsonl"))
-    (tmp_path / "set" / "fingerprint.json.123.tmp").touch()  # of a process that was killed
-    (data / "metadata.jsonl").write_text(lines[0])  # repaired: the folder may be used
-    assert main(arguments) == 0
-
-
 def test_media_away_for_a_while_cost_nothing(pairs, tmp_path):
     """Without its media every row of a finished set is bad; with them back it goes on as it was."""
     data = shutil.copytree(pairs, tmp_path / "data")
-    run(data, tmp_path / "set")
+    encoded(data, tmp_path / "set")
     before = content(tmp_path / "set")
     for path in data.glob("*.mp4"):
         path.rename(tmp_path / path.name)
     with pytest.raises(ValueError, match="no usable pair, 10 bad rows"):
-        run(data, tmp_path / "set")
+        encoded(data, tmp_path / "set")
     for path in tmp_path.glob("*.mp4"):
         path.rename(data / path.name)
-    run(data, tmp_path / "set")
+    encoded(data, tmp_path / "set")
     assert content(tmp_path / "set") == before
 
 
@@ -446,26 +331,26 @@ def test_folders_of_something_else_are_refused(pairs, tmp_path):
     (tmp_path / "link").symlink_to(data)
     for name in ("data", "link"):
         with pytest.raises(ValueError, match=f"{name}: is the data folder; choose another output_"):
-            run(data, tmp_path / name)
+            encoded(data, tmp_path / name)
     assert content(data) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").touch()
     with pytest.raises(ValueError, match=r"holds something else \(chapter.txt\): choose another"):
-        run(data, tmp_path / "thesis")
+        encoded(data, tmp_path / "thesis")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
     with pytest.raises(ValueError, match=r"metadata.jsonl: is a file; choose another output_dir"):
-        run(data, data / "metadata.jsonl")
+        encoded(data, data / "metadata.jsonl")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".fastpref").touch()
-    assert len(run(data, tmp_path / "empty")) == 10
+    assert len(encoded(data, tmp_path / "empty")) == 10
 
 
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"null", b"\xff\xfe\x00", b"[" * 100000])
 def test_damaged_fingerprints_are_named(text, pairs, tmp_path):
     folder = tmp_path / "set"
-    run(pairs, folder)
+    encoded(pairs, folder)
     (folder / "fingerprint.json").write_bytes(text)
-    for use in (lambda: run(pairs, folder), lambda: PairDataset(folder)):
+    for use in (lambda: encoded(pairs, folder), lambda: PairDataset(folder)):
         with pytest.raises(ValueError, match=r"fingerprint.json: is damaged, expected the JSON"):
             use()
 
@@ -479,67 +364,6 @@ def test_writers_at_once_share_no_file(tmp_path):
     assert [writer.wait() for writer in writers] == [0, 0]
     assert path.read_bytes() in (b"a" * 100000, b"b" * 100000)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def user_error(capsys, *arguments: str) -> str:
-    """The one line a mistake prints, with exit code 1."""
-    assert main(["encode", *arguments]) == 1
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("fastpref encode: ")
-    return said[0].removeprefix("fastpref encode: ")
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (["--height", "8"], "height, width: expected both or neither; pass --height and --width"),
-        (["--num_frames", "0"], "num_frames: expected a positive number, got 0"),
-        (["--num_frames", "many"], "argument --num_frames: invalid int value: 'many'"),
-        (["--family", "nothing"], "family: expected one of "),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--data", "/no/where"], "data /no/where: no such file or folder; expected a folder with"),
-        (["--num_worker_count", "1"], "unrecognized arguments: --num_worker_count 1"),
-        (["--num_w", "1"], "unrecognized arguments: --num_w 1"),
-        (["--batch_size", "0"], "batch_size: expected 1 or more, got 0"),
-        (["--num_workers", "-1"], "num_workers: expected 0 to 256, got -1"),
-        (["--seed", "0"], "seed has no effect with posterior mode; remove it, or pass posterior"),
-        (["--posterior", "mean"], "argument --posterior: invalid choice: 'mean'"),
-        (["--posterior", "sample"], "posterior sample: family fastpref.models.toy has none to sam"),
-        (
-            ["--posterior", "sample", "--seed", "-1", "--family", "wan"],
-            "seed: expected 0 <= seed < 2^63, got -1",
-        ),
-        (["--num_workers", "257", "--dry_run"], "num_workers: expected 0 to 256, got 257"),
-    ],
-)
-def test_mistakes_are_one_line(flags, said, pairs, tmp_path, capsys):
-    given = ["--family", "toy", "--model", "none", "--data", str(pairs)]
-    line = user_error(capsys, *given, "--output_dir", str(tmp_path / "set"), *flags)
-    assert line.startswith(said)
-    assert not (tmp_path / "set").exists()
-
-
-def test_mistakes_in_data_are_one_line(pairs, tmp_path, capsys):
-    given = ["--family", "toy", "--model", "none", "--output_dir", str(tmp_path / "set"), "--data"]
-    path = tmp_path / "metadata.csv"
-    path.write_text("prompt,chosen\nx,a.mp4\n")
-    assert user_error(capsys, *given, str(path)).startswith(
-        "metadata.csv: missing column 'rejected'"
-    )
-    path.write_text("prompt,chosen,rejected\n")
-    assert user_error(capsys, *given, str(path)).startswith("metadata.csv: no rows; expected")
-    rows = [json.loads(line) for line in (pairs / "metadata.jsonl").read_text().splitlines()]
-    ties = [json.dumps({**row, "score_chosen": 1, "score_rejected": 1}) for row in rows]
-    data = shutil.copytree(pairs, tmp_path / "ties")
-    (data / "metadata.jsonl").write_text("\n".join(ties))
-    assert user_error(capsys, *given, str(data)).startswith("metadata.jsonl: all 10 pairs are ties")
-    assert "--family, --model, --output_dir required" in user_error(capsys, "--data", str(pairs))
-    run(pairs, tmp_path / "encoded")
-    said = user_error(capsys, *given, str(tmp_path / "encoded"))
-    assert said.endswith("is an encoded set (finished); expected a folder of media")
-    (tmp_path / "encoded" / "index.parquet").unlink()
-    said = user_error(capsys, *given, str(tmp_path / "encoded"))
-    assert "(unfinished: run its fastpref encode again)" in said
 
 
 def test_ranked_candidates_are_encoded_once(pairs, slow, tmp_path):
@@ -561,7 +385,7 @@ def test_images_are_clips_of_one_frame(tmp_path):
     for name, picture in zip("ab", pictures, strict=True):
         Image.fromarray(picture.numpy()).save(tmp_path / "data" / f"{name}.png")
     (tmp_path / "data" / "metadata.csv").write_text("prompt,chosen,rejected\nx,a.png,b.png\n")
-    pair = run(tmp_path / "data", tmp_path / "set")[0]
+    pair = encoded(tmp_path / "data", tmp_path / "set")[0]
     assert pair.latents_w.shape == (3, 1, 8, 12)
     assert torch.equal(toy.decode(None, pair.latents_l)[0], pictures[1])
 
@@ -577,8 +401,3 @@ def test_families_are_modules(slow):
     (Path(sys.modules["house"].__file__).parent / "needy.py").write_text("import no_such_package")
     with pytest.raises(ValueError, match="needs the package no_such_package; install it"):
         family("house.needy")
-
-
-def test_bad_row_is_an_error_of_one_line():
-    bad = BadRow("kind", "m.csv line 2", "chosen", "is wrong")
-    assert str(bad) == "m.csv line 2, chosen: is wrong" and isinstance(bad, ValueError)

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from fastpref import models, oracle
 from fastpref.config import Config
-from fastpref.data import PairDataset, read_rows
+from fastpref.data import PairDataset
 from fastpref.encode import encode
 from fastpref.functional import Draws, pair_error
 from fastpref.media import Sampling, decode
 from fastpref.models import folder as model_folder
+from fastpref.rows import read_rows
 from fastpref.sample import sample, starting_noise
 from fastpref.train import add_lora, train
 

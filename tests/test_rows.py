@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastpref.data import read_rows
-from fastpref.rows import BadRow, Rows
+from fastpref.rows import BadRow, Rows, read_rows
 
 PLAIN = [
     {"prompt": "a red disc", "chosen": "a.mp4", "rejected": "b.mp4", "weight": 2.0},
