@@ -63,7 +63,10 @@ class StepGraph:
         self._own_gradients()
         if key not in self.records:
             if len(self.records) == self.limit:  # buckets: those that came first keep their graphs
-                moved = {k: v if v is None else v.to(self.device) for k, v in inputs.items()}
+                moved = {
+                    k: v if v is None else v.to(self.device, non_blocking=True)
+                    for k, v in inputs.items()
+                }
                 return _detached(self.function(**moved))
             self.records[key] = _Record(inputs, self.device)
         record = self.records[key]

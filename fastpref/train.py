@@ -135,7 +135,7 @@ def train(config: Config) -> dict[str, Any]:
             batch.cond,
             draws,
             objective,
-            gain=process.gain(draws).to(device) if needs_gain else None,
+            gain=process.gain(draws).to(device, non_blocking=True) if needs_gain else None,
             weight=batch.weight,
             scale=scale,
             parameters=parameters,
@@ -230,7 +230,8 @@ def train(config: Config) -> dict[str, Any]:
                 else:
                     ids = {"pair_id": draws.pair_id, "index": draws.index}
                     out = recorded(latents=batch.latents, weight=batch.weight, **ids, **batch.cond)
-                meter.add(pair_values(out, objective), process.level(draws).to(device))
+                level = process.level(draws).to(device, non_blocking=True)
+                meter.add(pair_values(out, objective), level)
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
