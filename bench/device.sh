@@ -4,18 +4,19 @@
 #   bash bench/device.sh            every part that has not passed on this commit yet
 #   bash bench/device.sh PART...    these parts: build test step_wan pair_loss memcheck racecheck
 #                                   synccheck step_wan_more step_small step_cogvideox_2b
-#                                   step_cogvideox_5b overhead ncu
+#                                   step_cogvideox_5b step_attention overhead ncu
 #
 # Writes $OUT (default bench/results): a log per part, the benchmarks' JSON lines, and device.jsonl
 # with a line per part. Ends with 1 if a part failed; a part that cannot run here is said to be skipped.
 #
 #   PYTHON            the interpreter that has PyTorch (default python3)
 #   FASTPREF_WHEELS   a folder of wheels that this interpreter lacks; nothing is downloaded
+#   FASTPREF_COMMIT   what the results are of, where the sources lie without their history
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 PARTS=(build test step_wan pair_loss memcheck racecheck synccheck step_wan_more step_small
-  step_cogvideox_2b step_cogvideox_5b overhead ncu)
+  step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu)
 export OUT=${OUT:-bench/results} PYTHON=${PYTHON:-python3}
 SKIPPED=77 # a part's exit code when it cannot run here
 WAN=16,21,60,104
@@ -34,9 +35,16 @@ need_gpu() {
   [[ $seen == True ]] || skip "PyTorch sees no GPU"
 }
 
+# Without kernels of its own a fresh machine would time the pure PyTorch code.
+need_kernels() {
+  need_gpu
+  "$PYTHON" -W ignore -c 'import sys, fastpref; sys.exit(not fastpref.build_info()["cuda"])' ||
+    part_build
+}
+
 # Test files that import what is not installed here are named and left out; never test_cuda.py.
 part_test() {
-  need_gpu
+  need_kernels
   local ignore=() file log
   log=$("$PYTHON" -m pytest -m cuda --collect-only -q 2>&1)
   while read -r file; do
@@ -56,7 +64,7 @@ part_build() {
 
 # Each tensor in an allocation of its own, so that a step outside is seen.
 sanitize() {
-  need_gpu
+  need_kernels
   need compute-sanitizer
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool "$@" \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k sanitizer
@@ -67,7 +75,7 @@ part_synccheck() { sanitize synccheck --kernel-regex kns=fastpref; }
 
 # bench MODULE ARGUMENTS...: the rows that it adds to bench/results also go to $OUT.
 bench() {
-  need_gpu
+  need_kernels
   local rows=bench/results/$1.jsonl before=0
   [[ -f $rows ]] && before=$(wc -l <"$rows")
   "$PYTHON" -m "bench.$1" "${@:2}" || return 1
@@ -83,8 +91,12 @@ part_step_wan_more() {
     --variants B0 B5 joint/full deferred/full deferred/attention deferred/attention+compile
 }
 part_step_small() {
-  bench step --family wan --shape 17x256x256 && bench step --family wan --shape 1x480x832 &&
-    bench step --family toy
+  bench step --family wan --shape 1x256x256 --minutes 2 && # 256 tokens
+    bench step --family wan --shape 17x256x256 --minutes 3 &&
+    bench step --family wan --shape 1x480x832 --minutes 2 && bench step --family toy --minutes 1.5
+}
+part_step_attention() {
+  bench step --family wan --attention auto --variants "${OURS[@]}" --rounds 3
 }
 part_step_cogvideox_2b() {
   bench step --family cogvideox-2b --variants B1 B4 "${OURS[@]}" --rounds 3
@@ -95,7 +107,7 @@ part_step_cogvideox_5b() {
 
 # Hardware counters of each kernel, once, with cold caches: a JSON line per launch.
 part_ncu() {
-  need_gpu
+  need_kernels
   need ncu
   local metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
@@ -160,8 +172,11 @@ if [[ -n ${FASTPREF_WHEELS-} ]]; then
   export PYTHONPATH=$PYTHONPATH:$site
 fi
 
-commit=$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)
-git diff --quiet HEAD -- . ':!bench/results' 2>/dev/null || commit+=-dirty
+commit=${FASTPREF_COMMIT-}
+if [[ -z $commit ]]; then
+  commit=$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)
+  git diff --quiet HEAD -- . ':!bench/results' 2>/dev/null || commit+=-dirty
+fi
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 passed_here() {
   [[ $commit != *-dirty ]] &&

@@ -8,7 +8,9 @@ Two forms, each for one pair of latents (Wan 480p and CogVideoX shapes) in bf16:
 Baselines: eager PyTorch written as DiffusionDPO writes it, and torch.compile of the very same
 function. Gradients are checked against the float64 oracle before anything is timed. All variants
 take turns in all orders; `x ours` is the median of the rounds' ratios, "again" ours once more.
-On a GPU the inputs rotate, so that the L2 cache does not lie, and times are the GPU's own.
+On a GPU the inputs rotate, so that the L2 cache does not lie; `ms` is the GPU's own time, with the whole
+call queued before it begins, and `wall` that of a call on an idle GPU, launches included. GB/s counts
+what must be moved: each input read once, each output written once.
 """
 
 import argparse
@@ -159,6 +161,12 @@ def variants(device: torch.device) -> dict[str, dict[str, Callable]]:
     return forms
 
 
+def moved(form: str, i: Inputs) -> int:
+    """Bytes: predictions, target (or x0) and gradient; in the noise form x0 and x_t as well."""
+    tensors = [i.pred, i.ref, i.y, i.pred] + [i.x0, i.x0] * (form == "noise")
+    return sum(t.nbytes for t in tensors)
+
+
 def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
     device = torch.device(args.device)
     objective = fastpref.objective(args.objective, **HYPER.get(args.objective, DEFAULT_HYPER))
@@ -172,14 +180,13 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
             if form == "target" or name == "ours":  # the baselines' noise is another one
                 check(name, call, objective, sets[0])
         turns = {name: cycle(sets) for name in calls}
-        timings = timing.interleave(
-            {
-                name: lambda call=call, turn=turns[name]: gradient(call, objective, next(turn))
-                for name, call in calls.items()
-            },
-            device,
-            rounds=args.rounds,
-        )
+        turned = {
+            name: lambda call=call, turn=turns[name]: gradient(call, objective, next(turn))
+            for name, call in calls.items()
+        }
+        timings = walls = timing.interleave(turned, device, rounds=args.rounds, busy=True)
+        if device.type == "cuda":
+            walls = timing.interleave(turned, device, rounds=args.rounds)
         for name, taken in timings.items():
             low, high = taken.quartiles
             rows.append(
@@ -193,6 +200,9 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
                     "ms": round(taken.median * 1e3, 4),
                     "ms_quartiles": [round(low * 1e3, 4), round(high * 1e3, 4)],
                     "ratio": round(taken.times_slower_than(timings["ours"]), 3),
+                    "wall_ms": round(walls[name].median * 1e3, 4),
+                    "wall_ratio": round(walls[name].times_slower_than(walls["ours"]), 3),
+                    "gb_s": round(moved(form, sets[0]) / taken.median / 1e9, 1),
                     "rounds": args.rounds,
                     **timing.environment(device),
                 }
@@ -215,12 +225,14 @@ def main() -> None:
         f"{first['objective']}, {args.pairs} pair, bf16, forward and backward; {first['device']},"
     )
     print(f"{first['threads']} threads, {first['cpu_features']}, torch {first['torch']}; to {path}")
-    print(f"{'shape':<10} {'form':<7} {'variant':<13} {'ms':>8} {'quartiles':>17} {'x ours':>7}")
+    print(f"{'shape':<10} {'form':<7} {'variant':<13} {'ms':>8} {'quartiles':>17} {'x ours':>7}", end="")
+    print(f" {'GB/s':>7} {'wall ms':>8} {'x ours':>7}")
     for row in rows:
         low, high = row["ms_quartiles"]
         print(
             f"{row['shape']:<10} {row['form']:<7} {row['variant']:<13} {row['ms']:8.3f}"
             f" {low:8.3f} {high:8.3f} {row['ratio']:7.2f}"
+            f" {row['gb_s']:7.1f} {row['wall_ms']:8.3f} {row['wall_ratio']:7.2f}"
         )
 
 

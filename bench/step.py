@@ -124,9 +124,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         begin = time.perf_counter()
         try:
             variant, known = prepare(name, setting, expected)
-        except torch.OutOfMemoryError as error:
-            row["left_out"] = "out of memory"
-            print(f"{name}: {str(error).partition('. ')[0]}")
+        except ValueError:  # of --variants
+            raise
+        except Exception as error:  # out of memory, a compiler's: the others go on
+            row["left_out"] = failure(error)
+            print(f"{name}: {row['left_out']}")
         else:
             row |= known
             if name == "B1":
@@ -156,18 +158,24 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
 
         return call
 
-    turns = {name: turn(name) for name in variants}
-    for variant in variants.values():  # optimisers' states and graphs, now that all is checked
-        if getattr(variant, "graph", None):
-            for _ in range(5):
-                variant.gradient(0)
-                variant.update()
-        else:
-            for p in setting.parameters:
-                p.grad = torch.zeros_like(p)
-            variant.update()
-    left = 0.8 * (deadline - time.perf_counter())
     by_name = {row["variant"]: row for row in rows}
+    for name, variant in list(variants.items()):  # optimisers' states and graphs
+        try:
+            if getattr(variant, "graph", None):
+                for _ in range(5):
+                    variant.gradient(0)
+                    variant.update()
+            else:
+                for p in setting.parameters:
+                    p.grad = torch.zeros_like(p)
+                variant.update()
+        except Exception as error:
+            by_name[name]["left_out"] = failure(error)
+            del variants[name]
+    if "B1" not in variants:
+        return rows
+    turns = {name: turn(name) for name in variants}
+    left = 0.8 * (deadline - time.perf_counter())
     cost = {name: by_name[name]["s_first"] for name in turns}
     while 2 * sum(cost.values()) > left and len(cost) > 1:  # two rounds are the least
         name = cost.popitem()[0]
@@ -184,6 +192,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         if power.joules() is not None and time.perf_counter() < deadline:
             row["pairs_per_kwh"] = energy(turns[row["variant"]], taken.median, setting, power)
     return sorted(rows, key=lambda row: (*wanted, "B1").index(row["variant"]))
+
+
+def failure(error: Exception) -> str:
+    """Why a variant has no time, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def describe(variant, taken: timing.Timing, first: timing.Timing, setting: Setting) -> dict:

@@ -1,11 +1,13 @@
 """Timing for every benchmark: variants take turns in one process; medians, spread, JSON rows."""
 
 import json
+import os
 import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from statistics import median, quantiles
@@ -43,8 +45,10 @@ def _on_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _on_gpu(call: Callable[[], object]) -> float:
+def _on_gpu(call: Callable[[], object], ahead: int = 0) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if ahead:
+        torch.cuda._sleep(ahead)
     start.record()
     call()
     end.record()
@@ -67,14 +71,18 @@ def interleave(
     *,
     rounds: int,
     warmup: int = 3,
+    busy: bool = False,
 ) -> dict[str, Timing]:
     """Time each variant once a round: on a GPU by events, elsewhere by the wall clock.
+
+    The GPU is idle when a call begins, so launching it counts. busy: it sleeps 4 million cycles
+    (some 2 ms) first, in which the host queues the whole call: what is left is the GPU's own time.
 
     Every order comes up equally often (up to chance above five variants), so that what the
     variant before leaves in the caches falls on all alike.
     """
     orders = _orders(list(variants))
-    measure = _on_gpu if device.type == "cuda" else _on_cpu
+    measure = partial(_on_gpu, ahead=4_000_000 * busy) if device.type == "cuda" else _on_cpu
     for call in variants.values():
         for _ in range(warmup):
             measure(call)
@@ -109,6 +117,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    """FASTPREF_COMMIT names it where the sources lie without their history."""
+    if told := os.environ.get("FASTPREF_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         here = Path(__file__).parent

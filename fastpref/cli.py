@@ -258,8 +258,6 @@ def sample(rest: list[str]) -> None:
             raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
-    import torch
-
     from .media import write_clip
     from .validation import Prompts
 
@@ -269,7 +267,7 @@ def sample(rest: list[str]) -> None:
         process,
         options.model,
         options.prompts,
-        torch.device(options.device),
+        next(model.parameters()).device,
         guidance_scale=options.guidance_scale,
     )
     seeds = [options.seed + i for i in range(len(options.prompts))]

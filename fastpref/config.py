@@ -87,7 +87,8 @@ class Config:
         pair_mode: joint runs all members of a batch at once; deferred one after the other, with
             half the activation memory of one pair and the same gradient.
         skip_zeros: pairs whose gradient is exactly zero (masked, beyond hinge's margin) skip their
-            backward; the host waits for the device once a batch (deferred: once a pair).
+            backward (joint: where that is every pair of the batch); the host waits for the device
+            once a batch (deferred: once a pair).
         lora_rank: rank of the adapters.
         lora_alpha: scale numerator of the adapters; default: the rank.
         lora_targets: names of the layers to adapt; default: the family's.

@@ -33,13 +33,13 @@ class Guard:
         """Before optimizer.step(): tells it to skip where the gradient's norm is not finite."""
         bad = (~torch.isfinite(grad_norm)).to(torch.float32)
         optimizer.found_inf = bad
-        self.skipped = self.skipped + bad
-        self.debt = (self.debt + 1.5 * bad - 0.5).clamp(min=0)
+        self.skipped.add_(bad)  # in place: this may be part of a recorded step
+        self.debt.add_(1.5 * bad - 0.5).clamp_(min=0)
 
     def judge(self, metrics: dict[str, float], step: int) -> str | None:
         """At a log step: a warning to print, or None; raises Diverged."""
         skipped, debt = (int(v) for v in torch.stack([self.skipped, self.debt]).tolist())
-        self.skipped = torch.zeros_like(self.skipped)
+        self.skipped.zero_()
         if debt >= self.patience:
             raise Diverged(
                 f"step {step}: {skipped} of the last steps had a loss or gradient that is not "

@@ -80,6 +80,8 @@ class Objective:
         """`hyper()` as a float64 tensor [8], made once per (objective, device)."""
         # Under torch.compile the tensor is traced instead: a cached one would be a fake.
         make = _hyper_tensor.__wrapped__ if torch.compiler.is_compiling() else _hyper_tensor
+        if device.type == "cuda" and device.index is None:  # one tensor, whatever it is called
+            device = torch.device("cuda", torch.cuda.current_device())
         return make(self, device)
 
 

@@ -29,7 +29,7 @@ class Objective(Protocol):
 
     @property
     def number(self) -> int: ...
-    def hyper(self) -> tuple[float, ...]: ...
+    def hyper_tensor(self, device: torch.device) -> Tensor: ...
 
 
 # --- Objectives: each takes hyper, four errors [B] and the gain [B] and returns (loss, margin). ---
@@ -137,7 +137,7 @@ def loss(
     gain is the importance gain g of dpo_cm and sdpo, or k of spo; the others ignore it.
     Formulas and sources: `fastpref.objectives`. Not finite where an error or the gain is not.
     """
-    hyper = torch.tensor(objective.hyper(), dtype=torch.float64, device=err_w.device)
+    hyper = objective.hyper_tensor(err_w.device)
     gain = torch.as_tensor(0.0 if gain is None else gain, dtype=err_w.dtype, device=err_w.device)
     return _evaluate(objective.number, Hyper(*hyper), err_w, err_l, ref_w, ref_l, gain)[0]
 

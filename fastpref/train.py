@@ -111,13 +111,16 @@ def train(config: Config) -> dict[str, Any]:
     else:
         policy, says = reference.shared_prefix(model, predict)
     parameters = list(checkpoint.trainable(model).values())
+    graphs = config.cuda_graphs and device.type == "cuda"
+    rate = torch.tensor(config.learning_rate, device=device)  # what a recorded step reads
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=config.learning_rate,
+        lr=rate if graphs else config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=graphs,
     )
 
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
@@ -149,6 +152,17 @@ def train(config: Config) -> dict[str, Any]:
         return pair_step(batch, draws, 1 / config.gradient_accumulation_steps)
 
     recorded = StepGraph(whole_step, device, parameters=parameters) if config.cuda_graphs else None
+    guard = Guard(device, patience=min(20, config.max_train_steps))
+
+    def update() -> Tensor:
+        """Clip, look and step; the gradients' norm."""
+        grad_norm = clip_gradients(parameters, config.max_grad_norm)
+        guard.watch(optimizer, grad_norm)
+        optimizer.step()
+        return grad_norm
+
+    if graphs:
+        update = StepGraph(update, device, name="optimiser")
 
     # ---- where to begin
     begin, noise = 0, None
@@ -199,7 +213,7 @@ def train(config: Config) -> dict[str, Any]:
         validate(0)
 
     # ---- the loop
-    meter, guard = Meter(device), Guard(device, patience=min(20, config.max_train_steps))
+    meter = Meter(device)
     log = Log(folder, config.trackers, config.to_dict(), begin)
     accumulate = config.gradient_accumulation_steps
     per_step = config.train_batch_size * accumulate
@@ -232,12 +246,10 @@ def train(config: Config) -> dict[str, Any]:
                     out = recorded(latents=batch.latents, weight=batch.weight, **ids, **batch.cond)
                 level = process.level(draws).to(device, non_blocking=True)
                 meter.add(pair_values(out, objective), level)
-            grad_norm = clip_gradients(parameters, config.max_grad_norm)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            guard.watch(optimizer, grad_norm)
-            optimizer.step()
+                group["lr"] = rate.fill_(lr) if graphs else lr
+            grad_norm = update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.update()
