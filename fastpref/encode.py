@@ -92,6 +92,8 @@ def encode(
     before = 0
 
     def flush() -> None:
+        if waiting:
+            load_parts(pipe, model)
         for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
@@ -124,6 +126,19 @@ def check_workers(num_workers: int) -> None:
     """ValueError: not a number of threads to start."""
     if not 0 <= num_workers <= MOST_WORKERS:
         raise ValueError(f"num_workers: expected 0 to {MOST_WORKERS}, got {num_workers}")
+
+
+def load_parts(pipe: Any, model: str | Path) -> None:
+    """Loads what a family's pipeline loads when first used: ValueError names the model, no row."""
+    for name in ("media", "text"):
+        try:
+            getattr(pipe, name, None)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            raise ValueError(
+                f"model {model}: its {name} encoder cannot be loaded ({reason}); expected a "
+                "diffusers folder or hub id whose configs and weights belong together"
+            ) from None
 
 
 def posterior_seed(module: ModuleType, posterior: str, seed: int | None) -> int | None:

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, PROMPTS, Case, frames_of, tiny
+from families import FAMILIES, PROMPTS, Case, frames_of, tiny, write_media
 from safetensors.torch import load_file
 
 from fastpref import models
+from fastpref.encode import encode
 from fastpref.models import folder as model_folder
 
 
@@ -213,3 +214,21 @@ def test_missing_and_unsafe_weights_are_named(case, tmp_path):
     shutil.rmtree(path / "text_encoder")
     with pytest.raises(ValueError, match="expected text_encoder beside model_index"):
         case.module.encode_text(case.module.pipeline(path), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("vae/config.json", {"latent_channels": 8}, "media encoder cannot be loaded .* shape"),
+        ("model_index.json", {"vae": ["my_code", "MyVae"]}, "media encoder .*my_code is not one"),
+        ("text_encoder/config.json", {"hidden_size": 16}, "text encoder cannot be loaded"),
+    ],
+)
+def test_encoders_that_do_not_load_are_no_fault_of_the_data(file, change, says, tmp_path):
+    case = tiny("sd15")
+    path = shutil.copytree(case.path, tmp_path / "model") / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    media = write_media(case.family, tmp_path / "media")
+    with pytest.raises(ValueError, match=f"^model {tmp_path}/model: its {says}") as error:
+        encode("stable_diffusion", tmp_path / "model", media, tmp_path / "set", progress=False)
+    assert "\n" not in str(error.value) and not (tmp_path / "set" / "bad_rows.jsonl").exists()
