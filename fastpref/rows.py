@@ -269,7 +269,9 @@ class Reader:
         value = self.record.get(field)
         if isinstance(value, str) and value:  # CSV: a JSON list in the cell
             try:
-                value = json.loads(value)
+                value = json.loads(self.text(field))
+            except BadRow:
+                raise
             except (ValueError, RecursionError):
                 value = 0
         if value is None or value == "":

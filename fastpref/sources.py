@@ -131,13 +131,9 @@ class Parquet:
     def __iter__(self) -> Records:
         row = 0
         for batch in self._batches():
-            columns = {
-                name: values(column)
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
-            for i in range(batch.num_rows):
+            for record in records(batch):
                 row += 1
-                yield f"row {row}", {name: column[i] for name, column in columns.items()}
+                yield f"row {row}", record
 
     def _batches(self) -> Iterator[Any]:
         import pyarrow as pa
@@ -156,6 +152,13 @@ class Parquet:
             yield batch
 
 
+def records(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table or record batch."""
+    columns = [values(column) for column in batch.columns]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
+
+
 def values(column: Any) -> list[Any]:
     """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates."""
     import pyarrow as pa
@@ -163,7 +166,18 @@ def values(column: Any) -> list[Any]:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
-    return column.to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # of texts inside lists: a record is refused, not the column
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    """A cell as a Python value; one with texts that are not UTF-8 is a surrogate in their place."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return "\udcff"
 
 
 class HuggingFace:
@@ -188,6 +202,8 @@ class HuggingFace:
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
                 stored = datasets.load_from_disk(data)
                 if isinstance(stored, datasets.DatasetDict):
+                    if split not in stored:
+                        raise ValueError(f"split {split}: expected one of {', '.join(stored)}")
                     stored = stored[split]
                 elif split != "train":
                     raise ValueError(f"it has no splits, remove split {split}")
@@ -199,11 +215,7 @@ class HuggingFace:
                 f"data {data}: expected a folder with metadata.jsonl, metadata.csv or "
                 f"metadata.parquet, such a file, or a Hugging Face dataset ({reason})"
             ) from None
-        features = stored.features or {}
-        for name, feature in features.items():
-            if isinstance(feature, (datasets.Image, datasets.Video)):
-                stored = stored.cast_column(name, type(feature)(decode=False))
-        self._records = stored
+        self._records = stored.with_format("arrow")  # as stored: nothing is decoded
         self.columns: list[str] | None = stored.column_names
         if self.root and self.columns and set(self.columns) <= BARE:
             raise ValueError(
@@ -213,5 +225,8 @@ class HuggingFace:
         self.total = len(stored) if hasattr(stored, "__len__") else None
 
     def __iter__(self) -> Records:
-        for row, record in enumerate(self._records, 1):
-            yield f"row {row}", record
+        row = 0
+        for table in self._records.iter(batch_size=16):
+            for record in records(table):
+                row += 1
+                yield f"row {row}", record

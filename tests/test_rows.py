@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,34 +153,71 @@ def test_candidates_without_scores_are_best_first_and_equal_scores_tie(folder):
     assert [r.rejected.name for r in rows] == ["b.mp4", "b.mp4"] and rows.ties == 1
 
 
-@pytest.mark.parametrize("kind", ["shards", "saved"])
-def test_hugging_face_datasets(kind, tmp_path, monkeypatch):
-    """A folder of parquet shards and a saved dataset, with Image features kept as bytes."""
-    datasets = pytest.importorskip("datasets")
+def latin(*texts: str) -> pa.Array:
+    """A string column whose texts are Latin-1, which most of Arrow does not check."""
+    raw = [text.encode("latin-1") for text in texts]
+    ends = pa.array(list(itertools.accumulate(map(len, raw), initial=0)), pa.int32())
+    return pa.StringArray.from_buffers(len(raw), ends.buffers()[1], pa.py_buffer(b"".join(raw)))
+
+
+def store(datasets: ModuleType, stored: Any, folder: Path, kind: str) -> Path:
+    """A Hugging Face dataset as its own folder (saved) or as one of parquet shards."""
+    if kind == "saved":
+        datasets.DatasetDict({"train": stored}).save_to_disk(folder)
+    else:
+        (folder / "data").mkdir(parents=True)
+        pq.write_table(stored.data.table, folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def datasets(monkeypatch) -> ModuleType:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("datasets")
+
+
+@pytest.mark.parametrize("kind", ["shards", "saved"])
+def test_hugging_face_datasets(kind, datasets, tmp_path):
+    """Image features are kept as bytes; a prompt that is not UTF-8 costs its own row alone."""
     from PIL import Image
 
-    pictures = [Image.new("RGB", (4, 4), (40 * i, 0, 0)) for i in range(4)]
+    pictures = [Image.new("RGB", (4, 4), (40 * i, 0, 0)) for i in range(3)]
+    columns = {"chosen": pictures, "rejected": pictures[::-1]}
+    features = datasets.Features({name: datasets.Image() for name in columns})
+    images = datasets.Dataset.from_dict(columns, features=features).data.table
+    table = images.append_column("prompt", latin("x", "caf\u00e9", "z"))
+    features["prompt"] = datasets.Value("string")
+    stored = datasets.Dataset(table.cast(features.arrow_schema))
+    path = store(datasets, stored, tmp_path / "set", kind)
+    first, bad, last = Rows(path)
+    assert (first.prompt, last.prompt) == ("x", "z") and last.where.endswith("row 3")
+    assert all(row.chosen[:4] == b"\x89PNG" for row in (first, last))
+    assert (bad.kind, bad.field) == ("not_utf8", "prompt") and bad.where.endswith("row 2")
+    with pytest.raises(ValueError, match=r"\(.*test.*train.*\)$"):
+        Rows(path, split="test")
+
+
+@pytest.mark.parametrize("kind", ["shards", "saved"])
+def test_candidates_of_a_hugging_face_dataset(kind, datasets, tmp_path):
+    """Images inside a list are bytes too."""
+    from PIL import Image
+
+    pictures = [[Image.new("RGB", (4, 4), (40 * i, 0, 0)) for i in range(3)]]
     features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "chosen": datasets.Image(),
-            "rejected": datasets.Image(),
-        }
+        {"prompt": datasets.Value("string"), "candidates": datasets.List(datasets.Image())}
     )
-    stored = datasets.Dataset.from_dict(
-        {"prompt": ["x", "y"], "chosen": pictures[:2], "rejected": pictures[2:]}, features=features
-    )
-    if kind == "saved":
-        datasets.DatasetDict({"train": stored}).save_to_disk(tmp_path / "set")
-    else:
-        (tmp_path / "set" / "data").mkdir(parents=True)
-        stored.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
-    rows = read_rows(tmp_path / "set")
-    assert [row.prompt for row in rows] == ["x", "y"]
-    assert all(row.chosen[:4] == b"\x89PNG" for row in rows) and rows[1].where.endswith("row 2")
-    with pytest.raises(ValueError, match="test"):
-        Rows(tmp_path / "set", split="test")
+    columns = {"prompt": ["x"], "candidates": pictures}
+    stored = datasets.Dataset.from_dict(columns, features=features)
+    pairs = read_rows(store(datasets, stored, tmp_path / "set", kind))
+    assert len(pairs) == 3 and all(row.rejected[:4] == b"\x89PNG" for row in pairs)
+
+
+def test_candidates_that_are_not_utf8(folder):
+    lists = pa.ListArray.from_arrays([0, 2, 4], latin("a.mp4", "b.mp4", "caf\u00e9.mp4", "b.mp4"))
+    table = pa.table({"prompt": ["x", "y"], "candidates": lists})
+    pq.write_table(table, folder / "metadata.parquet")
+    row, bad = Rows(folder)
+    assert row.prompt == "x" and (bad.kind, bad.field) == ("not_utf8", "candidates")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -244,15 +284,13 @@ def test_a_link_inside_the_folder_is_fine(folder):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_prompts_that_are_not_utf8(suffix, folder):
     path = folder / f"metadata.{suffix}"
-    latin = "caf\u00e9".encode("latin-1")
+    text = "caf\u00e9".encode("latin-1")
     if suffix == "jsonl":
-        path.write_bytes(b'{"prompt": "' + latin + b'", "chosen": "a.mp4", "rejected": "b.mp4"}\n')
+        path.write_bytes(b'{"prompt": "' + text + b'", "chosen": "a.mp4", "rejected": "b.mp4"}\n')
     elif suffix == "csv":
-        path.write_bytes(b"prompt,chosen,rejected\n" + latin + b",a.mp4,b.mp4\n")
+        path.write_bytes(b"prompt,chosen,rejected\n" + text + b",a.mp4,b.mp4\n")
     else:
-        offsets = pa.array([0, len(latin)], pa.int32()).buffers()[1]
-        prompt = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(latin))
-        table = pa.table({"prompt": prompt, "chosen": ["a.mp4"], "rejected": ["b.mp4"]})
+        table = pa.table({"prompt": latin("caf\u00e9"), "chosen": ["a.mp4"], "rejected": ["b.mp4"]})
         pq.write_table(table, path)
     bad = only_bad(folder)
     assert (bad.kind, bad.field) == ("not_utf8", "prompt") and "UTF-8" in str(bad)
