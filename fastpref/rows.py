@@ -82,7 +82,7 @@ class Rows:
             self.records += 1
             try:
                 if isinstance(record, str):
-                    raise BadRow("not_json", f"{self.name} {where}", "line", record)
+                    raise BadRow("no_record", f"{self.name} {where}", "line", record)
                 yield from self._pairs(Reader(record, f"{self.name} {where}", self.root))
             except BadRow as bad:
                 yield bad

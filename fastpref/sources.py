@@ -95,12 +95,23 @@ class Csv:
     def __init__(self, path: Path) -> None:
         self.name, self.path, self.root = path.name, path, path.parent
         text = path.read_bytes().removeprefix(BOM).decode(errors="surrogateescape")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of a cell: 131072 otherwise
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        self.columns: list[str] | None = None
+        self._records: list[tuple[str, dict[str, Any] | str]] = []
+        line = 1
         try:
-            self._records = [(f"line {reader.line_num}", record) for record in reader]
+            for cells in reader:
+                if self.columns is None:
+                    self.columns = cells or None
+                elif cells:
+                    self._records.append((f"line {line}", self._record(cells)))
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
-        self.columns = list(reader.fieldnames) if reader.fieldnames else None
+            raise ValueError(
+                f"{path} line {line}: not CSV ({error}); close each quote, and double those inside "
+                "a quoted text"
+            ) from None
         twice = [name for i, name in enumerate(self.columns or []) if name in self.columns[:i]]
         if twice:
             raise ValueError(
@@ -108,6 +119,12 @@ class Csv:
                 "one"
             )
         self.total = len(self._records)
+
+    def _record(self, cells: list[str]) -> dict[str, Any] | str:
+        if len(cells) > len(self.columns):
+            expected = f"expected {len(self.columns)} columns, got {len(cells)}"
+            return f"{expected}; put quotes around a text that holds commas"
+        return dict(zip(self.columns, cells, strict=False))
 
     def __iter__(self) -> Records:
         return iter(self._records)

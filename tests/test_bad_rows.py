@@ -55,7 +55,7 @@ def broken(tmp_path):
     lines = [json.dumps(row) for row in [*rows, *ties, *(row for row, _, _ in wrong)]]
     (data / "metadata.jsonl").write_text("\n".join([*lines, "{no json"]) + "\n")
     expected = [(f"metadata.jsonl line {6 + i}", f, k) for i, (_, k, f) in enumerate(wrong)]
-    expected.append((f"metadata.jsonl line {6 + len(wrong)}", "line", "not_json"))
+    expected.append((f"metadata.jsonl line {6 + len(wrong)}", "line", "no_record"))
     return data, expected
 
 

@@ -301,7 +301,31 @@ def test_lines_that_are_no_record(line, folder):
     path = save(folder / "metadata.jsonl", PLAIN)
     path.write_text(path.read_text() + line + "\n")
     bad = only_bad(folder)
-    assert (bad.kind, bad.where) == ("not_json", "metadata.jsonl line 3")
+    assert (bad.kind, bad.where) == ("no_record", "metadata.jsonl line 3")
+
+
+def test_a_comma_without_quotes_is_one_bad_row(folder):
+    text = "prompt,chosen,rejected\na fox, jumping,a.mp4,b.mp4\n\ny,a.mp4,b.mp4\n"
+    (folder / "metadata.csv").write_text(text)
+    bad, row = Rows(folder)
+    assert str(bad).startswith("metadata.csv line 2, line: expected 3 columns, got 4; put quotes")
+    assert bad.kind == "no_record" and row.where == "metadata.csv line 4"
+
+
+@pytest.mark.parametrize("rest", ["z,a.mp4,b.mp4\n", '"z",a.mp4,b.mp4\n'])
+def test_an_open_quote_is_named_where_its_record_begins(rest, folder):
+    text = 'prompt,chosen,rejected\nx,a.mp4,b.mp4\n"y,a.mp4,b.mp4\n' + rest
+    (folder / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"metadata.csv line 3: not CSV \(.*; close each quote"):
+        Rows(folder)
+
+
+def test_a_long_text_is_a_text(folder):
+    prompt = "fox\n" * 50_000
+    save(folder / "metadata.csv", [{**PLAIN[0], "prompt": prompt}, PLAIN[1]])
+    first, second = read_rows(folder)
+    assert first.prompt == prompt and first.where == "metadata.csv line 2"
+    assert second.where == "metadata.csv line 50003"
 
 
 @pytest.mark.parametrize(
