@@ -1,8 +1,9 @@
 """Rows: the preference pairs that a folder, a metadata file or a Hugging Face dataset lists.
 
 Layouts, told apart by their columns (weight and negative_prompt are optional in all):
-    prompt, chosen, rejected           optional score_chosen, score_rejected: equal is a tie
-    caption, jpg_0, jpg_1, label_0     Pick-a-Pic: image bytes; 1 (first wins), 0 or 0.5 (a tie)
+    prompt, chosen, rejected           optional score_chosen >= score_rejected: equal is a tie
+    caption, jpg_0, jpg_1, label_0     Pick-a-Pic: image bytes; 1 (first wins), 0 or 0.5 (a tie);
+                                       label_1, where there is one, is 1 - label_0
     prompt, video_a, video_b, winner   winner is a, b (or video_a, video_b) or tie
     prompt, candidates [, scores]      two or more media, ranked by score or listed best first
 """
@@ -105,6 +106,9 @@ class Rows:
             scores = [read.number(f"score_{name}") for name in names]
             if None in scores:
                 scores = [math.inf, -math.inf]
+            if scores[0] < scores[1]:
+                reason = f"expected at least score_rejected, {scores[1]:g}, got {scores[0]:g}"
+                raise read.bad("unknown_label", "score_chosen", f"{reason}; swap the media")
             pairs = iter([tuple((scores[i], read.media(names[i])) for i in (0, 1))])
         else:
             names = ("jpg_0", "jpg_1") if self.layout == "jpg_0" else ("video_a", "video_b")
@@ -210,6 +214,10 @@ class Reader:
         known = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "0.5": 0.5}.get(str(label))
         if known is None or self.record.get("has_label") is False:
             raise self.bad("unknown_label", "label_0", f"expected 0, 1 or 0.5, got {label!r:.40}")
+        other = self.number("label_1")
+        if other is not None and other != 1 - known:
+            reason = f"expected {1 - known:g} beside label_0 {known:g}, got {other:g}"
+            raise self.bad("unknown_label", "label_1", reason)
         return known
 
     def winner(self) -> float:

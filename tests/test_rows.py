@@ -19,6 +19,7 @@ PLAIN = [
     {"prompt": "a red disc", "chosen": "a.mp4", "rejected": "b.mp4", "weight": 2.0},
     {"prompt": "ein grüner Kreis", "chosen": "b.mp4", "rejected": "clips/c.mp4", "weight": 0.5},
 ]
+PICK = {"caption": "x", "jpg_0": "a.mp4", "jpg_1": "b.mp4"}
 
 
 @pytest.fixture
@@ -331,8 +332,10 @@ def test_a_long_text_is_a_text(folder):
 @pytest.mark.parametrize(
     "row, field",
     [
-        ({"caption": "x", "jpg_0": "a.mp4", "jpg_1": "b.mp4", "label_0": 0.7}, "label_0"),
-        ({"caption": "x", "jpg_0": "a.mp4", "jpg_1": "b.mp4", "label_0": None}, "label_0"),
+        ({**PICK, "label_0": 0.7}, "label_0"),
+        ({**PICK, "label_0": None}, "label_0"),
+        *(({**PICK, "label_0": a, "label_1": b}, "label_1") for a, b in ((0, 0), (1, 1), (0, 0.5))),
+        ({**PLAIN[0], "score_chosen": 0.1, "score_rejected": 0.9}, "score_chosen"),
         ({"prompt": "x", "video_a": "a.mp4", "video_b": "b.mp4", "winner": "left"}, "winner"),
         ({"prompt": "x", "candidates": ["a.mp4", "b.mp4"], "scores": [1]}, "scores"),
     ],
