@@ -183,12 +183,18 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
 
 
 def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:
-    """`uint8 [H, W, 3]` scaled (bicubic, antialiased) to cover height x width, centre cropped."""
+    """`uint8 [H, W, 3]` scaled (bicubic, antialiased) to cover height x width, centre cropped.
+
+    MediaError: so thin that it would have more than MAX_FRAME pixels before it is cropped.
+    """
     h, w = frame.shape[:2]
     if height is None or width is None or (h, w) == (height, width):
         return frame.contiguous()
     scale = max(height / h, width / w)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
+    if size[0] * size[1] > MAX_FRAME:
+        reason = f"{w}x{h}, scaled to cover {width}x{height}, is {size[1]}x{size[0]}"
+        raise MediaError("too_large", f"{reason}, at most {MAX_FRAME} pixels; crop it")
     if size != (h, w):
         planes = frame.permute(2, 0, 1)[None].float()
         planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True)

@@ -263,6 +263,14 @@ def test_resize_gives_the_asked_size(size):
     assert resize(gradient(1, 32, 48)[0], *size).shape == (*size, 3)
 
 
+def test_pictures_too_thin_to_scale_are_refused(tmp_path):
+    """8192x1 scaled to cover 832x480 would take 22 GB to keep one pixel's line of it."""
+    data = write(tmp_path / "image.png", gradient(1, 1, 1024))
+    with pytest.raises(MediaError, match=r"1024x1, scaled to cover 832x480, is 491520x480") as e:
+        decode(data, Sampling(height=480, width=832))
+    assert e.value.kind == "too_large"
+
+
 def test_rotated_phone_clips_are_decoded_upright(tmp_path):
     """The mp4 header's matrix says: turn a quarter clockwise for display."""
     write_clip(tmp_path / "c.mp4", gradient(3))
