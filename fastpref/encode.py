@@ -114,8 +114,10 @@ def encode(
         flush()
         bar.update(rows.records - bar.n)
     counts = finish(folder, rows, len(index), bad, before)
-    empty = embeddings(module.encode_text(pipe, [""])[0])
-    write_tensors(folder / "empty.safetensors", empty, DTYPES[dtype])
+    empty = folder / "empty.safetensors"
+    if stored_shapes(empty) is None:
+        cond = embeddings(module.encode_text(pipe, [""])[0])
+        write_tensors(empty, stored(cond, DTYPES[dtype]))
     write_index(folder, index)
     if progress:
         print(f"{folder}: {counts}")
@@ -183,7 +185,8 @@ def encode_pairs(
 ) -> Iterator[dict[str, Any] | BadRow]:
     """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
 
-    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end.
+    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end; so do
+    latents or embeddings that are not finite as stored.
     """
     prompts = list(dict.fromkeys(item.row.prompt for item in items))
     texts = dict(zip(prompts, module.encode_text(pipe, prompts), strict=True)) if prompts else {}
@@ -204,8 +207,19 @@ def encode_pairs(
         except ValueError as error:
             yield BadRow("not_encodable", item.row.where, "chosen, rejected", str(error))
             continue
-        tensors |= embeddings(texts[item.row.prompt])
-        write_tensors(pair_file(folder, item.pair_id), tensors, dtype)
+        tensors = stored(tensors | embeddings(texts[item.row.prompt]), dtype)
+        wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+        if wrong:
+            field = {"latents_w": "chosen", "latents_l": "rejected"}.get(wrong[0], "prompt")
+            reason = f"{wrong[0]} encoded as NaN or infinity in {str(dtype).removeprefix('torch.')}"
+            yield BadRow(
+                "not_finite",
+                item.row.where,
+                field,
+                f"{reason}; check the model or --dtype",
+            )
+            continue
+        write_tensors(pair_file(folder, item.pair_id), tensors)
         yield entry(item)
 
 
@@ -220,15 +234,19 @@ def embeddings(cond: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"cond.{name}": value for name, value in cond.items()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes floating tensors in `dtype` and the others as they are."""
-    from safetensors.torch import save
-
-    kept = {
+def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is written of `tensors`: floating ones in `dtype`, the others as they are."""
+    return {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for name, value in tensors.items()
     }
-    write_atomic(path, save(kept))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes them as one safetensors file."""
+    from safetensors.torch import save
+
+    write_atomic(path, save(tensors))
 
 
 def fingerprint(

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from families import FAMILIES, PROMPTS, Case, frames_of, tiny, write_media
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastpref import models
 from fastpref.encode import encode
@@ -232,3 +232,25 @@ def test_encoders_that_do_not_load_are_no_fault_of_the_data(file, change, says, 
     with pytest.raises(ValueError, match=f"^model {tmp_path}/model: its {says}") as error:
         encode("stable_diffusion", tmp_path / "model", media, tmp_path / "set", progress=False)
     assert "\n" not in str(error.value) and not (tmp_path / "set" / "bad_rows.jsonl").exists()
+
+
+def test_latents_that_are_not_finite_are_bad_rows(tmp_path):
+    case = tiny("sd15")
+    path = shutil.copytree(case.path, tmp_path / "model") / "vae"
+    weights = load_file(path / "diffusion_pytorch_model.safetensors")
+    weights["quant_conv.bias"].fill_(torch.nan)
+    save_file(weights, path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    media = write_media(case.family, tmp_path / "media")
+    said = "4 bad rows; first: metadata.jsonl line 1, chosen: latents_w encoded as NaN"
+    with pytest.raises(ValueError, match=said):
+        encode("stable_diffusion", tmp_path / "model", media, tmp_path / "set", progress=False)
+    assert not list((tmp_path / "set").rglob("*.safetensors"))
+
+
+def test_a_finished_set_loads_no_encoder(tmp_path, monkeypatch):
+    case = tiny("sd15")
+    media = write_media(case.family, tmp_path / "media")
+    given = ("stable_diffusion", case.path, media, tmp_path / "set")
+    encode(*given, progress=False)
+    monkeypatch.setattr(model_folder.Encoders, "_load", lambda *_: pytest.fail("loaded"))
+    encode(*given, progress=False)
