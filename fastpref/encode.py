@@ -56,13 +56,15 @@ def encode(
 
     Written: pairs/XX/ID.safetensors (`latents_w`, `latents_l`, `cond.NAME`), empty.safetensors
     (the empty prompt), bad_rows.jsonl, counts.json, fingerprint.json and, last, index.parquet.
-    Called again after an interruption it goes on and encodes nothing twice.
+    Called again after an interruption it goes on and encodes nothing twice. With the same
+    `batch_size` it ends with the same bytes as an unbroken call, as far as the text encoder's rows
+    do not depend on their neighbours in a batch of one shape.
 
     Args:
         family: `toy`, or an importable module; model: its diffusers folder.
         dtype: of the encoders and of what is stored: float32, bfloat16 or float16.
         num_workers: threads that read and decode beside the encoding; 0: none.
-        batch_size: prompts per call of the text encoder.
+        batch_size: prompts per call of the text encoder, filled up with empty ones.
         posterior: of the VAE: its mode, or a sample mean + std eps in which eps depends on `seed`
             (0 unless given), the pair's id and the member alone (`posterior_normals`).
 
@@ -94,7 +96,7 @@ def encode(
     def flush() -> None:
         if waiting:
             load_parts(pipe, model)
-        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed):
+        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed, batch_size):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
 
@@ -116,7 +118,7 @@ def encode(
     counts = finish(folder, rows, len(index), bad, before)
     empty = folder / "empty.safetensors"
     if stored_shapes(empty) is None:
-        cond = embeddings(module.encode_text(pipe, [""])[0])
+        cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
         write_tensors(empty, stored(cond, DTYPES[dtype]))
     write_index(folder, index)
     if progress:
@@ -182,6 +184,7 @@ def encode_pairs(
     folder: Path,
     dtype: torch.dtype,
     seed: int | None,
+    batch_size: int,
 ) -> Iterator[dict[str, Any] | BadRow]:
     """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
 
@@ -189,7 +192,9 @@ def encode_pairs(
     latents or embeddings that are not finite as stored.
     """
     prompts = list(dict.fromkeys(item.row.prompt for item in items))
-    texts = dict(zip(prompts, module.encode_text(pipe, prompts), strict=True)) if prompts else {}
+    # Filled up, so that the encoder's batch has one shape whatever an interruption left to encode.
+    filled = prompts + [""] * (batch_size - len(prompts)) if prompts else []
+    texts = dict(zip(filled, module.encode_text(pipe, filled), strict=True)) if filled else {}
     modes: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
 
     def latents(item: Prepared, index: int) -> Tensor:

@@ -254,3 +254,25 @@ def test_a_finished_set_loads_no_encoder(tmp_path, monkeypatch):
     encode(*given, progress=False)
     monkeypatch.setattr(model_folder.Encoders, "_load", lambda *_: pytest.fail("loaded"))
     encode(*given, progress=False)
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan", "cogvideox-2b"])
+def test_a_resumed_set_has_the_bytes_of_an_unbroken_one(name, tmp_path, monkeypatch):
+    """What is left to encode would stand in a smaller batch of prompts, but for filling it up."""
+    case = tiny(name)
+    media = write_media(case.family, tmp_path / "media")
+    real, sizes = case.module.encode_text, []
+    monkeypatch.setattr(
+        case.module,
+        "encode_text",
+        lambda pipe, texts: sizes.append(len(texts)) or real(pipe, texts),
+    )
+    given = (case.family.name, case.path, media, tmp_path / "set")
+    encode(*given, batch_size=3, progress=False)
+    files = sorted((tmp_path / "set").rglob("*.safetensors"))
+    before = {path: path.read_bytes() for path in files}
+    for path in (tmp_path / "set" / "empty.safetensors", files[1], files[-1]):
+        path.unlink()
+    encode(*given, batch_size=3, progress=False)
+    assert {path: path.read_bytes() for path in files} == before
+    assert sizes == [3] * 5
