@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_variants_by_file_name(names, expected, tmp_path):
     (tmp_path / "unet").mkdir()
     for name in names:
         (tmp_path / "unet" / name).touch()
-    assert model_folder.variant(tmp_path, ["unet"]) == expected
+    assert model_folder.variant(tmp_path, "unet") == expected
 
 
 # ---- mistakes
@@ -276,3 +277,82 @@ def test_a_resumed_set_has_the_bytes_of_an_unbroken_one(name, tmp_path, monkeypa
     encode(*given, batch_size=3, progress=False)
     assert {path: path.read_bytes() for path in files} == before
     assert sizes == [3] * 5
+
+
+def changed(case: Case, path: Path) -> Path:
+    """A copy of the family's folder, to be damaged."""
+    return shutil.copytree(case.path, path / "model")
+
+
+def damage(weights: Path, how: str) -> str:
+    """Leaves a tensor out, changes the last one's shape or cuts the file; returns what is hurt."""
+    tensors = load_file(weights)
+    name = sorted(tensors)[-1]
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return "cannot be read"
+    if how == "reshaped":
+        tensors[name] = torch.zeros(3, 5)
+    else:
+        del tensors[name]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return "cannot be read" if how == "reshaped" else f"weights lack {name}"
+
+
+@pytest.mark.parametrize("how", ["missing", "reshaped", "cut"])
+def test_encoders_whose_weights_are_not_whole_are_named(case, how, tmp_path):
+    """Nothing is left random: one line says which part, and no row of the data gets the blame."""
+    path = changed(case, tmp_path)
+    says = damage(path / "text_encoder" / "model.safetensors", how)
+    with pytest.raises(ValueError, match=f"{path}/text_encoder: weights") as error:
+        case.module.encode_text(case.module.pipeline(path), ["a"])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    says = damage(path / "vae" / "diffusion_pytorch_model.safetensors", how)
+    with pytest.raises(OSError, match=f"{path}/vae: weights") as error:
+        case.module.encode_media(case.module.pipeline(path), frames_of(case.family, 0))
+    assert says in str(error.value) and "\n" not in str(error.value)
+    transformer = path / ("unet" if case.family.frames == 1 else "transformer")
+    says = damage(transformer / "diffusion_pytorch_model.safetensors", how)
+    with pytest.raises(ValueError, match=f"{transformer}: weights") as error:
+        case.module.load(path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_tied_embeddings_stand_in_the_file_under_either_name(name, tmp_path):
+    case = tiny("cogvideox-2b")
+    path = changed(case, tmp_path)
+    weights = path / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    (stored,) = tensors.keys() & {"shared.weight", "encoder.embed_tokens.weight"}
+    tensors[name] = tensors.pop(stored)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (row,) = case.module.encode_text(case.module.pipeline(path), PROMPTS[:1])
+    assert torch.equal(row["text"], case.cond(PROMPTS[:1])["text"][0])
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("evilmod", "Evil"), ("diffusers", "Evil"), (["evilmod"], "Evil"), ("diffusers", "utils")],
+)
+def test_code_in_a_folder_is_not_run(part, library, name, tmp_path):
+    path = changed(tiny("wan"), tmp_path)
+    index = json.loads((path / "model_index.json").read_text())
+    index[part] = [library, name]
+    (path / "model_index.json").write_text(json.dumps(index))
+    for file in ("evilmod.py", "diffusers.py"):
+        (path / part / file).write_text("raise SystemExit('it ran')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match=f"{part} expected a class of diffusers or transformers"):
+        tiny("wan").module.pipeline(path)
+
+
+def test_a_folder_with_a_safety_checker_loads(tmp_path):
+    """As SD1.5's own, whose entry names a module of diffusers; it is not loaded."""
+    case = tiny("sd15")
+    path = changed(case, tmp_path)
+    index = json.loads((path / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    (row,) = case.module.encode_text(case.module.pipeline(path), PROMPTS[:1])
+    assert torch.equal(row["text"], case.cond(PROMPTS[:1])["text"][0])

@@ -1,19 +1,24 @@
 """What families share: models and encoders out of a diffusers folder, frames to pixels and back.
 
-Everything is loaded by diffusers' own `from_pretrained`, from safetensors alone, a folder on disk
-or a hub id alike.
+Everything is loaded by the `from_pretrained` of diffusers' and transformers' own classes, from
+safetensors alone, a folder on disk or a hub id alike; Python code in a folder is never run.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Beginnings of the names of the parts that encoders have.
+PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 
 SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
@@ -72,27 +77,25 @@ def scheduler_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def variant(path: str | Path, parts: list[str]) -> str | None:
-    """The file variant to load `parts` of a folder with: none unless only variants are there.
+def variant(path: str | Path, part: str) -> str | None:
+    """The file variant to load a part of a folder with: none unless only variants are there.
 
     `fp16` for a folder whose transformer is diffusion_pytorch_model.fp16.safetensors alone; of
     several the first by name, so bf16 before fp16. A hub id is asked for its plain files.
     """
-    for part in parts:
-        names = [file.name for file in (Path(path) / part).glob("*.safetensors")]
-        found = {match[1] for name in names if (match := WEIGHTS.fullmatch(name))}
-        if found and None not in found:
-            return min(found)
-    return None
+    names = [file.name for file in (Path(path) / part).glob("*.safetensors")]
+    found = {match[1] for name in names if (match := WEIGHTS.fullmatch(name))}
+    return min(found) if found and None not in found else None
 
 
-def arguments(path: str | Path, parts: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """What every `from_pretrained` is called with."""
-    from diffusers import utils
+def arguments(kind: type, path: str | Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What every model's `from_pretrained` is called with."""
+    from diffusers import ModelMixin, utils
 
     # diffusers renamed torch_dtype; the old name warns where the new one is known.
-    name = "dtype" if hasattr(utils, "_resolve_dtype") else "torch_dtype"
-    return {name: dtype, "variant": variant(path, parts), "use_safetensors": True}
+    renamed = not issubclass(kind, ModelMixin) or hasattr(utils, "_resolve_dtype")
+    name = "dtype" if renamed else "torch_dtype"
+    return {name: dtype, "variant": variant(path, part), "use_safetensors": True}
 
 
 def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype) -> nn.Module:
@@ -101,24 +104,65 @@ def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype)
     Raises:
         ValueError: none there, of another class, or weights that do not fill its config.
     """
+    read_config(kind, path, subfolder)
+    return load_part(kind, path, subfolder, **arguments(kind, path, subfolder, dtype))
+
+
+def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
+    """`path/part` by the `from_pretrained` of `kind`, a class of diffusers or transformers.
+
+    Raises:
+        ValueError: it cannot be read, or weights that do not fill its config.
+    """
     from safetensors import SafetensorError
 
-    read_config(kind, path, subfolder)
+    is_model = issubclass(kind, nn.Module)
+    if is_model:
+        options["output_loading_info"] = True
+    what = "weights" if is_model else kind.__name__
     try:
-        model = kind.from_pretrained(
-            str(path), subfolder=subfolder, **arguments(path, [subfolder], dtype)
-        )
+        loaded = kind.from_pretrained(str(path), subfolder=part, **options)
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"model {path}/{subfolder}: weights cannot be read ({reason})") from None
-    # diffusers only warns of a tensor that no file holds, and leaves it without memory.
-    lacking = [name for name, value in model.named_parameters() if value.is_meta]
+        raise ValueError(f"model {path}/{part}: {what} cannot be read ({reason})") from None
+    if not is_model:
+        return loaded
+    model, info = loaded
+    # Both libraries only warn of a tensor that no file holds, and leave it random or without
+    # memory. One that is tied to a tensor that a file holds is there.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    absent = set(info["missing_keys"]) | {name for name, value in named.items() if value.is_meta}
+    filled = {id(value) for name, value in named.items() if name not in absent}
+    lacking = [name for name in named if name in absent and id(named[name]) not in filled]
     if lacking:
         raise ValueError(
-            f"model {path}/{subfolder}: weights lack {lacking[0]}; expected every tensor of its "
+            f"model {path}/{part}: weights lack {lacking[0]}; expected every tensor of its "
             "config.json, copy the folder again"
         )
     return model
+
+
+def part_class(path: str | Path, part: str, entry: Sequence[Any]) -> type:
+    """The class of a part by its entry in model_index.json: of diffusers or transformers alone.
+
+    diffusers also runs Python files that lie in a folder, which this never does.
+    """
+    import diffusers
+    import transformers
+
+    library, name = entry if len(entry) == 2 else (None, None)
+    found = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
+    kind = getattr(found, str(name), None)
+    kinds = (
+        *(diffusers.ModelMixin, diffusers.SchedulerMixin),
+        *(transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase),
+    )
+    if not (isinstance(kind, type) and issubclass(kind, kinds)):
+        raise ValueError(
+            f"model {path}: model_index.json: {part} expected a class of diffusers or "
+            f"transformers, got {json.dumps(entry)}; code that comes with a model is not run"
+        )
+    return kind
 
 
 class Encoders:
@@ -126,7 +170,7 @@ class Encoders:
 
     `media` and `text` are the family's own pipeline holding the VAE alone, and the tokenizers and
     text encoders alone: a run that only embeds prompts never loads a VAE, and neither ever loads
-    the transformer.
+    the transformer. ValueError: a part that is of no class of diffusers or transformers.
 
     Attributes:
         index: the folder's model_index.json.
@@ -145,6 +189,9 @@ class Encoders:
         self.kind, self.path, self.extra = kind, path, extra
         self.dtype, self.vae_dtype = dtype, vae_dtype or dtype
         self.index = read_config(kind, path)
+        for part, entry in self.index.items():
+            if part.startswith(PARTS) and isinstance(entry, list | tuple) and any(entry):
+                part_class(path, part, entry)
         self.device = torch.device("cpu")
 
     def to(self, device: str | torch.device) -> Encoders:
@@ -162,8 +209,15 @@ class Encoders:
 
     @cached_property
     def media(self) -> Any:
-        """The pipeline with its VAE alone."""
-        return self._load(("vae",), self.vae_dtype)
+        """The pipeline with its VAE alone.
+
+        Raises:
+            OSError: it cannot be loaded; a ValueError of `encode_media` is about its frames.
+        """
+        try:
+            return self._load(("vae",), self.vae_dtype)
+        except ValueError as error:
+            raise OSError(str(error)) from None
 
     def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
         parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]
@@ -175,11 +229,17 @@ class Encoders:
                 "model_index.json; media and prompts need the whole diffusers folder"
             )
         # The scheduler is a small JSON file, and constructors look into it.
-        left_out = {name: None for name in parts if name not in (*kept, "scheduler")}
-        pipe = self.kind.from_pretrained(
-            str(self.path), **left_out, **self.extra, **arguments(self.path, kept, dtype)
-        )
-        return pipe.to(self.device)
+        kept += [name for name in parts if name == "scheduler"]
+        settings = {n: v for n, v in self.index.items() if n in signature(self.kind).parameters}
+        loaded = {name: self._part(name, dtype) for name in kept}
+        settings |= {**dict.fromkeys(parts), **loaded, **self.extra}
+        return self.kind(**settings).to(self.device)
+
+    def _part(self, name: str, dtype: torch.dtype) -> Any:
+        """A part of the folder, of the class that model_index.json names."""
+        kind = part_class(self.path, name, self.index[name])
+        options = arguments(kind, self.path, name, dtype) if issubclass(kind, nn.Module) else {}
+        return load_part(kind, self.path, name, **options)
 
     def _has(self, part: str) -> bool:
         return (Path(self.path) / part).is_dir()
