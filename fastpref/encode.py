@@ -262,7 +262,12 @@ def fingerprint(
     dtype: str,
     seed: int | None,
 ) -> dict[str, Any]:
-    """What decides an encoded set's content, as compared by `claim`."""
+    """What decides an encoded set's content, as compared by `claim`.
+
+    Of a Hugging Face dataset also its split and its own fingerprint, where it has them.
+    """
+    dataset = None if rows.path else rows._source._records
+    split, version = getattr(dataset, "split", None), getattr(dataset, "_fingerprint", None)
     return {
         "family": module.__name__,
         "model": identity(Path(model)) if Path(model).exists() else str(model),
@@ -271,6 +276,8 @@ def fingerprint(
         **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
         "ranked": rows.ranked if rows.layout == "candidates" else None,
         "data": identity(rows.path) if rows.path else rows.name,
+        **({"split": str(split)} if split else {}),
+        **({"data_version": version} if version else {}),
     }
 
 

@@ -310,6 +310,38 @@ def test_other_data_or_weights_are_noticed(pairs, tmp_path):
         encode("toy", model, data, tmp_path / "set", progress=False)
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_another_split_or_other_rows_of_a_dataset_are_noticed(kind, pairs, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"prompt": row.prompt, "chosen": row.chosen.read_bytes(), "rejected": b"no media"}
+        | ({"rejected": row.rejected.read_bytes()} if i < 3 else {})
+        for i, row in enumerate(read_rows(pairs)[:4])
+    ]
+    data = tmp_path / "data"
+
+    def save(rows: list[dict]) -> None:
+        shutil.rmtree(data, ignore_errors=True)
+        stored = datasets.Dataset.from_list(rows)
+        if kind == "saved":
+            datasets.DatasetDict({"train": stored, "test": stored.select([0])}).save_to_disk(data)
+            return
+        for part, split in (("train", stored), ("test", stored.select([0]))):
+            split.to_parquet(data / f"{part}-00000-of-00001.parquet")
+
+    save(rows)
+    for _ in range(2):
+        assert len(encoded(data, tmp_path / "set")) == 3
+    before = content(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"another (split|data_version) \(.* there, .* here\)"):
+        encoded(data, tmp_path / "set", split="test")
+    if kind == "saved":
+        save(rows[:2])
+        with pytest.raises(ValueError, match=r"another data_version \("):
+            encoded(data, tmp_path / "set")
+    assert content(tmp_path / "set") == before
+
+
 def test_media_away_for_a_while_cost_nothing(pairs, tmp_path):
     """Without its media every row of a finished set is bad; with them back it goes on as it was."""
     data = shutil.copytree(pairs, tmp_path / "data")
