@@ -251,6 +251,11 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
         settings = {k.removeprefix(f"{component}."): v for k, v in metadata.items()}
         settings = {k: v for k, v in settings.items() if k in LORA_SETTINGS}
         rank = settings["r"]
+        stored = {len(value) for name, value in values.items() if ".lora_A." in name}
+        # Before anything is made of that size.
+        for named in (rank, *(settings.get("rank_pattern") or {}).values()):
+            if named not in stored:
+                raise ValueError(f"rank {named}, but lora_A of rank {sorted(stored)}")
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(

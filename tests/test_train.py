@@ -322,6 +322,23 @@ def test_exported_adapter_loads_back(pairs, unbroken):
             assert torch.equal(value.data, trained[name]), name
 
 
+@pytest.mark.parametrize(
+    "change", [{"r": 10**13}, {"rank_pattern": {"blocks.0.attn1.to_q": 3 * 10**6}}, {"r": None}]
+)
+def test_an_adapter_of_another_rank_than_it_says_is_refused(change, unbroken, tmp_path):
+    """Before anything of that rank is made."""
+    path = tmp_path / "adapter.safetensors"
+    with safe_open(unbroken[1] / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    said |= {f"transformer.{name}": value for name, value in change.items()}
+    save_file(adapter(unbroken[1]), path, metadata={"lora_adapter_metadata": json.dumps(said)})
+    model = models.family("toy").load(BASE, torch.float32)
+    (rank,) = (r if isinstance(r, int) or r is None else r.popitem()[1] for r in change.values())
+    with pytest.raises(ValueError, match=rf"\(rank {rank}, but lora_A of rank \[4\]\)"):
+        checkpoint.load_lora(path, model)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
 def test_adapter_loads_as_diffusers_does(unbroken):
     """The keys and metadata are what a diffusers model's own loader expects."""
     from diffusers import WanTransformer3DModel
