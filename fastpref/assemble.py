@@ -17,7 +17,7 @@ from . import attention, cache, checkpoint, compiling, data, encode, models, ref
 from .config import FREE_FIELDS, Config
 from .files import differences, identity
 from .functional import Draws
-from .models.folder import scheduler_config
+from .models.folder import encoders_of, scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
 
 
@@ -133,10 +133,18 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
     family, now = dataset.fingerprint["family"], models.family(config.family).__name__
     if family != now:
         raise ValueError(f"data {path}: encoded with family {family}, got family {now}")
+    before = dataset.fingerprint.get("encoders", {})
+    now = encoders_of(config.model) if before else {}
+    listed = differences(before, now, before.keys() ^ now.keys())
+    if listed:
+        raise ValueError(
+            f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
+            "again with this model, or train the one it was encoded with"
+        )
     model = Path(config.model)
-    if model.exists() and dataset.fingerprint["model"] != identity(model):
+    if dataset.fingerprint["model"] != (identity(model) if model.exists() else config.model):
         print(
-            f"warning: data {path} was encoded with another model folder than {model}: its VAE "
+            f"warning: data {path} was encoded with another model than {model}: its VAE "
             "and text encoders must be the same",
             file=sys.stderr,
         )

@@ -264,13 +264,18 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What decides an encoded set's content, as compared by `claim`.
 
-    Of a Hugging Face dataset also its split and its own fingerprint, where it has them.
+    Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
+    what training compares with the base it gets (`models.folder.encoders_of`).
     """
+    from .models.folder import encoders_of
+
+    encoders = encoders_of(model)
     dataset = None if rows.path else rows._source._records
     split, version = getattr(dataset, "split", None), getattr(dataset, "_fingerprint", None)
     return {
         "family": module.__name__,
         "model": identity(Path(model)) if Path(model).exists() else str(model),
+        **({"encoders": encoders} if encoders else {}),
         **asdict(sampling),
         "dtype": dtype,
         **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),

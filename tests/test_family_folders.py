@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, PROMPTS, Case, frames_of, tiny, write_media
+from pairs import options
 from safetensors.torch import load_file, save_file
 
 from fastpref import models
+from fastpref.assemble import open_data
+from fastpref.config import Config
 from fastpref.encode import encode
 from fastpref.models import folder as model_folder
 
@@ -356,3 +359,45 @@ def test_a_folder_with_a_safety_checker_loads(tmp_path):
     (path / "model_index.json").write_text(json.dumps(index))
     (row,) = case.module.encode_text(case.module.pipeline(path), PROMPTS[:1])
     assert torch.equal(row["text"], case.cond(PROMPTS[:1])["text"][0])
+
+
+def test_a_set_of_another_base_is_refused(tmp_path, capsys):
+    """In training, and in `predict` where the set does not say what it was encoded with."""
+    sd15, sdxl = tiny("sd15"), tiny("sdxl")
+    media, folder = write_media(sd15.family, tmp_path / "media"), tmp_path / "set"
+    encode("stable_diffusion", sd15.path, media, folder, progress=False)
+
+    def opened(model: Path | str) -> None:
+        values = {"family": "stable_diffusion", "model": str(model)}
+        open_data(Config(**options(folder, tmp_path / "run", **values)), tmp_path / "run")
+
+    says = r"another base than .*: vae.scaling_factor \(0.18215 there, 0.13025 here\); encode it"
+    with pytest.raises(ValueError, match=says):
+        opened(sdxl.path)
+    opened(sd15.path)
+    assert "warning: data" not in capsys.readouterr().err
+    other = changed(sd15, tmp_path)
+    for part in ("vae", "text_encoder"):  # saved by another version: a default left out
+        config = json.loads((other / part / "config.json").read_text())
+        left_out = "scaling_factor" if part == "vae" else "_name_or_path"
+        config.pop(left_out, None)
+        (other / part / "config.json").write_text(json.dumps(config))
+    opened(other)
+    shutil.rmtree(other / "text_encoder")  # training needs the transformer alone
+    opened(other)
+    assert capsys.readouterr().err.count("warning: data") == 2
+
+    mark = json.loads((folder / "fingerprint.json").read_text())
+    del mark["encoders"]  # as sets were before
+    mark["model"] = "someone/sd15"
+    (folder / "fingerprint.json").write_text(json.dumps(mark))
+    opened("someone/sd15")
+    assert "warning: data" not in capsys.readouterr().err
+    opened("someone/sdxl")
+    assert "was encoded with another model than someone/sdxl" in capsys.readouterr().err
+
+    noisy, t = sd15.latents[:1], torch.tensor([500.0])
+    with pytest.raises(ValueError, match="no embedding `pooled` for a UNet of SDXL: the set was"):
+        sdxl.module.predict(sdxl.model, noisy, t, sd15.cond(["a"]))
+    with pytest.raises(ValueError, match=r"an embedding `pooled` for a UNet of SD1.5: the set was"):
+        sd15.module.predict(sd15.model, noisy, t, sdxl.cond(["a"]))

@@ -20,6 +20,13 @@ from torch import Tensor, nn
 # Beginnings of the names of the parts that encoders have.
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 
+# What of a VAE's and a text encoder's config tells two bases apart, however they were saved.
+VAE_FACTS = (
+    *("latent_channels", "z_dim", "scaling_factor", "shift_factor"),
+    *("latents_mean", "latents_std"),
+)
+TEXT_FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
+
 SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
 
@@ -163,6 +170,38 @@ def part_class(path: str | Path, part: str, entry: Sequence[Any]) -> type:
             f"transformers, got {json.dumps(entry)}; code that comes with a model is not run"
         )
     return kind
+
+
+def encoders_of(path: str | Path) -> dict[str, Any]:
+    """What decides the latents and embeddings of a folder or hub id, wherever it lies.
+
+    `{"vae.scaling_factor": 0.13025, "text_encoder.hidden_size": 768, ...}` from the parts' configs
+    with their classes' defaults; a part that cannot be read is left out.
+    """
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    found = {}
+    try:
+        index = read_config(DiffusionPipeline, path)
+    except ValueError:
+        return found
+    for part, entry in index.items():
+        if not part.startswith(("vae", "text_encoder")) or not isinstance(entry, list | tuple):
+            continue
+        try:
+            kind = part_class(path, part, entry)
+            if issubclass(kind, ModelMixin):
+                defaults = {n: p.default for n, p in signature(kind.__init__).parameters.items()}
+                config = defaults | read_config(kind, path, part)
+            else:
+                config = kind.config_class.from_pretrained(str(path), subfolder=part)
+                config = {name: getattr(config, name) for name in TEXT_FACTS}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+        for name in (name for name in VAE_FACTS + TEXT_FACTS if name in config):
+            value = config[name]
+            found[f"{part}.{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 class Encoders:

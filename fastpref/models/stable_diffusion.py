@@ -67,8 +67,15 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
     cond: `text` and, for SDXL, `pooled`; SDXL's added time ids say that the image had the size it
     is trained at, uncropped, as its pipeline says when it samples.
     """
+    wanted = model.config.addition_embed_type == "text_time"
+    if wanted != ("pooled" in cond):
+        have, base = ("no", "SDXL") if wanted else ("an", "SD1.5")
+        raise ValueError(
+            f"stable_diffusion.predict: {have} embedding `pooled` for a UNet of {base}: the set "
+            "was encoded with another base; encode it again with this model"
+        )
     added = None
-    if "pooled" in cond:
+    if wanted:
         size = tuple(n * getattr(model, "vae_factor", VAE_FACTOR) for n in noisy.shape[-2:])
         ids = time_ids(size, noisy.device).to(noisy.dtype).expand(len(noisy), -1)
         added = {"text_embeds": cond["pooled"].to(noisy.dtype), "time_ids": ids}
