@@ -188,6 +188,9 @@ def encoders_of(path: str | Path) -> dict[str, Any]:
     for part, entry in index.items():
         if not part.startswith(("vae", "text_encoder")) or not isinstance(entry, list | tuple):
             continue
+        # transformers gives its defaults for a folder that is not there.
+        if Path(path).is_dir() and not (Path(path) / part / "config.json").is_file():
+            continue
         try:
             kind = part_class(path, part, entry)
             if issubclass(kind, ModelMixin):
