@@ -311,11 +311,35 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
     return abar
 
 
+# The schedulers of diffusers whose noise is DDPM's, by betas; others (EDM, VE, consistency, ...)
+# noise otherwise, or have fields of the same names that they do not use.
+DDPM_KIND = (
+    *("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler"),
+    *("DDIMInverseScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler", "RePaintScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
+    *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler"),
+    *("SASolverScheduler", "UniPCMultistepScheduler"),
+    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+)
+
+
 def from_config(config: dict[str, Any]) -> FlowMatching | Diffusion:
-    """The process of a diffusers scheduler_config.json: flow matching if it says so, else DDPM."""
+    """The process of a diffusers scheduler_config.json: flow matching if it says so, else DDPM.
+
+    Raises ValueError where its class is named and of neither kind.
+    """
+    name = config.get("_class_name", "DDPMScheduler")
     flow = (
-        "FlowMatch" in str(config.get("_class_name", ""))
+        "FlowMatch" in str(name)
         or config.get("use_flow_sigmas")
         or config.get("prediction_type") == "flow_prediction"
     )
+    if not flow and name not in DDPM_KIND:
+        raise ValueError(
+            f"scheduler config: _class_name {name} noises in a way that is not supported; "
+            "expected a flow-matching scheduler or one of DDPM's kind (DDIMScheduler, ...): use "
+            "another model"
+        )
     return (FlowMatching if flow else Diffusion).from_config(config)

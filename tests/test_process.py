@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref import Diffusion, Draws, FlowMatching, add_noise, oracle
-from fastpref.process import Process, from_config
+from fastpref.process import DDPM_KIND, Process, from_config
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD15 = SCALED | {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "steps_offset": 1}
@@ -413,3 +413,23 @@ def test_one_line_errors(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["EDMEuler", "EDMDPMSolverMultistep", "ScoreSdeVe", "KarrasVe", "IPNDM", "UnCLIP"]
+)
+def test_schedulers_that_noise_otherwise_are_refused(name):
+    with pytest.raises(ValueError, match=f"_class_name {name}Scheduler noises in a way that is"):
+        from_config(SCALED | {"_class_name": f"{name}Scheduler"})
+
+
+@pytest.mark.parametrize("name", DDPM_KIND)
+def test_schedulers_of_ddpms_kind_have_its_alphas(name):
+    config = {"beta_start": 0.001, "beta_end": 0.015, "num_train_timesteps": 1000}
+    needs = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
+    pytest.importorskip(needs.get(name, "torch"))
+    theirs = getattr(diffusers, name)(beta_schedule="scaled_linear", **config)
+    process = from_config(dict(theirs.config) | {"_class_name": name})
+    torch.testing.assert_close(
+        process.alphas_cumprod.float(), theirs.alphas_cumprod.float(), rtol=1e-4, atol=0
+    )
