@@ -3,6 +3,7 @@ noising, target, timestep, the model's call, text, media, samples, loss.
 """
 
 import json
+import shutil
 from typing import Any
 
 import diffusers
@@ -423,3 +424,15 @@ def test_sdxl_is_told_the_size_in_pixels():
         other = module.predict(case.model, case.latents[:1], t, cond)
         case.model.vae_factor = 4
     assert not torch.equal(first, other)
+
+
+def test_sdxls_latents_are_normalised_as_its_pipeline_does(tmp_path):
+    """Playground 2.5's VAE has a mean and a std per channel."""
+    given = tiny("sdxl")
+    path = shutil.copytree(given.path, tmp_path / "model")
+    config = json.loads((path / "vae" / "config.json").read_text())
+    config |= {"latents_mean": [-1.5, 0.2, 1.1, -0.8], "latents_std": [8.5, 5.5, 0.7, 3.0]}
+    (path / "vae" / "config.json").write_text(json.dumps(config))
+    case = Case("sdxl", given.family, path)
+    test_media_go_through_the_pipelines_vae(case)
+    assert (case.latents - given.latents).abs().mean() > 0.1 * given.latents.abs().mean()

@@ -111,7 +111,9 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
 
 @torch.no_grad()
 def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -> Tensor:
-    """An image `uint8 [1, H, W, 3]` -> `[C, 1, H/8, W/8]`: posterior mode * scaling_factor.
+    """An image `uint8 [1, H, W, 3]` -> `[C, 1, H/8, W/8]`: the posterior's mode, scaled.
+
+    (mode - mean) * scaling_factor / std, with a mean and a std only where SDXL's VAE has them.
 
     normal: gives eps; the posterior's mean + std eps stands in place of its mode.
 
@@ -125,7 +127,9 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
         )
     vae = pipe.media.vae
     x = pixels(frames, size=pipe.media.vae_scale_factor)[:, :, 0].to(pipe.device, vae.dtype)
-    latents = drawn(vae.encode(x).latent_dist, normal) * vae.config.scaling_factor
+    mean, std = statistics(pipe, x)
+    latents = drawn(vae.encode(x).latent_dist, normal)
+    latents = (latents - mean) * vae.config.scaling_factor / std
     return latents.to(pipe.dtype).permute(1, 0, 2, 3)
 
 
@@ -156,5 +160,19 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
 def decode(pipe: Encoders, latents: Tensor) -> Tensor:
     """`[C, 1, h, w]` -> pixels `uint8 [1, 8h, 8w, 3]`."""
     vae = pipe.media.vae
-    x = latents.permute(1, 0, 2, 3).to(pipe.device, vae.dtype) / vae.config.scaling_factor
+    x = latents.permute(1, 0, 2, 3).to(pipe.device, vae.dtype)
+    mean, std = statistics(pipe, x)
+    x = x * std / vae.config.scaling_factor + mean
     return to_frames(vae.decode(x, return_dict=False)[0].permute(1, 0, 2, 3))
+
+
+def statistics(pipe: Encoders, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents' mean and standard deviation per channel, `[C, 1, 1]`, as SDXL's pipeline
+    applies them where its VAE's config has both (Playground 2.5); else 0 and 1.
+    """
+    config = pipe.media.vae.config
+    values = [config.get("latents_mean"), config.get("latents_std")]
+    if None in values or pipe.index.get("text_encoder_2") is None:
+        values = [[0.0], [1.0]]
+    mean, std = torch.tensor(values, dtype=like.dtype, device=like.device).view(2, -1, 1, 1)
+    return mean, std
