@@ -8,9 +8,9 @@ Two forms, each for one pair of latents (Wan 480p and CogVideoX shapes) in bf16:
 Baselines: eager PyTorch written as DiffusionDPO writes it, and torch.compile of the very same
 function. Gradients are checked against the float64 oracle before anything is timed. All variants
 take turns in all orders; `x ours` is the median of the rounds' ratios, "again" ours once more.
-On a GPU the inputs rotate, so that the L2 cache does not lie; `ms` is the GPU's own time, with the whole
-call queued before it begins, and `wall` that of a call on an idle GPU, launches included. GB/s counts
-what must be moved: each input read once, each output written once.
+On a GPU the inputs rotate, so that the L2 cache does not lie; `ms` is the GPU's own time, with the
+whole call queued before it begins, and `wall` that of a call on an idle GPU, launches included.
+GB/s counts what must be moved: each input read once, each output written once.
 """
 
 import argparse
@@ -225,8 +225,8 @@ def main() -> None:
         f"{first['objective']}, {args.pairs} pair, bf16, forward and backward; {first['device']},"
     )
     print(f"{first['threads']} threads, {first['cpu_features']}, torch {first['torch']}; to {path}")
-    print(f"{'shape':<10} {'form':<7} {'variant':<13} {'ms':>8} {'quartiles':>17} {'x ours':>7}", end="")
-    print(f" {'GB/s':>7} {'wall ms':>8} {'x ours':>7}")
+    print(f"{'shape':<10} {'form':<7} {'variant':<13} {'ms':>8} {'quartiles':>17}", end="")
+    print(f" {'x ours':>7} {'GB/s':>7} {'wall ms':>8} {'x ours':>7}")
     for row in rows:
         low, high = row["ms_quartiles"]
         print(

@@ -20,6 +20,7 @@ from . import models, oracle
 from .data import pair_file, read_fingerprint
 from .files import differences, identity, write_atomic
 from .media import Sampling
+from .models.folder import encoders_of
 from .prepare import Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Row, Rows
 
@@ -94,8 +95,9 @@ def encode(
     before = 0
 
     def flush() -> None:
-        if waiting:
-            load_parts(pipe, model)
+        for part in ("media", "text"):  # loaded here: a fault of the model's is not the rows'
+            if waiting and hasattr(type(pipe), part):
+                getattr(pipe, part)
         for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed, batch_size):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
@@ -130,19 +132,6 @@ def check_workers(num_workers: int) -> None:
     """ValueError: not a number of threads to start."""
     if not 0 <= num_workers <= MOST_WORKERS:
         raise ValueError(f"num_workers: expected 0 to {MOST_WORKERS}, got {num_workers}")
-
-
-def load_parts(pipe: Any, model: str | Path) -> None:
-    """Loads what a family's pipeline loads when first used: ValueError names the model, no row."""
-    for name in ("media", "text"):
-        try:
-            getattr(pipe, name, None)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).partition(". ")[0]
-            raise ValueError(
-                f"model {model}: its {name} encoder cannot be loaded ({reason}); expected a "
-                "diffusers folder or hub id whose configs and weights belong together"
-            ) from None
 
 
 def posterior_seed(module: ModuleType, posterior: str, seed: int | None) -> int | None:
@@ -267,11 +256,7 @@ def fingerprint(
     Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
     what training compares with the base it gets (`models.folder.encoders_of`).
     """
-    from .models.folder import encoders_of
-
     encoders = encoders_of(model)
-    dataset = None if rows.path else rows._source._records
-    split, version = getattr(dataset, "split", None), getattr(dataset, "_fingerprint", None)
     return {
         "family": module.__name__,
         "model": identity(Path(model)) if Path(model).exists() else str(model),
@@ -281,8 +266,7 @@ def fingerprint(
         **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
         "ranked": rows.ranked if rows.layout == "candidates" else None,
         "data": identity(rows.path) if rows.path else rows.name,
-        **({"split": str(split)} if split else {}),
-        **({"data_version": version} if version else {}),
+        **rows.version,
     }
 
 

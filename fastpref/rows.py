@@ -75,6 +75,7 @@ class Rows:
         self.root: Path | None = root and root.resolve()
         self.name: str = self._source.name
         self.total: int | None = self._source.total
+        self.version: dict[str, str] = getattr(self._source, "version", {})  # of what is no file
         self.layout = layout(self._source.columns, self.name)
 
     def __iter__(self) -> Iterator[Row | BadRow]:

@@ -232,6 +232,8 @@ class HuggingFace:
                 f"data {data}: expected a folder with metadata.jsonl, metadata.csv or "
                 f"metadata.parquet, such a file, or a Hugging Face dataset ({reason})"
             ) from None
+        of = {"split": stored.split, "data_version": getattr(stored, "_fingerprint", None)}
+        self.version = {name: str(value) for name, value in of.items() if value}
         self._records = stored.with_format("arrow")  # as stored: nothing is decoded
         self.columns: list[str] | None = stored.column_names
         if self.root and self.columns and set(self.columns) <= BARE:

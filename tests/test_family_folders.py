@@ -223,9 +223,9 @@ def test_missing_and_unsafe_weights_are_named(case, tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        ("vae/config.json", {"latent_channels": 8}, "media encoder cannot be loaded .* shape"),
-        ("model_index.json", {"vae": ["my_code", "MyVae"]}, "media encoder .*my_code is not one"),
-        ("text_encoder/config.json", {"hidden_size": 16}, "text encoder cannot be loaded"),
+        ("vae/config.json", {"latent_channels": 8}, "/vae: weights cannot be read"),
+        ("model_index.json", {"vae": ["my_code", "MyVae"]}, ": model_index.json: vae expected"),
+        ("text_encoder/config.json", {"hidden_size": 16}, "/text_encoder: weights"),
     ],
 )
 def test_encoders_that_do_not_load_are_no_fault_of_the_data(file, change, says, tmp_path):
@@ -233,7 +233,7 @@ def test_encoders_that_do_not_load_are_no_fault_of_the_data(file, change, says, 
     path = shutil.copytree(case.path, tmp_path / "model") / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     media = write_media(case.family, tmp_path / "media")
-    with pytest.raises(ValueError, match=f"^model {tmp_path}/model: its {says}") as error:
+    with pytest.raises(ValueError, match=f"^model {tmp_path}/model{says}") as error:
         encode("stable_diffusion", tmp_path / "model", media, tmp_path / "set", progress=False)
     assert "\n" not in str(error.value) and not (tmp_path / "set" / "bad_rows.jsonl").exists()
 
@@ -311,7 +311,7 @@ def test_encoders_whose_weights_are_not_whole_are_named(case, how, tmp_path):
         case.module.encode_text(case.module.pipeline(path), ["a"])
     assert says in str(error.value) and "\n" not in str(error.value)
     says = damage(path / "vae" / "diffusion_pytorch_model.safetensors", how)
-    with pytest.raises(OSError, match=f"{path}/vae: weights") as error:
+    with pytest.raises(ValueError, match=f"{path}/vae: weights") as error:
         case.module.encode_media(case.module.pipeline(path), frames_of(case.family, 0))
     assert says in str(error.value) and "\n" not in str(error.value)
     transformer = path / ("unet" if case.family.frames == 1 else "transformer")

@@ -251,15 +251,8 @@ class Encoders:
 
     @cached_property
     def media(self) -> Any:
-        """The pipeline with its VAE alone.
-
-        Raises:
-            OSError: it cannot be loaded; a ValueError of `encode_media` is about its frames.
-        """
-        try:
-            return self._load(("vae",), self.vae_dtype)
-        except ValueError as error:
-            raise OSError(str(error)) from None
+        """The pipeline with its VAE alone."""
+        return self._load(("vae",), self.vae_dtype)
 
     def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
         parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]
