@@ -2,7 +2,8 @@
 
 On tensors too small to matter: the pybind11 function alone, the torch operator (checks, allocation,
 dispatch), the operator recorded by autograd, that and its backward, and the PyTorch lines it stands
-for. Calls are timed in batches of 100; on a GPU without waiting for it.
+for. Calls are timed in batches of 100; on a GPU without waiting for it. Last the loop's own part:
+the next batch of sets of 1e2 to 1e6 pairs, which must not grow with the set.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 import fastpref
 from bench import timing
 from bench.pair_loss import mean_squares
-from fastpref import native, oracle
+from fastpref import data, native, oracle
 
 CALLS = 100
 
@@ -66,6 +67,30 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
     return calls
 
 
+class Made:
+    """A set of as many pairs as asked for, each of 64 numbers, made when it is read."""
+
+    def __init__(self, pairs: int) -> None:
+        self.shapes = ["64"] * pairs
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, i: int) -> data.Pair:
+        latents = torch.full((1, 1, 8, 8), float(i))
+        return data.Pair(latents, -latents, {"text": latents[0, 0]}, 1.0, i, "")
+
+
+def loaders() -> dict[str, Callable[[], object]]:
+    """The next batch of 8 pairs, within an epoch whose order is there."""
+    calls = {}
+    for pairs in (10**2, 10**4, 10**6):
+        batches = data.batches(Made(pairs), 8, seed=0, num_workers=2)
+        next(batches)
+        calls[f"next batch of {pairs:,} pairs"] = batches.__next__
+    return calls
+
+
 def repeated(call: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         for _ in range(CALLS):
@@ -80,7 +105,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    batches = {name: repeated(call) for name, call in variants(device).items()}
+    calls = variants(device) | loaders()
+    batches = {name: repeated(call) for name, call in calls.items()}
     # The wall clock for every device: what is measured is the host.
     timings = timing.interleave(batches, torch.device("cpu"), rounds=args.rounds, warmup=1)
     facts = timing.environment(device)

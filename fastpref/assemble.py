@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,15 @@ def pick_attention(
     return attention.choose(wanted, model, probe, device)
 
 
+def wait_for(path: Path, seconds: float = 600) -> None:
+    """Until another rank has written `path`; ValueError: it has not."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise ValueError(f"{path}: rank 0 has not written it in {seconds:g} s; look at its log")
+        time.sleep(0.2)
+
+
 def cache_folder(config: Config, dataset: data.PairDataset) -> Path:
     """Where the run's cached reference errors are."""
     return Path(config.reference_cache or dataset.folder / "reference")
@@ -253,6 +263,8 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
         batch, draws = prepare(0, data.collate([dataset[0]] * config.train_batch_size))
         reference.errors(says, process, batch, draws, config.pair_mode)
 
+    if rank and config.attention == "auto" and device.type == "cuda":
+        wait_for(where / "fingerprint.json")  # rank 0 picks for all
     backend = pick_attention(config, model, probe, device, where / "fingerprint.json")
     if rank == 0:
         print(f"attention  {backend}")

@@ -72,7 +72,7 @@ def train(config: Config) -> dict[str, Any]:
     dataset = open_data(config, folder)
     torch.manual_seed(config.seed)
     process = make_process(config, family)
-    objective = config.make_objective(dataset[0].latents_w.numel())
+    objective = config.make_objective(elements(config, dataset))
     model = load_model(config, family, device, dtype).requires_grad_(config.tuning == "full")
     predict, prepare = predictor(family, device, dtype), preparer(config, dataset, device, dtype)
 
@@ -310,6 +310,19 @@ def train(config: Config) -> dict[str, Any]:
     }
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     return result
+
+
+def elements(config: Config, dataset: data.PairDataset) -> int:
+    """Of a sample: what a sum convention of beta is a sum over. ValueError: samples differ."""
+    texts = {text for shapes in set(dataset.shapes) for text in shapes.split()}
+    latents = [text.partition(":")[2] for text in texts if text.startswith("latents_w:")]
+    counts = {math.prod(map(int, shape.split("x"))) for shape in latents}
+    if len(counts) > 1 and config.beta_convention in ("half_sum", "sum"):
+        raise ValueError(
+            f"beta_convention {config.beta_convention}: one beta cannot fit latents of "
+            f"{min(counts)} and of {max(counts)} elements; use half_mean or mean"
+        )
+    return dataset[0].latents_w.numel()
 
 
 def schedule(config: Config, step: int) -> float:

@@ -1,9 +1,14 @@
 """Flags and run files of `fastpref train`: each mistake is one line, and both say the same run."""
 
-import pytest
-from pairs import arguments, fails, options
+import json
 
+import pytest
+import torch
+from pairs import BASE, arguments, fails, options
+
+from fastpref.cli import main
 from fastpref.config import Config
+from fastpref.media import Sampling, decode, write_clip
 from fastpref.parsing import parse
 
 
@@ -62,3 +67,26 @@ def test_yaml_and_flags_agree(pairs, tmp_path):
         **options(pairs, tmp_path, objective="sdpo", importance_steps=5)
     )
     assert parse(["--config", str(file), "--beta", "3"]).beta == 3.0
+
+
+def test_one_beta_of_a_sum_does_not_fit_latents_of_two_sizes(tmp_path, capsys):
+    rows = []
+    for i, size in enumerate((12, 12, 16, 16)):
+        for name in "wl":
+            frames = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8)
+            write_clip(tmp_path / "media" / f"{i}_{name}.mp4", frames)
+        rows.append({"prompt": f"p{i}", "chosen": f"{i}_w.mp4", "rejected": f"{i}_l.mp4"})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "media" / "metadata.jsonl").write_text(lines)
+    changes = options(tmp_path / "media", tmp_path / "run", beta_convention="sum")
+    said = fails(capsys, "train", *arguments(changes))
+    assert "beta_convention sum: one beta cannot fit latents of 3456 and of 6144 elements" in said
+
+
+def test_sample_finds_its_device(tmp_path, capsys):
+    """The README's own line, without --device."""
+    sizes = ["--num_frames", "8", "--height", "12", "--width", "12", "--steps", "2"]
+    where = ["--family", "toy", "--model", str(BASE), "--output_dir", str(tmp_path)]
+    assert main(["sample", *where, *sizes, "--prompts", "a red disc moving left"]) == 0
+    assert f"{tmp_path}/0000.mp4: a red disc" in capsys.readouterr().out
+    assert decode((tmp_path / "0000.mp4").read_bytes(), Sampling()).frames.shape == (8, 12, 12, 3)

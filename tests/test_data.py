@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 from pairs import write_pairs
 from safetensors.torch import save
 
+from bench.overhead import loaders
 from fastpref.data import (
     Pair,
     PairDataset,
@@ -285,3 +287,17 @@ def test_pinned_batches(encoded):
     moved = batch.to("cuda", torch.bfloat16)
     torch.cuda.synchronize()
     assert torch.equal(moved.latents.cpu(), batch.latents.bfloat16())
+
+
+def test_a_step_costs_the_same_in_a_set_of_any_size():
+    """The loop's own part, as `python -m bench.overhead` measures it: not O(pairs) a batch."""
+    spent = {}
+    for name, call in loaders().items():
+        times = []
+        for _ in range(40):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+        spent[name] = statistics.median(times)
+    least, *_, most = spent.values()
+    assert most < 10 * least + 2e-3, spent  # a pass over 1e6 rows takes 50 ms and more

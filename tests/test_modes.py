@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from threading import Timer
 
 import pytest
 import torch
 from pairs import arguments, options, write_pairs
 from safetensors.torch import load_file
 
-from fastpref.assemble import cache_reference
+from fastpref.assemble import cache_reference, wait_for
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.train import train
@@ -44,6 +45,15 @@ def test_deferred_trains_as_joint(objective, pairs, tmp_path):
         for key in ("loss", "errors/policy_w", "errors/reference_l", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-3), key
         assert objective == "sft" or a["grad_norm"] > 1e-3  # so it was clipped
+
+
+def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
+    record = tmp_path / "fingerprint.json"
+    Timer(0.5, lambda: record.write_text("{}")).start()
+    wait_for(record, seconds=30)
+    assert record.exists()
+    with pytest.raises(ValueError, match="never: rank 0 has not written it"):
+        wait_for(tmp_path / "never", seconds=0.1)
 
 
 @pytest.mark.parametrize("mode", ["joint", "deferred"])
