@@ -120,6 +120,18 @@ def check_on(model: nn.Module, probe: Callable[[], Tensor]) -> None:
         )
 
 
+def check_step(err: Tensor, ref_err: Tensor) -> None:
+    """Self-check of the first step after an update, in the form it has in the loop (compiled,
+    recorded, resumed): switching the adapters off reaches it, so policy and reference differ.
+    """
+    if torch.equal(err, ref_err):
+        print(
+            "warning: self-check: policy and reference still say the same in the training step: "
+            "switching the adapters has no effect there; try without compile and cuda_graphs",
+            file=sys.stderr,
+        )
+
+
 def frozen_copy(model: nn.Module, predict: Predict) -> Reference:
     """A second copy of the weights as they are now, for full fine-tuning."""
     return base(copy.deepcopy(model).eval().requires_grad_(False), predict)

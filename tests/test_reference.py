@@ -5,10 +5,12 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from pairs import BASE
+from pairs import BASE, options, write_pairs
 from tiny import case
 
 from fastpref import models, reference
+from fastpref.config import Config
+from fastpref.train import train
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "sd15"])
@@ -47,3 +49,20 @@ def test_self_check_sees_a_changed_base():
         next(p for name, p in model.named_parameters() if "base_layer" in name).mul_(1.01)
     with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
         reference.check_off(model, probe, before)
+
+
+def test_a_step_in_which_the_switch_does_nothing_is_told(tmp_path, monkeypatch, capsys):
+    """A reference that sees the adapters: margins of zero, which no other check would notice."""
+    media = write_pairs(tmp_path / "pairs", count=4)
+    train(Config(**options(media, tmp_path / "good", max_train_steps=2)))
+    assert "self-check" not in capsys.readouterr().err
+    monkeypatch.setattr(
+        reference,
+        "shared_prefix",
+        lambda model, predict: (
+            lambda noisy, t, cond: predict(model, noisy, t, cond),
+            reference.base(model, predict),
+        ),
+    )
+    train(Config(**options(media, tmp_path / "bad", max_train_steps=2)))
+    assert "policy and reference still say the same" in capsys.readouterr().err
