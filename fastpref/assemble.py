@@ -18,6 +18,7 @@ from . import attention, cache, checkpoint, compiling, data, encode, models, ref
 from .config import FREE_FIELDS, Config
 from .files import differences, identity
 from .functional import Draws
+from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
 
@@ -273,7 +274,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             compiling.compile_blocks(model, family.BLOCKS)
         count = cache.fill(
             where,
-            says,
+            recorded_pass(says, device) if config.cuda_graphs else says,
             process,
             dataset,
             prepare,
@@ -285,6 +286,16 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             world=world,
         )
     return where, count
+
+
+def recorded_pass(says: reference.Reference, device: torch.device) -> reference.Reference:
+    """A reference pass as a CUDA graph; what it says is overwritten by the next pass."""
+
+    def whole(noisy: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        return says(noisy, t, cond)
+
+    graph = StepGraph(whole, device, name="reference pass")
+    return lambda noisy, t, cond, draws=None: graph(noisy=noisy, t=t, **cond)
 
 
 def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:

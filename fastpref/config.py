@@ -111,8 +111,9 @@ class Config:
             installed on the run's shape and keeps to its pick when the run goes on.
         compile: compile every block with its adapters (torch.compile): three compilations per shape
             of batch, in the first step.
-        cuda_graphs: record a batch's whole step as a CUDA graph and replay it: for small shapes,
-            where launching takes longer than computing.
+        cuda_graphs: record a batch's whole step, and the optimiser's (cache-reference: the
+            reference pass), as CUDA graphs and replay them: for small shapes, where launching takes
+            longer than computing.
         seed: of the draws, the data order and the adapters' initialisation.
         deterministic: ask torch for deterministic kernels (bit-equal resume on a GPU, slower).
         device: cpu, cuda or cuda:N; default: cuda where there is one.

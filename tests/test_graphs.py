@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastpref
 from fastpref import models, reference, step
+from fastpref.assemble import recorded_pass
 from fastpref.functional import Draws, PairLoss
 from fastpref.graphs import StepGraph, _detached
 
@@ -185,6 +186,23 @@ def test_a_sample_step_replayed_is_the_step(pair_step, device):
                 p -= 0.1 * p.grad
     if device.type == "cuda":
         assert graph.why_not is None, graph.why_not
+
+
+def test_a_reference_pass_is_recorded(device):
+    """What it says in the fourth call and later is what the model says, of new inputs."""
+    random = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(5, 5).to(device)
+
+    @torch.no_grad()
+    def says(noisy, t, cond, draws=None):
+        return model(noisy) * t[:, None] + cond["text"]
+
+    graph = recorded_pass(says, device)
+    for _ in range(6):
+        noisy, text = torch.randn(2, 4, 5, generator=random).to(device)
+        t = torch.rand(4, generator=random).to(device)
+        wanted = says(noisy, t, {"text": text})
+        torch.testing.assert_close(graph(noisy, t, {"text": text}), wanted)
 
 
 def test_the_objectives_numbers_are_read_at_every_replay(device):

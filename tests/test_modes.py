@@ -47,6 +47,17 @@ def test_deferred_trains_as_joint(objective, pairs, tmp_path):
         assert objective == "sft" or a["grad_norm"] > 1e-3  # so it was clipped
 
 
+def test_a_recorded_reference_pass_fills_the_same_cache(pairs, tmp_path, capsys):
+    tables = []
+    for graphs in (False, True):
+        folder = tmp_path / f"cache-{graphs}"
+        change = {"reference": "cached", "draws_per_pair": 2, "cuda_graphs": graphs}
+        cache_reference(Config(**options(pairs, tmp_path, reference_cache=str(folder), **change)))
+        tables.append(load_file(folder / "errors-000000.safetensors"))
+    assert "graphs: the reference pass runs without CUDA graphs" in capsys.readouterr().err
+    assert all(torch.equal(tables[0][name], tables[1][name]) for name in ("pair_id", "errors"))
+
+
 def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
     record = tmp_path / "fingerprint.json"
     Timer(0.5, lambda: record.write_text("{}")).start()
