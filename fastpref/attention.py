@@ -181,7 +181,7 @@ def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device
             return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
         try:
             off = _difference(name, call)
-        except (RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+        except (RuntimeError, ImportError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             return f"does not run on {call} ({reason}): use another"
         allowed = _TOLERANCE.get(call.dtype, 1e-3)

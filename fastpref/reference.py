@@ -127,7 +127,8 @@ def check_step(err: Tensor, ref_err: Tensor) -> None:
     if torch.equal(err, ref_err):
         print(
             "warning: self-check: policy and reference still say the same in the training step: "
-            "switching the adapters has no effect there; try without compile and cuda_graphs",
+            "the learning rate is too small for this dtype, or switching the adapters has no "
+            "effect there (try without compile and cuda_graphs)",
             file=sys.stderr,
         )
 

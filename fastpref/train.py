@@ -255,7 +255,7 @@ def train(config: Config) -> dict[str, Any]:
             progress.update()
             if step == 1 and config.tuning == "lora":
                 reference.check_on(model, probe)
-            if step == max(begin, 1) + 1:  # the first that began with adapters
+            if step == max(begin, 1) + 1 and config.tuning == "lora":  # began with adapters
                 reference.check_step(out.err, out.ref_err)
 
             if step % config.logging_steps == 0 or step == config.max_train_steps:
