@@ -58,6 +58,11 @@ struct Piece {
   int64_t pair, chunk, begin, length;
 };
 
+// Whether a tensor is written around the caches: one that a core's own cannot hold.
+bool past_caches(Shape const& shape, Dtype dtype) {
+  return shape.pred_rows * shape.elements * static_cast<int64_t>(bytes(dtype)) >= int64_t{4} << 20;
+}
+
 // Less than this for a helper is not worth waking it.
 constexpr int64_t kWorthWaking = 65536;  // elements
 
@@ -224,6 +229,7 @@ void pair_grad(GradArgs const& args, int threads) {
   Shape const shape = untangled(args.shape, args.target);
   double const unit = (args.grad ? args.grad[0] : 1.0) * args.scale * 2.0 / shape.elements;
   bool const shared = shape.pred_rows < shape.rows;  // both members' terms go into one row
+  bool const past = past_caches(shape, args.dtype);
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     for_targets(
         k, shape, args.target, piece, [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
@@ -233,7 +239,7 @@ void pair_grad(GradArgs const& args, int threads) {
             double const other = shared ? args.coef[row + shape.pairs] : 0.0;
             gradient(at(args.pred, args.dtype, offset), y[m], shared ? y[1] : nullptr, length,
                      static_cast<float>(unit * args.coef[row]), static_cast<float>(unit * other),
-                     at(args.grad_pred, args.dtype, offset), nullptr);
+                     at(args.grad_pred, args.dtype, offset), nullptr, past);
           }
         });
   });
@@ -244,6 +250,7 @@ void unit_seed(SeedArgs const& args, int threads) {
   ErrorArgs const& e = args.error;
   Shape const shape = untangled(e.shape, e.target);
   float const factor = static_cast<float>(args.scale * 2.0 / shape.elements);
+  bool const past = past_caches(shape, e.dtype);
   Partials err(shape);
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     int64_t const members = shape.rows / shape.pairs;
@@ -254,7 +261,7 @@ void unit_seed(SeedArgs const& args, int threads) {
                   for (int64_t m = 0; m < members; ++m) {
                     int64_t const offset = (piece.pair + m * shape.pairs) * shape.elements + begin;
                     gradient(at(e.pred, e.dtype, offset), y[m], nullptr, length, factor, 0.0f,
-                             at(args.seed, e.dtype, offset), lanes[m]);
+                             at(args.seed, e.dtype, offset), lanes[m], past);
                   }
                 });
     for (int64_t m = 0; m < members; ++m) err.set(piece.pair + m * shape.pairs, piece.chunk, lanes[m]);

@@ -34,6 +34,25 @@ inline V read(void const* from) {
   return v;
 }
 
+// Writes a vector; around the caches where `past` says so, which `to` must be aligned for.
+inline void write(void* to, U v, bool past) {
+#if defined(__x86_64__) && FASTPREF_WIDTH == 16
+  if (past) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__x86_64__) && FASTPREF_WIDTH == 8
+  if (past) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+#elif defined(__x86_64__)
+  if (past) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+#endif
+  memcpy(to, &v, sizeof v);
+}
+
+// What went around the caches is visible to other threads from here on.
+inline void wrote(bool past) {
+#if defined(__x86_64__)
+  if (past) _mm_sfence();
+#endif
+}
+
 #ifdef __clang__
 #define FASTPREF_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
 #else
@@ -54,9 +73,10 @@ using Places = std::make_integer_sequence<uint32_t, kWidth>;
 struct F32 {
   using Scalar = float;
   static inline Both load(float const* p) { return apart(read<F>(p), read<F>(p + kWidth), Places()); }
-  static inline void store(float* p, Both v) {
+  static inline void store(float* p, Both v, bool past = false) {
     Both const flat = together(v.even, v.odd, Places());
-    memcpy(p, &flat, sizeof flat);
+    write(p, (U)flat.even, past);
+    write(p + kWidth, (U)flat.odd, past);
   }
 };
 
@@ -71,9 +91,8 @@ struct Bf16 {
     U const bits = (U)v;
     return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
   }
-  static inline void store(uint16_t* p, Both v) {
-    U const words = (round(v.even) >> 16) | (round(v.odd) & 0xffff0000u);
-    memcpy(p, &words, sizeof words);
+  static inline void store(uint16_t* p, Both v, bool past = false) {
+    write(p, (round(v.even) >> 16) | (round(v.odd) & 0xffff0000u), past);
   }
 };
 
@@ -98,9 +117,8 @@ struct F16 {
     U const words = read<U>(p);
     return {widen(words & 0xffffu), widen(words >> 16)};
   }
-  static inline void store(uint16_t* p, Both v) {
-    U const words = narrow(v.even) | (narrow(v.odd) << 16);
-    memcpy(p, &words, sizeof words);
+  static inline void store(uint16_t* p, Both v, bool past = false) {
+    write(p, narrow(v.even) | (narrow(v.odd) << 16), past);
   }
 };
 
@@ -199,7 +217,8 @@ void errors(void const* pred, void const* ref, void const* target, int64_t n, do
 template <class P, class T, bool kOther, bool kError>
 void gradient_loop(typename P::Scalar const* pred, typename T::Scalar const* target,
                    typename T::Scalar const* other, int64_t n, float factor, float other_factor,
-                   typename P::Scalar* out, double* lanes) {
+                   typename P::Scalar* out, double* lanes, bool past) {
+  past = past && reinterpret_cast<uintptr_t>(out) % sizeof(U) == 0;
   int64_t const i = for_strips(n, [&](int64_t begin, int64_t end, int first) {
     Sums sums;
     for (int64_t group = begin; group < end; group += kLanes) {
@@ -217,30 +236,31 @@ void gradient_loop(typename P::Scalar const* pred, typename T::Scalar const* tar
           g.even += (p.even - o.even) * other_factor;
           g.odd += (p.odd - o.odd) * other_factor;
         }
-        P::store(out + at, g);
+        P::store(out + at, g, past);
       }
     }
     if (kError) sums.add_to(lanes, first);
   });
+  wrote(past);
   if (int64_t const rest = n - i) {
     Padded<P> const p(pred + i, rest);
     Padded<T> const t(target + i, rest), o(kOther ? other + i : target + i, rest);
     Padded<P> g;
     gradient_loop<P, T, kOther, kError>(p.data, t.data, o.data, kLanes, factor, other_factor, g.data,
-                                        lanes);
+                                        lanes, false);
     memcpy(out + i, g.data, rest * sizeof *out);
   }
 }
 
 template <class P, class T>
 void gradient(void const* pred, void const* target, void const* other, int64_t n, float factor,
-              float other_factor, void* out, double* lanes) {
+              float other_factor, void* out, double* lanes, bool past) {
   auto const loop = other   ? gradient_loop<P, T, true, false>
                     : lanes ? gradient_loop<P, T, false, true>
                             : gradient_loop<P, T, false, false>;
   loop(static_cast<typename P::Scalar const*>(pred), static_cast<typename T::Scalar const*>(target),
        static_cast<typename T::Scalar const*>(other), n, factor, other_factor,
-       static_cast<typename P::Scalar*>(out), lanes);
+       static_cast<typename P::Scalar*>(out), lanes, past);
 }
 
 // philox() and to_normals() of philox.h for kGroups groups at once. The former is written out in

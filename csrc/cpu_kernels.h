@@ -17,9 +17,10 @@ struct Kernels {
   void (*errors[kDtypes][kDtypes])(void const* pred, void const* ref, void const* target, int64_t n,
                                    double* lanes, double* ref_lanes);
   // out = factor (pred - target), plus other_factor (pred - other) where `other` is set;
-  // lanes += (pred - target)^2 where lanes is set (not together with `other`).
+  // lanes += (pred - target)^2 where lanes is set (not together with `other`). past: write `out` around
+  // the caches, which is faster where it is larger than they are.
   void (*gradient[kDtypes][kDtypes])(void const* pred, void const* target, void const* other, int64_t n,
-                                     float factor, float other_factor, void* out, double* lanes);
+                                     float factor, float other_factor, void* out, double* lanes, bool past);
   // out[0 .. 4 groups) = normals of groups first ..
   void (*normals)(Key const& key, uint32_t first, int64_t groups, float* out);
   // out = on_eps eps + on_x0 x0

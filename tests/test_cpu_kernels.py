@@ -236,3 +236,28 @@ def test_outputs_are_written_whole_and_nothing_else(elements, dtype, instruction
         launch(memory[guard:].data_ptr())
         assert memory[:guard].isnan().all() and memory[-guard:].isnan().all()
         assert torch.equal(memory[guard:-guard].view(2, elements), values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_gradients_go_around_the_caches(dtype, instruction_set):
+    """Rows of 4 MiB together, aligned or not, hold what each of them alone gives."""
+    elements, code = 2**21 // dtype.itemsize + 1, core.DTYPES[dtype]
+    pred, target = (torch.randn(2, elements).to(dtype) for _ in range(2))
+    coef, err = torch.tensor([3.0, -2.0]).double(), torch.empty(2, dtype=torch.float64)
+    y = (target.data_ptr(), code, *[0] * 5)
+    shape, cpu = (2, 1, 2, elements), core._C.cpu
+    args = pred.data_ptr(), code, *y
+    launches = {
+        "grad": lambda out: cpu.pair_grad(*shape, *args, coef.data_ptr(), 0, 1.0, out, 2),
+        "unit": lambda out: cpu.unit_seed(2, 1, elements, *args, err.data_ptr(), 0, 64.0, out, 2),
+    }
+    rows = [(pred[r : r + 1], target[r : r + 1]) for r in range(2)]
+    expected = {
+        "grad": [OP.pair_grad(*rows[r], coef[r : r + 1], None, 1.0, *NO_DRAWS) for r in range(2)],
+        "unit": [OP.unit_seed(*row, 64.0, *NO_DRAWS)[1] for row in rows],
+    }
+    for name, launch in launches.items():
+        memory = torch.full((2 * elements + 128,), math.nan, dtype=dtype)
+        launch(memory[64:].data_ptr())
+        assert memory[:64].isnan().all() and memory[-64:].isnan().all()
+        assert same_bits(list(memory[64:-64].view(2, 1, elements)), expected[name]), name
