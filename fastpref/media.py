@@ -20,6 +20,10 @@ MAX_BYTES = 2 << 30  # of one file
 MAX_FRAME = 1 << 26  # pixels of one decoded frame: 8192 x 8192
 MAX_FRAMES = 1 << 16  # of one clip
 MAX_PIXELS = 1 << 29  # pixels of one clip as kept in memory (3 bytes each)
+EXIF_ORIENTATION = 0x0112
+# Its values: quarter turns against the clock, then mirrored left to right.
+UPRIGHT = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)}
+UPRIGHT |= {7: (1, True), 8: (1, False)}
 
 
 class MediaError(ValueError):
@@ -165,7 +169,9 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
                 raise MediaError("truncated", f"is damaged or truncated at frame {i} of {total}")
             if i in wanted:
                 pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                pixels = torch.rot90(pixels, round(frame.rotation / 90), (0, 1))
+                turns, mirrored = _turns(data, container, frame)
+                pixels = torch.rot90(pixels, turns, (0, 1))
+                pixels = pixels.flip(1) if mirrored else pixels
                 if (height, width) not in ((0, 0), tuple(pixels.shape[:2])):
                     raise MediaError("shape_mismatch", f"changes its size at frame {i}")
                 height, width = pixels.shape[:2]
@@ -180,6 +186,22 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
             raise MediaError("truncated", f"is truncated: {missing}")
     frames = torch.stack([kept[i] for i in picks])
     return Clip(frames, total, height, width, seconds)
+
+
+def _turns(data: bytes, container: Any, frame: Any) -> tuple[int, bool]:
+    """(quarter turns against the clock, then mirrored) that show a frame as it is meant.
+
+    A picture's are read from its EXIF data: FFmpeg tells the turn alone.
+    """
+    turns, orientation = round(frame.rotation / 90), 1
+    if container.format.name.endswith("_pipe"):
+        from PIL import Image
+
+        try:
+            orientation = Image.open(io.BytesIO(data)).getexif().get(EXIF_ORIENTATION, 1)
+        except Exception:  # EXIF data that Pillow cannot read: whatever it stumbles over
+            return turns, False
+    return UPRIGHT.get(orientation, (turns, False))
 
 
 def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:

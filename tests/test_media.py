@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from fastpref.media import MAX_FRAME, MediaError, Sampling, decode, load, resize, write_clip
 
@@ -281,6 +282,27 @@ def test_rotated_phone_clips_are_decoded_upright(tmp_path):
     turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
     clip = decode(data[:at] + turned + data[at + 36 :], ALL)
     assert torch.equal(clip.frames, torch.rot90(gradient(3), -1, (1, 2)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_are_turned_and_mirrored_as_exif_says(kind, orientation):
+    corners = torch.zeros(16, 32, 3, dtype=torch.uint8)
+    corners[:8, :16], corners[:8, 16:] = 255, 128
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(corners.numpy()).save(file, kind, exif=exif.tobytes(), quality=100)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+    (frame,) = decode(file.getvalue(), ALL).frames
+    assert frame.shape == upright.shape
+    assert (frame.int() - torch.from_numpy(upright.copy()).int()).abs().max() <= 8
+
+
+def test_exif_data_that_cannot_be_read_turn_nothing():
+    file, exif = io.BytesIO(), b"Exif\0\0II*\0\xff\xff\xff\x7f"
+    Image.fromarray(gradient(1)[0].numpy()).save(file, "JPEG", exif=exif, quality=100)
+    off = decode(file.getvalue(), ALL).frames.int() - gradient(1).int()
+    assert off.abs().max() <= 8
 
 
 @pytest.mark.parametrize("field, value", [("num_frames", 0), ("fps", -1.0), ("fps", float("inf"))])
