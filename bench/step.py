@@ -29,7 +29,7 @@ from bench import timing
 from bench.architectures import ARCHITECTURES, PEAK
 from bench.baselines import BASELINES
 from bench.meters import Power, SavedBytes, attention_kernel
-from bench.variants import DRAWS, Ours, Setting, Usual, tensors
+from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
 from fastpref import attention
 
 LARGE = (
@@ -95,6 +95,9 @@ def activation_bytes(variant: Ours, setting: Setting) -> int:
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     """Rows of the table, B1's gradient before anything else."""
+    for name in args.variants or ():
+        if name not in BASELINES:
+            rungs(name)  # so that a mistake is told before anything is made
     deadline = time.perf_counter() + 60 * args.minutes
     setting, power = Setting(args, device), Power(device)
     shape, arch = setting.shape, setting.arch
@@ -124,8 +127,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         begin = time.perf_counter()
         try:
             variant, known = prepare(name, setting, expected)
-        except ValueError:  # of --variants
-            raise
         except Exception as error:  # out of memory, a compiler's: the others go on
             row["left_out"] = failure(error)
             print(f"{name}: {row['left_out']}")

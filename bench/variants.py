@@ -151,20 +151,30 @@ class Usual:
         self.run(setting.latents, setting.cond, levels, setting.autocast, noise)
 
 
+def rungs(name: str) -> tuple[str, str, list[str]]:
+    """(pair mode, checkpointing, what is added) of a variant of ours; ValueError: there is none."""
+    form, *added = name.split("+")
+    mode, _, kept = form.partition("/")
+    known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
+    if not known or set(added) - {"compile", "cached", "graph"}:
+        raise ValueError(
+            f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
+            f" and +compile, +cached, +graph, got {name}"
+        )
+    return mode, kept, added
+
+
 class Ours:
-    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad."""
+    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad.
+
+    As `fastpref train` does it: where the reference is not cached, its pass and the policy's share
+    what stands below the first adapter.
+    """
 
     models = 1
 
     def __init__(self, name: str, setting: Setting) -> None:
-        form, *added = name.split("+")
-        mode, _, kept = form.partition("/")
-        known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
-        if not known or set(added) - {"compile", "cached", "graph"}:
-            raise ValueError(
-                f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
-                f" and +compile, +cached, +graph, got {name}"
-            )
+        mode, kept, added = rungs(name)
         self.setting, self.clock = setting, Clock(setting.device)
         self.cached, self.what = "cached" in added, "ours"
         self.pair_step = step.joint if mode == "joint" else step.deferred
@@ -173,8 +183,13 @@ class Ours:
         checkpointing.apply(self.model, setting.family.BLOCKS, kept)
         if "compile" in added:
             compiling.compile_blocks(self.model, setting.family.BLOCKS)
-        self.policy = self._part("forward", partial(setting.family.predict, self.model))
-        online = reference.adapters_off(self.model, setting.family.predict)
+        predict = setting.family.predict
+        if self.cached:
+            policy = partial(predict, self.model)
+            online = reference.adapters_off(self.model, predict)
+        else:
+            policy, online = reference.shared_prefix(self.model, predict)
+        self.policy = self._part("forward", policy)
         self.reference = self._part("reference", online)
         if self.cached:
             self.reference = self._fill(mode)

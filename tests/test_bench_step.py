@@ -183,18 +183,25 @@ def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, 
     assert "gradient is off" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_recorded_and_the_rest_is_timed(results, monkeypatch):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB"), "out of memory"),
+        (ValueError("a library's own"), "ValueError: a library's own"),
+    ],
+)
+def test_what_cannot_run_is_recorded_and_the_rest_is_timed(error, reason, results, monkeypatch):
     right = step.Ours.__init__
 
     def full(self, name, setting):
         if name == "joint/none":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+            raise error
         right(self, name, setting)
 
     monkeypatch.setattr(step.Ours, "__init__", full)
     assert step.main([*QUICK, "--variants", "joint/none", "deferred/none"]) == 0
     rows = results()
-    assert rows["joint/none"]["left_out"] == "out of memory"
+    assert rows["joint/none"]["left_out"] == reason
     assert rows["deferred/none"]["s_per_pair"] > 0
 
 
