@@ -11,6 +11,8 @@ take turns in all orders; `x ours` is the median of the rounds' ratios, "again" 
 On a GPU the inputs rotate, so that the L2 cache does not lie; `ms` is the GPU's own time, with the
 whole call queued before it begins, and `wall` that of a call on an idle GPU, launches included.
 GB/s counts what must be moved: each input read once, each output written once.
+"bare" bounds what ours could reach around these kernels: the same two native calls and autograd,
+with every address and output ready and nothing checked.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 import fastpref
 from bench import timing
-from fastpref import oracle
+from fastpref import native, oracle
 from fastpref.objectives import OBJECTIVES, Objective
 
 SHAPES = {"wan": (16, 21, 60, 104), "cogvideox": (13, 16, 60, 90)}
@@ -161,6 +163,49 @@ def variants(device: torch.device) -> dict[str, dict[str, Callable]]:
     return forms
 
 
+# --- The bound of ours: what no wrapping of the kernels can do without ---
+
+
+def bare(objective: Objective, i: Inputs) -> Callable[[], Tensor]:
+    """The gradient by the two calls of the core in an autograd function, all else ready before."""
+    pred, element = i.pred.detach(), native.DTYPES[i.pred.dtype]
+    core = native.launchers(pred.device, pred.dtype)
+    rows, pairs, pred_rows = len(i.y), len(i.sigma), len(pred)
+    shape = (pairs, pred_rows, i.y[0].numel())
+    hyper, grad = objective.hyper_tensor(pred.device), torch.empty_like(pred)
+    loss, pair_loss, margin = (native.empty(pred, pairs) for _ in range(3))
+    err, ref_err, importance, coef = (native.empty(pred, rows) for _ in range(4))
+    workspace = native.workspace_of(core, (rows, *shape), True, pred.device)
+
+    def at(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, _):
+            core.pair_loss(
+                *shape, at(pred), at(i.ref), element, at(i.y), element, 0, 0, 0, 0, 0, at(err),
+                at(ref_err), at(workspace), objective.number, at(hyper), at(i.gain), 0, at(loss),
+                at(pair_loss), at(margin), at(importance), at(coef), native.last(pred.device),
+            )  # fmt: skip
+            return loss[0].clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            core.pair_grad(
+                rows, *shape, at(pred), element, at(i.y), element, 0, 0, 0, 0, 0, at(coef), 0,
+                2.0 / rows, at(grad), native.last(pred.device),
+            )  # fmt: skip
+            return grad
+
+    def run() -> Tensor:
+        return torch.autograd.grad(Bare.apply(i.pred), i.pred)[0]
+
+    if not torch.equal(run(), gradient(our_target_form, objective, i)):
+        raise SystemExit("bench.pair_loss: the gradient of bare is not ours")
+    return run
+
+
 def moved(form: str, i: Inputs) -> int:
     """Bytes: predictions, target (or x0) and gradient; in the noise form x0 and x_t as well."""
     tensors = [i.pred, i.ref, i.y, i.pred] + [i.x0, i.x0] * (form == "noise")
@@ -184,6 +229,9 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
             name: lambda call=call, turn=turns[name]: gradient(call, objective, next(turn))
             for name, call in calls.items()
         }
+        if form == "target":
+            bound = cycle([bare(objective, i) for i in sets])
+            turned["bare"] = lambda bound=bound: next(bound)()
         timings = walls = timing.interleave(turned, device, rounds=args.rounds, busy=True)
         if device.type == "cuda":
             walls = timing.interleave(turned, device, rounds=args.rounds)
