@@ -117,17 +117,23 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """FASTPREF_COMMIT names it where the sources lie without their history."""
+    """FASTPREF_COMMIT names it where the sources lie without their history.
+
+    -dirty: something else than the results, which every run appends to, is not committed.
+    """
     if told := os.environ.get("FASTPREF_COMMIT"):
         return told
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
-        here = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+        return _git("describe", "--always", "--abbrev=10") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    command, here = ["git", *arguments], Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def append(name: str, rows: list[dict[str, object]]) -> Path:
