@@ -217,7 +217,12 @@ def cache_folder(config: Config, dataset: data.PairDataset) -> Path:
 
 
 def cache_mark(
-    config: Config, dataset: data.PairDataset, process: Any, dtype: torch.dtype, backend: str
+    config: Config,
+    dataset: data.PairDataset,
+    process: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
 ) -> dict[str, Any]:
     """The fingerprint of the run's cached reference errors."""
     return cache.fingerprint(
@@ -230,6 +235,7 @@ def cache_mark(
         pair_mode=config.pair_mode,
         compile="blocks" if config.compile else "none",
         attention=backend,
+        device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         prompt_dropout=config.prompt_dropout,
     )
@@ -278,7 +284,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             process,
             dataset,
             prepare,
-            cache_mark(config, dataset, process, dtype, backend.name),
+            cache_mark(config, dataset, process, device, dtype, backend.name),
             batch_size=config.train_batch_size,
             draws_per_pair=config.draws_per_pair,
             pair_mode=config.pair_mode,

@@ -1,7 +1,8 @@
 """The reference's errors on disk, two float64 numbers per (pair, draw): filled once, read by runs.
 
 A cache is a folder: fingerprint.json says what the errors belong to, errors-N.safetensors hold
-`pair_id [n]` and `errors [n, K, 2]` (winner, loser) of every pair's draws 0 ... K-1.
+`pair_id [n]` and `errors [n, K, 2]` (winner, loser) of every pair's draws 0 ... K-1, and in their
+metadata the fingerprint's digest.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def fingerprint(
     pair_mode: PairMode,
     compile: str | None,
     attention: str,
+    device: str,
     dtype: str,
     prompt_dropout: float,
 ) -> dict[str, Any]:
     """Everything that decides the errors of a reference, by name, as JSON values.
 
-    model: diffusers folder or hub id; data: the encoded set. The objective, beta, the adapters and
-    the process's importance grid change no reference error: a sweep over them shares one cache.
+    model: diffusers folder or hub id; data: the encoded set; device: its type. The objective, beta,
+    the adapters and the process's importance grid change no reference error: a sweep over them
+    shares one cache.
     """
     values: dict[str, Any] = {
         "model": identity(Path(model)) if Path(model).exists() else str(model),
@@ -57,6 +60,7 @@ def fingerprint(
         "pair_mode": pair_mode,
         "compile": compile,
         "attention": attention,
+        "device": device,
         "dtype": dtype,
         "prompt_dropout": prompt_dropout,
         "torch": torch.__version__,
@@ -91,7 +95,8 @@ def fill(
     every world-th file and waits for nobody. Returns how many pairs this call has computed.
 
     Raises:
-        ValueError: the folder holds another fingerprint's errors, or an error is not finite.
+        ValueError: the folder holds another fingerprint's errors or a damaged file, or an error is
+            not finite.
     """
     from safetensors.torch import save
     from tqdm import tqdm
@@ -103,11 +108,13 @@ def fill(
     elif rank == 0:
         write_atomic(record, (json.dumps(fingerprint, indent=1) + "\n").encode())
     chunks = _chunks(dataset.shapes, batch_size)
-    mine = {
-        file: chunk
-        for i, chunk in enumerate(chunks)
-        if i % world == rank and not (file := folder / f"errors-{i:06d}.safetensors").exists()
-    }
+    mine = {}
+    for i, chunk in enumerate(chunks):
+        file = folder / f"errors-{i:06d}.safetensors"
+        if file.exists():
+            _read(file, fingerprint)  # of these values, and whole
+        elif i % world == rank:
+            mine[file] = chunk
     total = sum(len(rows) for chunk in mine.values() for rows in chunk)
     with tqdm(total=total, unit="pair", disable=True if rank else None, file=sys.stderr) as bar:
         for file, chunk in mine.items():
@@ -129,7 +136,8 @@ def fill(
                     f"cache-reference: the reference's error of pair {pair:016x} is not finite: "
                     "try mixed_precision no, or remove the pair"
                 )
-            write_atomic(file, save({"pair_id": ids, "errors": table}))
+            own = {"fingerprint": _digest(fingerprint)}
+            write_atomic(file, save({"pair_id": ids, "errors": table}, metadata=own))
     return total
 
 
@@ -145,11 +153,9 @@ def cached(
     loss; no lookup waits for the device.
 
     Raises:
-        ValueError: no cache there, of another fingerprint (the fields are named), or incomplete.
+        ValueError: no cache there, of another fingerprint (the fields are named), incomplete or
+            damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(path)
     record = folder / "fingerprint.json"
     if not record.exists():
@@ -160,15 +166,9 @@ def cached(
     _same(record, fingerprint)
     ids, tables = [], []
     for file in sorted(folder.glob("errors-*.safetensors")):
-        try:
-            values = load_file(file)
-            ids.append(values["pair_id"])
-            tables.append(values["errors"])
-        except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"reference cache {file}: cannot be read ({error}); delete it and run the same "
-                "fastpref cache-reference again"
-            ) from None
+        pairs, table = _read(file, fingerprint)
+        ids.append(pairs)
+        tables.append(table)
     known = {i for part in ids for i in part.tolist()}
     missing = [i for i in pair_ids if i not in known]
     if missing or not known:
@@ -239,6 +239,33 @@ def _same(record: Path, now: dict[str, Any]) -> None:
             f"reference cache {record.parent}: filled with another {listed}; use the same values, "
             "or fill another folder with fastpref cache-reference"
         )
+
+
+def _digest(fingerprint: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(fingerprint).encode(), digest_size=16).hexdigest()
+
+
+def _read(file: Path, fingerprint: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(pair_id [n], errors [n, K, 2]) of a file that `fill` wrote for this fingerprint."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            mark = (opened.metadata() or {}).get("fingerprint")
+            ids, table = (opened.get_tensor(name) for name in ("pair_id", "errors"))
+        expected = (len(ids), fingerprint["draws_per_pair"], 2)
+        if mark != _digest(fingerprint):
+            raise ValueError("it was filled with other values than fingerprint.json says")
+        if table.shape != expected or table.dtype != torch.float64 or ids.dtype != torch.int64:
+            raise ValueError(f"errors expected float64 {list(expected)}, got {list(table.shape)}")
+        if not table.isfinite().all():
+            raise ValueError("an error is not finite")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"reference cache {file}: cannot be used ({error}); delete it and run the same "
+            "fastpref cache-reference again"
+        ) from None
+    return ids, table
 
 
 def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:

@@ -104,7 +104,7 @@ def train(config: Config) -> dict[str, Any]:
             compiling.compile_blocks(frozen, family.BLOCKS)
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
     if config.reference == "cached":
-        mark = cache_mark(config, dataset, process, dtype, backend.name)
+        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
         says = cache.cached(errors, mark, dataset.pair_ids, device)
     elif frozen is not None:
         says = reference.base(frozen, predict)
@@ -125,7 +125,9 @@ def train(config: Config) -> dict[str, Any]:
 
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
 
-    def pair_step(batch: data.Batch, draws: Draws, scale: float) -> PairLoss:
+    def pair_step(
+        batch: data.Batch, draws: Draws, scale: float, says: reference.Reference = says
+    ) -> PairLoss:
         """Noise, reference, policy, loss and backward of one batch; gradients add up in `.grad`."""
         noisy, t, target = process.noise(batch.latents, draws)
         needs_gain = objective is not None and objective.needs_gain
@@ -171,12 +173,16 @@ def train(config: Config) -> dict[str, Any]:
         begin, noise = state["step"], state["margin_noise"]
         print(f"resumed from {start}")
     elif objective is not None:
-        noise = margin_noise(config, objective.beta, dataset, prepare, pair_step)
+        online = says
+        if config.reference == "cached":  # before its first step the policy is the reference
+            off = reference.adapters_off if config.tuning == "lora" else reference.base
+            online = off(model, predict)
+        noise = margin_noise(config, objective.beta, dataset, prepare, pair_step, online)
         optimizer.zero_grad(set_to_none=True)
-        if config.reference == "cached" and config.tuning == "lora":
+        if config.reference == "cached" and noise is not None:
             cache.drift(
                 says,
-                reference.adapters_off(model, predict),
+                online,
                 process,
                 first_pairs(config, dataset, prepare),
                 pair_mode=config.pair_mode,
@@ -354,7 +360,12 @@ def first_pairs(config: Config, dataset: data.PairDataset, prepare: Any) -> Any:
 
 
 def margin_noise(
-    config: Config, beta: float, dataset: data.PairDataset, prepare: Any, pair_step: Any
+    config: Config,
+    beta: float,
+    dataset: data.PairDataset,
+    prepare: Any,
+    pair_step: Any,
+    online: reference.Reference,
 ) -> float | None:
     """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
     alone makes of the margin in the run's own step. None: it is not finite. Leaves gradients of
@@ -362,7 +373,7 @@ def margin_noise(
     """
     seen = []
     for batch, draws in first_pairs(config, dataset, prepare):
-        out = pair_step(batch, draws, 0.0)
+        out = pair_step(batch, draws, 0.0, online)
         difference = (out.err - out.ref_err).view(2, -1)
         seen.append((0.5 * beta * (difference[0] - difference[1])).abs().max())
     worst = torch.stack(seen).max().item()

@@ -50,7 +50,7 @@ def fill(folder: Path, pause: float) -> int:
         return noisy * cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1)
 
     return cache.fill(
-        folder, reference, fastpref.FlowMatching(), Pairs(), prepare, {"a": 1},
+        folder, reference, fastpref.FlowMatching(), Pairs(), prepare, {"draws_per_pair": K},
         batch_size=2, draws_per_pair=K,
     )  # fmt: skip
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import memory
 import pytest
 import torch
 from memory import K, Pairs, prepare
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import DPO, STEPS, case, distance, gradients, plain, run
 
 import fastpref
@@ -28,7 +30,7 @@ def kind(path, c, **changes):
     values = {
         "model": path, "data": path, "process": c.process, "seed": 11, "draws_per_pair": K,
         "batch_size": 2, "pair_mode": "joint", "compile": None, "attention": "native",
-        "dtype": "float32", "prompt_dropout": 0.0,
+        "device": "cpu", "dtype": "float32", "prompt_dropout": 0.0,
     }  # fmt: skip
     return cache.fingerprint(**{**values, **changes})
 
@@ -107,8 +109,8 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
     assert cache.cached(folder, same, dataset.pair_ids)
     changes = {
         "model": "another/model", "seed": 12, "draws_per_pair": 4, "batch_size": 1,
-        "pair_mode": "deferred", "compile": "blocks", "attention": "cudnn", "dtype": "bfloat16",
-        "prompt_dropout": 0.1,
+        "pair_mode": "deferred", "compile": "blocks", "attention": "cudnn", "device": "cuda",
+        "dtype": "bfloat16", "prompt_dropout": 0.1,
     }  # fmt: skip
     changed = {**changes, "process": c.process.replace(strata=K)}
     named = {"batch_size": "train_batch_size", "process": "process.strata"}
@@ -128,10 +130,21 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
     with pytest.raises(ValueError, match=r"filled with another data \("):
         cache.cached(folder, kind(where, c), dataset.pair_ids)
     (where / "index.parquet").write_text("something")
+    (where / "fingerprint.json").write_text("other encoders")
+    with pytest.raises(ValueError, match=r"filled with another .*encoding \("):
+        cache.cached(folder, kind(where, c), dataset.pair_ids)
+    (where / "fingerprint.json").write_text("something")
+    flow = {"timestep_range": (0.1, 1.0), "shift": 2.0, "time_sampling": "logit_normal"}
+    for field, value in flow.items():
+        other = kind(where, c, process=c.process.replace(**{field: value}))
+        with pytest.raises(ValueError, match=rf"another process.{field} \("):
+            cache.cached(folder, other, dataset.pair_ids)
     table = torch.linspace(0.9, 0.1, 10, dtype=torch.float64)
     ddpm = [fastpref.Diffusion(alphas_cumprod=t, importance_steps=5) for t in (table, table * 0.9)]
     a, b = (kind(where, c, process=p) for p in ddpm)
     assert [k for k in a if a[k] != b[k]] == ["process.alphas_cumprod"]
+    b = kind(where, c, process=ddpm[0].replace(prediction_type="v_prediction"))
+    assert [k for k in a if a[k] != b[k]] == ["process.prediction_type"]
 
 
 def test_an_incomplete_or_damaged_cache_is_one_line(filled, tmp_path):
@@ -145,7 +158,7 @@ def test_an_incomplete_or_damaged_cache_is_one_line(filled, tmp_path):
     file = tmp_path / "errors-000000.safetensors"
     (tmp_path / "fingerprint.json").write_text(json.dumps(mark))
     file.write_bytes(b"cut short")
-    with pytest.raises(ValueError, match=r"errors-000000.safetensors: cannot be read .*delete it"):
+    with pytest.raises(ValueError, match=r"errors-000000.safetensors: cannot be used .*delete it"):
         cache.cached(tmp_path, mark, dataset.pair_ids)
     (tmp_path / "fingerprint.json").write_text("{")
     with pytest.raises(ValueError, match=r"fingerprint.json: is not readable"):
@@ -160,6 +173,47 @@ def test_an_incomplete_or_damaged_cache_is_one_line(filled, tmp_path):
             draws_per_pair=K,
         )  # fmt: skip
     assert not list((tmp_path / "new").glob("errors-*"))
+
+
+def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
+    """Filled under a fingerprint that is gone, cut in draws or in rows, or no numbers."""
+    c, dataset, ref, folder, mark = filled
+    whole = load_file(folder / "errors-000000.safetensors")
+    with safe_open(folder / "errors-000000.safetensors", "pt") as file:
+        own = file.metadata()
+    errors = whole["errors"]
+    hole = torch.where(errors == errors[2, 1, 0], torch.nan, errors)
+    cases = [
+        ({"fingerprint": "0"}, errors, "filled with other values than fingerprint.json says"),
+        (None, errors, "filled with other values"),
+        (own, errors[:, :1], r"expected float64 \[7, 3, 2\], got \[7, 1, 2\]"),
+        (own, errors[1:], r"expected float64 \[7, 3, 2\], got \[6, 3, 2\]"),
+        (own, hole, "an error is not finite"),
+    ]
+    (tmp_path / "fingerprint.json").write_text(json.dumps(mark))
+    how = {"batch_size": 2, "draws_per_pair": K}
+    for metadata, table, why in cases:
+        values = {"pair_id": whole["pair_id"], "errors": table.contiguous()}
+        save_file(values, tmp_path / "errors-000000.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match=f"errors-000000.safetensors: cannot be used .*{why}"):
+            cache.cached(tmp_path, mark, dataset.pair_ids)
+        with pytest.raises(ValueError, match=why):
+            cache.fill(tmp_path, ref, c.process, dataset, prepare, mark, **how)
+
+
+def test_drift_is_half_beta_times_the_change_of_the_difference():
+    """Of errors w, l kept as w + a, l + b: beta/2 |a - b|, the largest over the pairs."""
+    draws = fastpref.Draws(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    batch = data.Batch(torch.zeros(4, 1), {}, torch.ones(2), draws.pair_id, [])
+    process = SimpleNamespace(noise=lambda latents, draws: (latents, None, None))
+
+    def says(*errors):
+        return lambda noisy, t, cond, draws=None: torch.tensor(errors, dtype=torch.float64)
+
+    limits = {"pair_mode": "joint", "beta": 10.0, "margin_noise": 0.1}
+    kept, now = says(1.0, 2.0, 4.0, 8.0), says(1.0, 2.25, 4.0, 8.75)
+    worst, allowed = cache.drift(kept, now, process, [(batch, draws)], **limits)
+    assert worst == pytest.approx(5 * 0.5) and allowed == 0.2
 
 
 @pytest.mark.parametrize("form", STEPS)

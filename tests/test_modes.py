@@ -7,7 +7,8 @@ from threading import Timer
 import pytest
 import torch
 from pairs import arguments, options, write_pairs
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastpref.assemble import cache_reference, wait_for
 from fastpref.cli import main
@@ -83,6 +84,17 @@ def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
     said = capsys.readouterr()
     assert "reference  cached, margin noise" in said.out and "differ by" not in said.err
     assert_close(tmp_path / "cached", tmp_path / "online")
+    # A cache of a reference that is not this one: the margins move by beta/2 of the difference.
+    other = tmp_path / "doctored"
+    shutil.copytree(folder, other)
+    for file in (other / "reference").glob("errors-*"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        values = load_file(file)
+        values["errors"][..., 0] += 1e-2
+        save_file(values, file, metadata=metadata)
+    train(Config(**options(other, tmp_path / "drifted", **change, max_train_steps=1)))
+    assert "cached and online margins differ by 5, expected at most" in capsys.readouterr().err
     # Other objectives and betas read the same cache; another seed does not fit it.
     train(Config(**options(folder, tmp_path / "other", objective="sdpo", beta=300.0, **change)))
     assert main(["train", *arguments(options(folder, tmp_path / "seed", seed=1, **change))]) == 1
@@ -97,7 +109,7 @@ def test_a_frozen_copy_says_what_adapters_off_say(pairs, tmp_path):
     assert first["errors/reference_w"] == other["errors/reference_w"]
 
 
-def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path):
+def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path, capsys):
     folder = tmp_path / "set"
     shutil.copytree(pairs, folder)
     change = {"tuning": "full", "lora_rank": None, "draws_per_pair": 2, "learning_rate": 1e-4}
@@ -106,6 +118,7 @@ def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path):
     config = Config(**options(folder, tmp_path / "cached", max_train_steps=3, **change))
     assert cache_reference(config)[1] == 6
     train(config)
+    assert "differ by" not in capsys.readouterr().err
     name = "transformer/diffusion_pytorch_model.safetensors"
     a, b = (load_file(tmp_path / f / name) for f in ("cached", "copy"))
     for key in a:
