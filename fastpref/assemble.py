@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import differences, identity
+from .files import differences, model_identity
 from .functional import Draws
 from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
@@ -50,9 +51,9 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from (None: start at 0), after a check that the folder is this
-    run's.
+def open_run(config: Config, folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
+    after a check that the folder is this run's.
     """
     claim(folder)
     record, done = folder / "config.yaml", folder / "result.json"
@@ -71,11 +72,11 @@ def open_run(config: Config, folder: Path) -> Path | None:
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
-    if done.exists():
-        before = read_record(done)
-        artifact = folder / Path(str(before.get("artifact"))).name
-        if before.get("global_step", 0) < config.max_train_steps or not artifact.exists():
-            done.unlink()
+    result = read_record(done) if done.exists() else None
+    if result is not None:
+        artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
+        if result.get("global_step", 0) >= config.max_train_steps and artifact.exists():
+            return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]
@@ -88,20 +89,26 @@ def open_run(config: Config, folder: Path) -> Path | None:
                 f"resume_from_checkpoint: {own[0].name} is newer than {wanted}: to go back, move "
                 "the newer ones away first"
             )
-        return Path(wanted)
+        return Path(wanted), None
     found, broken = checkpoint.newest(folder)
     for line in broken:
         print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
+    if found is None and result is not None:
+        raise ValueError(
+            f"{folder} is trained to step {result.get('global_step')}, and no checkpoint is left "
+            "to go on from: choose another output_dir"
+        )
     if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
         print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
-    return found
+    return found, None
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A file that a run wrote about itself, YAML or JSON."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = read(path.read_text())
+    except (ValueError, yaml.YAMLError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
@@ -143,10 +150,9 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
             "again with this model, or train the one it was encoded with"
         )
-    model = Path(config.model)
-    if dataset.fingerprint["model"] != (identity(model) if model.exists() else config.model):
+    if dataset.fingerprint["model"] != model_identity(config.model):
         print(
-            f"warning: data {path} was encoded with another model than {model}: its VAE "
+            f"warning: data {path} was encoded with another model than {config.model}: its VAE "
             "and text encoders must be the same",
             file=sys.stderr,
         )

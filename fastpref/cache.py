@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .data import Batch, PairDataset, collate
-from .files import differences, identity, write_atomic
+from .files import differences, identity, model_identity, write_atomic
 from .functional import Draws
 from .reference import PairMode, Reference, errors
 
@@ -50,7 +50,7 @@ def fingerprint(
     shares one cache.
     """
     values: dict[str, Any] = {
-        "model": identity(Path(model)) if Path(model).exists() else str(model),
+        "model": model_identity(model),
         "data": identity(Path(data) / "index.parquet"),
         "encoding": identity(Path(data) / "fingerprint.json"),
         "process": type(process).__name__,

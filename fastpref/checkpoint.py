@@ -46,7 +46,7 @@ def save(
     keep: int,
 ) -> Path:
     """Writes checkpoint-`step` with parameters, optimiser, generators and `state`; then deletes
-    all but `keep`.
+    older ones beyond `keep`. (Newer ones are damaged: the run has fallen back from them.)
     """
     parameters = trainable(model)
     moments = {
@@ -76,7 +76,8 @@ def save(
         shutil.rmtree(final)
     temporary.rename(final)
     _flush(folder)
-    for old in folders(folder)[keep:]:
+    saved = folders(folder)
+    for old in saved[saved.index(final) + keep :]:
         shutil.rmtree(old)
     return final
 

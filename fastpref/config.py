@@ -17,6 +17,8 @@ from .objectives import OBJECTIVES, objective
 
 OFFLINE = [name for name in OBJECTIVES if name != "spo"]  # spo's pairs come from its own sampler
 
+OPTIONS = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
+
 # A resumed run may change these: none of them changes what a step computes (max_train_steps does
 # under a decaying schedule, see open_run).
 FREE_FIELDS = {
@@ -35,10 +37,9 @@ FREE_FIELDS = {
 
 def belongs(field: str, objective: str) -> bool:
     """Whether a field has an effect with an objective; sft has no options."""
-    options = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
     if field == "importance_steps":
         return objective in OBJECTIVES and OBJECTIVES[objective].has_importance
-    if field not in options:
+    if field not in OPTIONS:
         return True
     return objective in OBJECTIVES and field in {
         f.name for f in dataclasses.fields(OBJECTIVES[objective])
@@ -271,8 +272,10 @@ class Config:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected a finite number of 0 or more, got {getattr(self, name)}"
+                )
         for tracker in self.trackers:
             if tracker not in ("tensorboard", "wandb", "trackio"):
                 raise ValueError(
@@ -287,13 +290,17 @@ class Config:
         """The objective with its hyper-parameters; None for sft. `elements`: per sample, for the
         sum conventions.
         """
-        options = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
-        options -= {"beta", "sft_weight"}
-        hyper = {n: v for n in sorted(options) if (v := getattr(self, n, None)) is not None}
+        options = sorted(OPTIONS - {"beta", "sft_weight"})
+        hyper = {n: v for n in options if (v := getattr(self, n, None)) is not None}
         if self.objective == "sft":
             if hyper:
                 raise ValueError(f"{', '.join(hyper)} has no effect with objective sft: remove it")
             return None
+        if self.objective == "spo":
+            raise ValueError(
+                "objective spo trains on its own samples, whose online sampler is not built yet; "
+                "fastpref.preference_loss computes it"
+            )
         if self.objective not in OFFLINE:
             raise ValueError(
                 f"objective: expected one of {', '.join(OFFLINE)} or sft, got {self.objective}"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import models, oracle
 from .data import pair_file, read_fingerprint
-from .files import differences, identity, write_atomic
+from .files import differences, identity, model_identity, write_atomic
 from .media import Sampling
 from .models.folder import encoders_of
 from .prepare import Prepared, finish, prepared, stored_shapes
@@ -259,7 +259,7 @@ def fingerprint(
     encoders = encoders_of(model)
     return {
         "family": module.__name__,
-        "model": identity(Path(model)) if Path(model).exists() else str(model),
+        "model": model_identity(model),
         **({"encoders": encoders} if encoders else {}),
         **asdict(sampling),
         "dtype": dtype,

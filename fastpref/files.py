@@ -39,6 +39,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def model_identity(model: str | Path) -> str:
+    """The identity of a local model folder, or a hub id itself."""
+    return identity(Path(model)) if Path(model).exists() else str(model)
+
+
 def identity(path: Path) -> str:
     """Hex digest of a file, or of the model files (weights, configs, vocabularies) of a folder."""
     digest = hashlib.blake2b(digest_size=16)

@@ -41,6 +41,20 @@ class Meter:
         self.sums.index_add_(0, bins, stacked)
         self.counts.index_add_(0, bins, torch.ones_like(stacked[:, :1]))
 
+    def state(self) -> dict[str, Any]:
+        """What was added since the last flush, for a checkpoint; `restore` takes it back."""
+        if not self.names:
+            return {}
+        return {"names": self.names, "sums": self.sums.tolist(), "counts": self.counts.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.names = state.get("names", [])
+        if self.names:
+            self.sums, self.counts = (
+                torch.tensor(state[name], dtype=torch.float64, device=self.device)
+                for name in ("sums", "counts")
+            )
+
     def flush(self, by_level: tuple[str, ...] = ()) -> dict[str, Any]:
         """Means since the last flush, and for `by_level` names a list of BINS means (null where
         empty).

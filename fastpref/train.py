@@ -32,10 +32,10 @@ from .assemble import (
     preparer,
 )
 from .config import Config
-from .files import identity, write_atomic
+from .files import differences, identity, model_identity, write_atomic
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
-from .guard import Guard, Interrupted, Signals
+from .guard import Diverged, Guard, Interrupted, Signals
 from .step import deferred, joint
 from .telemetry import Log, Meter, check_trackers, pair_values
 from .validation import Prompts, write_sheet
@@ -52,16 +52,14 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: a mistake in the config or the data, in one line.
         Interrupted: a signal stopped the run after a save.
-        Diverged: too many steps in a row were not finite.
+        Diverged: too many steps in a row were not finite, or a parameter is not in the end.
     """
     folder = Path(config.output_dir)
     device, dtype = place(config)
-    start = open_run(config, folder)
-    if (folder / "result.json").exists():
-        result = json.loads((folder / "result.json").read_text())
+    start, result = open_run(config, folder)
+    if result is not None:
         print(f"{folder} is already trained to step {result['global_step']}")
-        artifact = folder / Path(result["artifact"]).name  # the folder may have been moved
-        return result | {"output_dir": str(folder), "artifact": str(artifact)}
+        return result
     check_trackers(config.trackers)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
@@ -75,13 +73,18 @@ def train(config: Config) -> dict[str, Any]:
     objective = config.make_objective(elements(config, dataset))
     model = load_model(config, family, device, dtype).requires_grad_(config.tuning == "full")
     predict, prepare = predictor(family, device, dtype), preparer(config, dataset, device, dtype)
+    first = next(data.batches(dataset, config.train_batch_size, config.seed))
 
     @torch.no_grad()
     def probe() -> Tensor:
-        """What the policy says of the first batch, uncompiled."""
-        batch, draws = prepare(*next(data.batches(dataset, config.train_batch_size, config.seed)))
+        """What the policy says of the first batch (deferred: of its first member), uncompiled."""
+        batch, draws = prepare(*first)
+        noisy, t, target = process.noise(batch.latents, draws)
+        inputs = (noisy, t, batch.cond)
+        if config.pair_mode == "deferred":
+            inputs, _ = reference.member(noisy, t, target, batch.cond, 0, len(draws.pair_id))
         with compiling.eagerly():
-            return predict(model, *process.noise(batch.latents, draws)[:2], batch.cond)
+            return predict(model, *inputs)
 
     errors, record = cache_folder(config, dataset), folder / "attention.json"
     earlier = errors / "fingerprint.json" if config.reference == "cached" else record
@@ -167,10 +170,22 @@ def train(config: Config) -> dict[str, Any]:
         update = StepGraph(update, device, name="optimiser")
 
     # ---- where to begin
-    begin, noise = 0, None
+    begin, noise, metrics, meter = 0, None, {}, Meter(device)
+    made_of = {
+        "data": identity(dataset.folder / "index.parquet"),
+        "model": model_identity(config.model),
+    }
     if start is not None:
         state = checkpoint.load(start, model, optimizer)
-        begin, noise = state["step"], state["margin_noise"]
+        changed = differences(state["made_of"], made_of)
+        if changed:
+            raise ValueError(
+                f"{start} was trained on another {changed}: put it back, or choose another "
+                "output_dir"
+            )
+        begin, noise, metrics = state["step"], state["margin_noise"], state["metrics"]
+        meter.restore(state["meter"])
+        (folder / "result.json").unlink(missing_ok=True)  # of fewer steps
         print(f"resumed from {start}")
     elif objective is not None:
         online = says
@@ -208,18 +223,17 @@ def train(config: Config) -> dict[str, Any]:
 
     def validate(step: int) -> None:
         """Clips of the validation prompts, base beside tuned at the same seeds, as pictures."""
-        if prompts and step % config.validation_steps == 0:
+        there = (folder / "validation" / f"step-{begin:06d}.png").exists() and step == begin
+        if prompts and step % config.validation_steps == 0 and not there:
             seeds = range(len(prompts.prompts))
             shape = dataset[0].latents_w.shape
             with compiling.eagerly():
                 clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
             write_sheet(folder / "validation", step, prompts.prompts, clips)
 
-    if begin == 0:
-        validate(0)
+    validate(begin)
 
     # ---- the loop
-    meter = Meter(device)
     log = Log(folder, config.trackers, config.to_dict(), begin)
     accumulate = config.gradient_accumulation_steps
     per_step = config.train_batch_size * accumulate
@@ -235,7 +249,6 @@ def train(config: Config) -> dict[str, Any]:
         total=config.max_train_steps, initial=begin, unit="step", disable=None, file=sys.stderr
     )
     interrupted = Signals()
-    metrics: dict[str, Any] = {}
     waited, since, step, logged = 0.0, time.perf_counter(), begin, begin
     clock = time.perf_counter()
     try:
@@ -278,13 +291,17 @@ def train(config: Config) -> dict[str, Any]:
                 waited, since, logged = 0.0, now, step
                 log.write({"global_step": step, "epoch": epoch, **metrics})
                 progress.set_postfix_str(postfix(metrics))
+                if progress.disable:  # no terminal
+                    line = f"step {step} of {config.max_train_steps}: {postfix(metrics)}"
+                    print(line, file=sys.stderr)
                 warning = guard.judge(metrics, step)
                 if warning:
                     progress.write(f"warning: {warning}", file=sys.stderr)
             last, stop = step == config.max_train_steps, bool(interrupted)
             if step % config.checkpointing_steps == 0 or last or stop:
                 began = time.perf_counter()
-                state = {"margin_noise": noise}
+                state = {"margin_noise": noise, "made_of": made_of}
+                state |= {"meter": meter.state(), "metrics": metrics}
                 checkpoint.save(
                     folder, step, model, optimizer, state, config.checkpoints_total_limit
                 )
@@ -302,15 +319,15 @@ def train(config: Config) -> dict[str, Any]:
         log.close()
         interrupted.restore()
 
+    if not all(p.isfinite().all() for p in parameters):
+        raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
     artifact = checkpoint.export(folder, model)
-    card = checkpoint.model_card(
-        config.to_dict(), artifact.name, identity(dataset.folder / "index.parquet"), len(dataset)
-    )
+    card = checkpoint.model_card(config.to_dict(), artifact.name, made_of["data"], len(dataset))
     write_atomic(folder / "README.md", card.encode())
-    pairs = max(1, (step - begin) * per_step)
+    spent, pairs = time.perf_counter() - clock, (step - begin) * per_step
     result = {
         "global_step": step,
-        "seconds_per_pair": (time.perf_counter() - clock) / pairs,
+        "seconds_per_pair": spent / pairs if pairs else metrics["perf/seconds_per_pair"],
         "margin_noise": noise,
         "artifact": str(artifact),
         "output_dir": str(folder),

@@ -198,6 +198,7 @@ def test_cut_records_are_one_line(pairs, tmp_path, capsys):
     train(Config(**options(pairs, tmp_path, max_train_steps=2)))
     record = tmp_path / "config.yaml"
     record.write_text(record.read_text()[:-40] + "\n: [")
+    capsys.readouterr()
     assert "config.yaml is not readable" in fails(
         capsys, "train", *arguments(options(pairs, tmp_path))
     )

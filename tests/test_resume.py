@@ -1,0 +1,142 @@
+"""Going on: what a run finds changed, what it keeps, what it has finished already."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from pairs import BASE, arguments, options, write_pairs
+from safetensors.torch import load_file, save_file
+
+from fastpref import attention
+from fastpref.checkpoint import fault
+from fastpref.cli import main
+from fastpref.config import Config
+from fastpref.guard import Diverged
+from fastpref.train import train
+
+ARTIFACT = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "media", count=6)
+    train(Config(**options(folder / "media", folder / "run", max_train_steps=1)))
+    return folder / "run" / "encoded"
+
+
+def run(pairs, folder, **changes):
+    return train(Config(**options(pairs, folder, **changes)))
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def test_a_log_line_across_a_resume_is_that_of_an_unbroken_run(pairs, tmp_path):
+    change = {"logging_steps": 3, "checkpointing_steps": 2}
+    run(pairs, tmp_path / "whole", **change)
+    run(pairs, tmp_path / "broken", **change, max_train_steps=4)
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    run(pairs, tmp_path / "broken", **change)
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+def test_another_data_set_or_base_under_the_same_path_is_refused(pairs, tmp_path):
+    data, base = tmp_path / "set", tmp_path / "base"
+    shutil.copytree(pairs, data)
+    shutil.copytree(BASE, base)
+    change = {"model": str(base)}
+    run(data, tmp_path / "run", **change, max_train_steps=2)
+    index = data / "index.parquet"
+    whole = index.read_bytes()
+    pq.write_table(pq.read_table(index).slice(0, 5), index)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was trained on another data \(.*put it back"
+    ):
+        run(data, tmp_path / "run", **change)
+    index.write_bytes(whole)
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained on another model \("):
+        run(data, tmp_path / "run", **change)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 2
+
+
+def test_a_finished_run_keeps_its_result_until_it_goes_on(pairs, tmp_path, capsys):
+    first = run(pairs, tmp_path, max_train_steps=2)
+    record = (tmp_path / "result.json").read_bytes()
+    flags = arguments(options(pairs, tmp_path, max_train_steps=4, report_to="wandb"))
+    assert main(["train", *flags]) == 1 and "report_to wandb" in capsys.readouterr().err
+    assert (tmp_path / "result.json").read_bytes() == record
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="is trained to step 2, and no checkpoint is left"):
+        run(pairs, tmp_path)
+    assert (tmp_path / "result.json").read_bytes() == record
+    assert run(pairs, tmp_path, max_train_steps=2) == first
+
+
+def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
+    change = {"validation_prompts": ["a red disc moves right"], "validation_steps": 2}
+    change |= {"validation_sampling_steps": 2, "max_train_steps": 2}
+    first = run(pairs, tmp_path / "run", **change)
+    for name in ("result.json", ARTIFACT, "validation/step-000002.png"):
+        (tmp_path / "run" / name).unlink()
+    again = run(pairs, tmp_path / "run", **change)
+    assert again["metrics"] == first["metrics"] and again["global_step"] == 2
+    assert again["seconds_per_pair"] == first["metrics"]["perf/seconds_per_pair"]
+    for name in (ARTIFACT, "validation/step-000002.png", "validation/step-000000.png"):
+        assert (tmp_path / "run" / name).exists()
+
+    flags = arguments(options(pairs, tmp_path / "sweep", max_train_steps=2))
+    del flags[flags.index("--beta") : flags.index("--beta") + 2]
+    command = ["sweep", "--objectives", "dpo", "--betas", "100", *flags]
+    capsys.readouterr()
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    (tmp_path / "sweep" / "dpo-beta100" / "result.json").unlink()
+    assert main(command) == 0 and capsys.readouterr().out.splitlines()[-2:] == table
+
+
+def test_what_is_saved_after_a_fall_back_stays(pairs, tmp_path, capsys):
+    run(pairs, tmp_path)
+    for newer in (tmp_path / "checkpoint-6", tmp_path / "checkpoint-4"):
+        (newer / "optimizer.safetensors").write_bytes(b"cut")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "result.json").unlink()
+    change = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run(pairs, tmp_path, **change, max_train_steps=3)
+    assert "checkpoint-6 is damaged" in capsys.readouterr().err
+    assert fault(tmp_path / "checkpoint-3") is None and not (tmp_path / "checkpoint-2").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_no_result(pairs, tmp_path):
+    with pytest.raises(Diverged, match="a trained parameter is not finite"):
+        run(pairs, tmp_path, weight_decay=1e39, learning_rate=1.0, max_train_steps=2)
+    assert not (tmp_path / ARTIFACT).exists() and not (tmp_path / "result.json").exists()
+    with pytest.raises(ValueError, match="weight_decay: expected a finite number"):
+        Config(**options(pairs, tmp_path, weight_decay=float("inf")))
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("joint", 4), ("deferred", 1)])
+def test_attention_is_picked_on_what_a_step_runs(mode, rows, pairs, tmp_path, monkeypatch):
+    seen = []
+
+    def choose(wanted, model, probe, device):
+        seen.append(len(probe()))
+        return choice(wanted, model, probe, device)
+
+    choice = attention.choose
+    monkeypatch.setattr(attention, "choose", choose)
+    run(pairs, tmp_path, pair_mode=mode, max_train_steps=1)
+    assert seen == [rows]
+
+
+def test_where_there_is_no_terminal_a_log_step_is_a_line(pairs, tmp_path, capsys):
+    run(pairs, tmp_path, max_train_steps=4, logging_steps=2)
+    said = capsys.readouterr().err
+    assert (
+        "step 2 of 4: loss 0." in said and "step 4 of 4: loss 0." in said and "step 3" not in said
+    )
