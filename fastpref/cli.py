@@ -202,7 +202,8 @@ def sweep(rest: list[str]) -> None:
         lines = []
         for config in runs:
             print(f"--- {config.output_dir}")
-            metrics = run(config)["metrics"]
+            with alone(Path(config.output_dir)):
+                metrics = run(config)["metrics"]
             rise = metrics["errors/policy_w"] / metrics["errors/reference_w"] - 1
             lines.append(
                 f"{config.objective:10}{config.beta:>10g}{metrics['implicit_acc']:>14.2f}"

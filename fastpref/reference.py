@@ -6,7 +6,6 @@ the draws' pairs, winners first, float64.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,13 +132,8 @@ def check_step(err: Tensor, ref_err: Tensor) -> None:
         )
 
 
-def frozen_copy(model: nn.Module, predict: Predict) -> Reference:
-    """A second copy of the weights as they are now, for full fine-tuning."""
-    return base(copy.deepcopy(model).eval().requires_grad_(False), predict)
-
-
 def base(model: nn.Module, predict: Predict) -> Reference:
-    """The model as it is, without gradient: what a cache is filled from."""
+    """The model as it is, without gradient: a frozen copy, or what a cache is filled from."""
 
     @torch.no_grad()
     def reference(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from operands import DTYPES, EPS32, NO_DRAWS, OP, draws, same_bits, unaligned
 from torch import Tensor
+from torch.autograd import forward_ad
 
+import fastpref
 from fastpref import native as core
 from fastpref import objective, ops, oracle
 
@@ -248,3 +250,20 @@ def test_what_pointers_read_is_checked(message):
     with pytest.raises(ValueError, match=r"^fastpref\.") as error:
         BAD_CALLS[message]()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_forward_mode_derivative_is_refused_not_zero():
+    """By torch.func.jvp and by dual tensors: without a word both would say 0."""
+    p, y, r, tangent = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    dpo = fastpref.objective("dpo", beta=10.0)
+    errors = torch.rand(2, dtype=torch.float64)
+    losses = [
+        lambda p: fastpref.preference_loss(p, y, r, dpo).loss,
+        lambda p: fastpref.pair_error(p, y).sum(),
+        lambda p: fastpref.loss_from_errors(p.double().mean((1, 2)), errors, dpo).loss,
+    ]
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="no forward-mode derivative here: use backward"):
+            torch.func.jvp(loss, (p,), (tangent,))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode tangent"):
+            loss(forward_ad.make_dual(p, tangent))

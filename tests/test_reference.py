@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_adapters_off_and_a_frozen_copy_say_what_the_base_says(name):
     noisy, t, _ = c.inputs()
     wanted = c.family.predict(c.base, noisy, t, c.cond)
     off = reference.adapters_off(c.model, c.family.predict)
-    copied = reference.frozen_copy(c.base, c.family.predict)
+    copied = reference.base(copy.deepcopy(c.base), c.family.predict)
     assert torch.equal(off(noisy, t, c.cond, c.draws), wanted)
     with torch.no_grad():
         for p in c.base.parameters():
