@@ -41,7 +41,11 @@ _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 @dataclass(frozen=True)
 class Call:
-    """Shape, type and place of one attention: query [batch, heads, queries, dim], keys."""
+    """Shape, type and place of one attention: query [batch, heads, queries, dim], keys.
+
+    dtype: what PyTorch computes in, under autocast its type. mixed: query, key and value come in
+    different types, as where autocast keeps their norms in float32.
+    """
 
     batch: int
     heads: int
@@ -50,6 +54,7 @@ class Call:
     dim: int
     dtype: torch.dtype
     device: torch.device
+    mixed: bool = False
 
     def __str__(self) -> str:
         sizes = [self.batch, self.heads, self.queries, self.dim]
@@ -179,6 +184,8 @@ def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device
         if call.dtype not in _TOLERANCE and name != "xformers":
             kind = str(call.dtype).removeprefix("torch.")
             return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
+        if call.mixed and name == "xformers":  # the others are PyTorch's, which autocast casts for
+            return f"does not cast queries, keys and values of {call} to one dtype: use another"
         try:
             off = _difference(name, call)
         except (RuntimeError, ImportError, ValueError) as error:
@@ -202,9 +209,13 @@ class _Watch(torch.overrides.TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is scaled_dot_product_attention:
-            names = ("query", "key")
-            q, k = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names))
-            call = Call(*q.shape[:3], k.shape[2], q.shape[3], q.dtype, q.device)
+            names = ("query", "key", "value")
+            q, k, v = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names))
+            place, dtype = q.device.type, q.dtype
+            if torch.is_autocast_enabled(place) and dtype != torch.float64:  # casts inside the call
+                dtype = torch.get_autocast_dtype(place)
+            mixed = not q.dtype == k.dtype == v.dtype
+            call = Call(*q.shape[:3], k.shape[2], q.shape[3], dtype, q.device, mixed)
             if call not in self.calls:
                 self.calls.append(call)
         return function(*args, **kwargs)

@@ -139,6 +139,40 @@ def half(model: nn.Module, probe: callable) -> tuple[nn.Module, callable]:
     return model, run
 
 
+def as_on_a_gpu(model: nn.Module, probe: callable) -> tuple[nn.Module, callable]:
+    """Norms in float32, as CUDA's autocast computes them, those of queries and keys among them."""
+    for name, module in model.named_modules():
+        if "norm" in name.rpartition(".")[2]:
+            module.register_forward_hook(
+                lambda _, args, out: out.float() if isinstance(out, torch.Tensor) else out
+            )
+    return half(model, probe)
+
+
+@pytest.mark.parametrize("family, sizes", [("wan", (2, 2, 48, 48)), ("cogvideox", (1, 2, 54, 54))])
+def test_queries_that_autocast_will_cast_count_as_cast(family, sizes, monkeypatch):
+    """The norms' float32 is not what attention computes in; xformers, which no one casts for, is
+    refused.
+    """
+    model, probe = as_on_a_gpu(*FAMILIES[family]())
+    assert attention.observe(probe)[0] == Call(*sizes, 16, torch.bfloat16, CPU, mixed=True)
+    assert "flash" in attention.choose("auto", model, probe, CUDA, rounds=1).seconds
+    assert attention.choose("flash", model, probe, CUDA).name == "flash"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    if attention.through_dispatcher(model):
+        with pytest.raises(ValueError, match="xformers: does not cast queries, keys and values of"):
+            attention.choose("xformers", model, probe, CUDA)
+
+
+def test_what_autocast_leaves_alone_is_observed_as_it_is():
+    q, wide = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(wide, wide, wide).dtype == torch.float64
+        calls = attention.observe(lambda: (attend(wide, wide, wide), attend(q, q, q)))
+    assert [call.dtype for call in calls] == [torch.float64, torch.bfloat16]
+    assert not any(call.mixed for call in calls)
+
+
 def test_a_kernel_that_does_not_run_on_the_shape_is_refused_in_one_line():
     """cuDNN cannot serve tensors that lie on a CPU, whatever device the run says it has."""
     with pytest.raises(ValueError) as raised:
@@ -249,7 +283,7 @@ def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
             return predict(model, noisy, t, cond)
 
     choice = attention.choose("auto", model, run, CUDA)
-    assert choice.seconds and choice.name in choice.seconds
+    assert choice.name in choice.seconds and {"cudnn", "flash"} & choice.seconds.keys(), choice
     base = run()
     for name in choice.seconds:
         with attention.use(model, name):
