@@ -36,7 +36,10 @@ class StepGraph:
 
     Outputs (a tensor or a tuple, named tuple or dict of them, None allowed) carry no gradient, and
     the next call overwrites them. Where CUDA graphs do not exist, or a recording fails, the same
-    function runs without: one line on stderr says so.
+    function runs without: one line on stderr and `why_not` say so. PyTorch does not always recover
+    from a recording that failed: its allocator and its generator of random numbers may go on as if
+    it still ran. Draw no random numbers of PyTorch's after that, record nothing else, and measure
+    neither time nor memory in that process.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class StepGraph:
         self.grads: list[Tensor] = []
         self.why_not: str | None = None
         self.pool: Any = None
-        if device.type != "cuda":
+        if device.type == "cuda":
+            self.side = torch.cuda.Stream(device)  # one: the allocator keeps memory for each stream
+        else:
             self._give_up(f"{device.type} has no CUDA graphs")
 
     def __call__(self, **inputs: Tensor | None) -> Any:
@@ -93,13 +98,13 @@ class StepGraph:
             torch._foreach_zero_(new)
 
     def _aside(self, record: _Record) -> Any:
-        """A step on a side stream: lazy initialisations may not happen in a recording."""
+        """A step on the side stream: lazy initialisations may not happen in a recording."""
         record.calls += 1
-        stream, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
+        main = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
             outputs = _detached(self.function(**record.inputs))
-        main.wait_stream(stream)
+        main.wait_stream(self.side)
         return outputs
 
     def _capture(self, record: _Record) -> bool:

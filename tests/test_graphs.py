@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import peft
 import pytest
 import torch
@@ -12,7 +17,7 @@ import fastpref
 from fastpref import models, reference, step
 from fastpref.assemble import recorded_pass
 from fastpref.functional import Draws, PairLoss
-from fastpref.graphs import StepGraph, _detached
+from fastpref.graphs import StepGraph, _detached, _Record
 
 OBJECTIVE = fastpref.objective("dpo", beta=500.0)
 SHAPE = (16, 3, 8, 8)
@@ -256,9 +261,28 @@ def test_the_optimisers_step_is_recorded_too(device):
     assert (ends[0] - 1).abs().min() > 0.01
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_cannot_be_recorded_runs_without(capsys):
+def test_all_warm_up_calls_share_one_stream(monkeypatch):
+    """The allocator keeps what a stream freed for that stream: three would hold a step's memory
+    three times. Played on a CPU, whose streams say whom they wait for.
+    """
+    waits = []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_stream = lambda other: waits.append((self, other))
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    graph = StepGraph(lambda x: 2 * x, torch.device("cuda"))
+    x = torch.ones(3)
+    for _ in range(graph.warmup):
+        assert graph._aside(_Record({"x": x}, x.device)).shape == (3,)
+    assert waits == [(graph.side, main), (main, graph.side)] * graph.warmup
+
+
+def never_recorded() -> None:
     """A step that waits for the device: one line, the right numbers, and the stream is ours."""
     p = nn.Parameter(torch.tensor([2.0], device="cuda"))
 
@@ -275,6 +299,16 @@ def test_what_cannot_be_recorded_runs_without(capsys):
         sign = 1.0 if k > 2 else -1.0
         torch.testing.assert_close(out.item(), sign * (2.0 * (k - 2)) ** 2)
         torch.testing.assert_close(p.grad.item(), sign * 4.0 * (k - 2) ** 2)
-    assert torch.cuda.current_stream() == stream
-    said = capsys.readouterr().err.splitlines()
+    assert torch.cuda.current_stream() == stream and graph.why_not is not None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_cannot_be_recorded_runs_without():
+    """In a process of its own: PyTorch may not recover from a recording that failed."""
+    command = [sys.executable, "-c", "import test_graphs; test_graphs.never_recorded()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("graphs: ")]
     assert len(said) == 1 and said[0].startswith("graphs: the step runs without CUDA graphs (")
