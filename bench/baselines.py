@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from bench.meters import Clock
 from bench.pair_loss import mean_squares
+from fastpref import compiling
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,20 @@ class Levels:
 class UsualStep:
     """Reference, forward and backward of one baseline, gradients in .grad.
 
-    policy: the adapted model; base: a model without adapters, for B0.
+    policy: the adapted model; base: a model without adapters, for B0; family: theirs.
     """
 
-    def __init__(self, name: str, policy: nn.Module, base: nn.Module, predict, beta: float, clock):
-        self.settings, self.model, self.predict = BASELINES[name], policy, predict
+    def __init__(self, name: str, policy: nn.Module, base: nn.Module, family, beta: float, clock):
+        self.settings, self.model, self.predict = BASELINES[name], policy, family.predict
         self.frozen = copy.deepcopy(base) if self.settings.two_models else None
         self.models = [policy, self.frozen] if self.frozen is not None else [policy]
         self.beta, self.clock = beta, clock
         if self.settings.recomputes:
             self.model.enable_gradient_checkpointing()
         if self.settings.compiled:
-            self.model.compile_repeated_blocks(fullgraph=True)
+            # What diffusers' compile_repeated_blocks does, also of models that do not name theirs.
+            for block in compiling.blocks(self.model, family.BLOCKS):
+                block.compile(fullgraph=True)
 
     def __call__(
         self,
@@ -89,8 +92,10 @@ class UsualStep:
                     ref = self.predict(self.frozen, noisy, t, cond)
                 else:
                     self.model.disable_adapters()
-                    ref = self.predict(self.model, noisy, t, cond)
-                    self.model.enable_adapters()
+                    try:
+                        ref = self.predict(self.model, noisy, t, cond)
+                    finally:  # their parameters, which all variants share, are learned again
+                        self.model.enable_adapters()
             with clock.part("forward"):
                 pred = self.predict(self.model, noisy, t, cond)
         w, l = mean_squares(pred, target).chunk(2)

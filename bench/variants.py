@@ -136,8 +136,8 @@ class Usual:
         self.what, self.cached = BASELINES[name].what, False
         self.models = 2 if BASELINES[name].two_models else 1
         self.model, self.update = setting.twin(), setting.update("usual", self.clock)
-        predict = setting.family.predict
-        self.run = UsualStep(name, self.model, setting.base, predict, BETA, self.clock)
+        family = setting.family
+        self.run = UsualStep(name, self.model, setting.base, family, BETA, self.clock)
         setting.keep_attention(*self.run.models, name="native")
 
     def gradient(self, index: int, *, same_noise: bool = False) -> None:

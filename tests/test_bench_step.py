@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from bench import step, timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import Clock, SavedBytes
+from bench.variants import Setting, Usual
+from fastpref import compiling
 
 CPU = torch.device("cpu")
 
@@ -148,18 +151,24 @@ def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
 
 
+@pytest.fixture
+def narrow_cogvideox(monkeypatch):
+    """The true schedules and options, on models of two blocks."""
+    for name in ("cogvideox-2b", "cogvideox-5b"):
+        arch = ARCHITECTURES[name]
+        config = {
+            **arch.config,
+            **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
+            **{"text_embed_dim": 32, "max_text_seq_length": 6, "time_embed_dim": 16},
+            **{"sample_height": 8, "sample_width": 8, "sample_frames": 9},
+        }
+        sizes = {"layers": 2, "dim": 32, "ffn": 128, "text": (6, 32), "small": ("9x64x64",)}
+        monkeypatch.setitem(ARCHITECTURES, name, replace(arch, config=config, **sizes))
+
+
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
-def test_the_other_process_and_text_in_the_sequence(name, results, monkeypatch):
-    """v-prediction, shifted and rescaled schedules: the true ones, on a model of two blocks."""
-    arch = ARCHITECTURES[name]
-    config = {
-        **arch.config,
-        **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
-        **{"text_embed_dim": 32, "max_text_seq_length": 6, "time_embed_dim": 16},
-        **{"sample_height": 8, "sample_width": 8, "sample_frames": 9},
-    }
-    sizes = {"layers": 2, "dim": 32, "ffn": 128, "text": (6, 32)}
-    monkeypatch.setitem(ARCHITECTURES, name, replace(arch, config=config, **sizes))
+def test_the_other_process_and_text_in_the_sequence(name, results, narrow_cogvideox):
+    """v-prediction, shifted and rescaled schedules."""
     arguments = ["--device", "cpu", "--rounds", "2", "--family", name, "--shape", "9x64x64"]
     assert step.main([*arguments, "--variants", "B0", "joint/none", "deferred/full+cached"]) == 0
     rows = results()
@@ -217,9 +226,40 @@ def test_an_unknown_variant_is_one_line(capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
 
 
+def setting(family: str) -> Setting:
+    shape = ARCHITECTURES[family].small[0]
+    return Setting(Namespace(family=family, shape=shape, pairs=1, attention="native"), CPU)
+
+
+@pytest.mark.parametrize("family", ["tiny", "cogvideox-2b"])
+def test_compiled_baselines_compile_every_block(family, narrow_cogvideox):
+    """Also of models that name no repeated blocks, as diffusers' CogVideoX."""
+    there = setting(family)
+    model = Usual("B4", there).model
+    found = compiling.blocks(model, there.family.BLOCKS)
+    assert len(found) == there.arch.layers
+    assert all(block._compiled_call_impl is not None for block in found)
+
+
+def test_a_reference_that_fails_leaves_the_adapters_on():
+    """Out of memory there is a variant's end; the others learn the same parameters."""
+    there = setting("tiny")
+    first, other = Usual("B1", there), Usual("B1", there)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    first.run.predict = full
+    with pytest.raises(torch.OutOfMemoryError):
+        first.gradient(0)
+    assert there.parameters and all(p.requires_grad for p in there.parameters)
+    other.gradient(0)
+    assert all(p.grad.abs().max() > 0 for p in there.parameters)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["tiny", "toy"])
-def test_compiled_variants_too(family, results):
+@pytest.mark.parametrize("family", ["tiny", "toy", "cogvideox-2b"])
+def test_compiled_variants_too(family, results, narrow_cogvideox):
     names = ["B4", "B5", "joint/full+compile", "deferred/attention+compile+cached"]
     shape = ["--shape", ARCHITECTURES[family].small[0]]
     arguments = ["--device", "cpu", "--rounds", "2", "--family", family, "--variants", *names]
