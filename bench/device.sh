@@ -73,13 +73,10 @@ part_memcheck() { sanitize memcheck; }
 part_racecheck() { sanitize racecheck --kernel-regex kns=fastpref; }
 part_synccheck() { sanitize synccheck --kernel-regex kns=fastpref; }
 
-# bench MODULE ARGUMENTS...: the rows that it adds to bench/results also go to $OUT.
+# bench MODULE ARGUMENTS...: its rows go to $OUT.
 bench() {
   need_kernels
-  local rows=bench/results/$1.jsonl before=0
-  [[ -f $rows ]] && before=$(wc -l <"$rows")
-  "$PYTHON" -m "bench.$1" "${@:2}" || return 1
-  [[ $OUT -ef bench/results ]] || tail -n "+$((before + 1))" "$rows" >>"$OUT/$1.jsonl"
+  "$PYTHON" -m "bench.$1" "${@:2}" --output "$OUT/$1.jsonl"
 }
 part_pair_loss() { bench pair_loss && bench pair_loss --objective sdpo --pairs 4; }
 part_overhead() { bench overhead; }

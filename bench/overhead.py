@@ -6,7 +6,6 @@ for. Calls are timed in batches of 100; on a GPU without waiting for it. Last th
 the next batch of sets of 1e2 to 1e6 pairs, which must not grow with the set.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -99,17 +98,15 @@ def repeated(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = timing.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    calls = variants(device) | loaders()
+    args = parser.parse_args(arguments)
+    calls = variants(args.device) | loaders()
     batches = {name: repeated(call) for name, call in calls.items()}
     # The wall clock for every device: what is measured is the host.
     timings = timing.interleave(batches, torch.device("cpu"), rounds=args.rounds, warmup=1)
-    facts = timing.environment(device)
+    facts = timing.environment(args.device)
     rows = [
         {
             "bench": "overhead",
@@ -120,11 +117,11 @@ def main() -> None:
         }
         for name, taken in sorted(timings.items())
     ]
-    path = timing.append("overhead", rows)
-    print(f"microseconds a call; {facts['device']}, torch {facts['torch']}; to {path}")
+    print(f"microseconds a call; {facts['device']}, torch {facts['torch']}")
     for row in rows:
         low, high = row["us_quartiles"]
         print(f"{row['call']:<28} {row['us']:8.2f}  ({low:.2f} to {high:.2f})")
+    timing.append(args.output, rows)
 
 
 if __name__ == "__main__":

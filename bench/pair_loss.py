@@ -213,7 +213,7 @@ def moved(form: str, i: Inputs) -> int:
 
 
 def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
-    device = torch.device(args.device)
+    device: torch.device = args.device
     objective = fastpref.objective(args.objective, **HYPER.get(args.objective, DEFAULT_HYPER))
     sets = [
         make_inputs(objective, SHAPES[shape], args.pairs, device, seed)
@@ -258,21 +258,19 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = timing.parser(__doc__)
     parser.add_argument("--objective", default="dpo", choices=list(OBJECTIVES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=72)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rows = [row for shape in args.shapes for row in measure(args, shape)]
-    path = timing.append("pair_loss", rows)
     first = rows[0]
     print(
         f"{first['objective']}, {args.pairs} pair, bf16, forward and backward; {first['device']},"
     )
-    print(f"{first['threads']} threads, {first['cpu_features']}, torch {first['torch']}; to {path}")
+    print(f"{first['threads']} threads, {first['cpu_features']}, torch {first['torch']}")
     print(f"{'shape':<10} {'form':<7} {'variant':<13} {'ms':>8} {'quartiles':>17}", end="")
     print(f" {'x ours':>7} {'GB/s':>7} {'wall ms':>8} {'x ours':>7}")
     for row in rows:
@@ -282,6 +280,7 @@ def main() -> None:
             f" {low:8.3f} {high:8.3f} {row['ratio']:7.2f}"
             f" {row['gb_s']:7.1f} {row['wall_ms']:8.3f} {row['wall_ratio']:7.2f}"
         )
+    timing.append(args.output, rows)
 
 
 if __name__ == "__main__":

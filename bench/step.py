@@ -275,7 +275,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = timing.parser(__doc__)
     parser.add_argument("--family", choices=list(ARCHITECTURES), help="default: wan, tiny on a CPU")
     parser.add_argument("--shape", help="FRAMESxHEIGHTxWIDTH; default: the family's own")
     parser.add_argument("--variants", nargs="+", help="default: by device and tokens")
@@ -283,18 +283,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
     parser.add_argument("--attention", default="native", choices=["auto", *attention.BACKENDS])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    args.family = args.family or ("tiny" if device.type == "cpu" else "wan")
+    args.family = args.family or ("tiny" if args.device.type == "cpu" else "wan")
     try:
-        rows = measure(args, device)
+        rows = measure(args, args.device)
     except ValueError as error:
         print(f"bench.step: {error}")
         return 1
-    path = timing.append("step", rows)
-    print(f"to {path}")
     print_table(rows)
+    timing.append(args.output, rows)
     wrong = [row["variant"] for row in rows if "gradient" in row.get("left_out", "")]
     return 1 if wrong else 0
 

@@ -1,5 +1,6 @@
 """Timing for every benchmark: variants take turns in one process; medians, spread, JSON rows."""
 
+import argparse
 import json
 import os
 import random
@@ -16,7 +17,18 @@ import torch
 
 import fastpref
 
-RESULTS = Path(__file__).parent / "results"
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Of a benchmark that `doc` describes in its first line, with the options that all have."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", type=_device, default=place, help="default: %(default)s")
+    made.add_argument("--output", type=Path, help="append the rows to this file, JSON a line")
+    return made
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """FASTPREF_COMMIT names it where the sources lie without their history.
 
-    -dirty: something else than the results, which every run appends to, is not committed.
+    -dirty: something else than the results, which device.sh appends to, is not committed.
     """
     if told := os.environ.get("FASTPREF_COMMIT"):
         return told
@@ -136,10 +148,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def append(name: str, rows: list[dict[str, object]]) -> Path:
-    """Append rows to results/<name>.jsonl, one JSON object a line."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+def append(path: Path | None, rows: list[dict[str, object]]) -> None:
+    """Append rows to a file of --output, one JSON object a line."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
+    print(f"rows appended to {path}")

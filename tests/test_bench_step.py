@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from bench import step, timing
+from bench import overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import Clock, SavedBytes
 from bench.variants import Setting, Usual
@@ -119,22 +120,62 @@ def test_clock_sums_the_parts_of_a_step():
 # ---- The command
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+class Results:
+    """What the command wrote to the file of --output, by variant."""
 
-    def read() -> dict[str, dict]:
-        lines = (tmp_path / "step.jsonl").read_text().splitlines()
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "new" / "step.jsonl"
+
+    def run(self, *arguments: str) -> int:
+        return step.main([*arguments, "--output", str(self.path)])
+
+    def __call__(self) -> dict[str, dict]:
+        lines = self.path.read_text().splitlines()
         return {row["variant"]: row for row in map(json.loads, lines)}
 
-    return read
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path)
 
 
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
+@pytest.mark.parametrize("bench", [overhead, pair_loss, step])
+def test_every_benchmark_takes_a_device_and_a_file(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    said = capsys.readouterr().out
+    assert "--device" in said and "--output" in said
+
+
+def test_options_of_all_benchmarks():
+    """ "cuda" is its first device; without --output no file is written."""
+    parser = timing.parser("What it does.")
+    cuda = torch.device("cuda", 0)
+    assert parser.parse_args(["--device", "cuda"]).device == cuda
+    assert parser.parse_args(["--device", "cpu"]).device == CPU
+    left = parser.parse_args([])
+    assert left.device == (cuda if torch.cuda.is_available() else CPU) and left.output is None
+
+
+def test_rows_are_written_where_output_says_alone(results, tmp_path, monkeypatch, capsys):
+    """A benchmark that a README's reader runs leaves the clone as it was."""
+    here = {file: file.stat().st_mtime_ns for file in Path(step.__file__).parent.rglob("*.json*")}
+    assert here
+    monkeypatch.chdir(tmp_path)
+    assert step.main([*QUICK, "--variants", "B1"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert here == {file: file.stat().st_mtime_ns for file in here}
+    for runs in (1, 2):
+        assert results.run(*QUICK, "--variants", "B1") == 0
+        assert len(results.path.read_text().splitlines()) == runs
+    assert f"rows appended to {results.path}" in capsys.readouterr().out
+
+
 def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
-    assert step.main(QUICK) == 0
+    assert results.run(*QUICK) == 0
     rows = results()
     assert list(rows) == list(step.CPU)
     for name, row in rows.items():
@@ -170,7 +211,7 @@ def narrow_cogvideox(monkeypatch):
 def test_the_other_process_and_text_in_the_sequence(name, results, narrow_cogvideox):
     """v-prediction, shifted and rescaled schedules."""
     arguments = ["--device", "cpu", "--rounds", "2", "--family", name, "--shape", "9x64x64"]
-    assert step.main([*arguments, "--variants", "B0", "joint/none", "deferred/full+cached"]) == 0
+    assert results.run(*arguments, "--variants", "B0", "joint/none", "deferred/full+cached") == 0
     rows = results()
     assert all(row["gradient_off"] < 1e-3 and row["tokens"] == 54 for row in rows.values())
     assert all(row["s_per_pair"] > 0 for row in rows.values())
@@ -185,7 +226,7 @@ def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, 
         return loss
 
     monkeypatch.setattr(step.Ours, "_step", biased)
-    assert step.main([*QUICK, "--variants", "B0", "joint/none"]) == 1
+    assert results.run(*QUICK, "--variants", "B0", "joint/none") == 1
     row = results()["joint/none"]
     assert "gradient is off B1's by" in row["left_out"] and "s_per_pair" not in row
     assert results()["B0"]["s_per_pair"] > 0
@@ -208,21 +249,21 @@ def test_what_cannot_run_is_recorded_and_the_rest_is_timed(error, reason, result
         right(self, name, setting)
 
     monkeypatch.setattr(step.Ours, "__init__", full)
-    assert step.main([*QUICK, "--variants", "joint/none", "deferred/none"]) == 0
+    assert results.run(*QUICK, "--variants", "joint/none", "deferred/none") == 0
     rows = results()
     assert rows["joint/none"]["left_out"] == reason
     assert rows["deferred/none"]["s_per_pair"] > 0
 
 
 def test_time_that_runs_out_is_recorded(results):
-    assert step.main([*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001"]) == 0
+    assert results.run(*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001") == 0
     rows = results()
     assert rows["B1"]["s_per_pair"] > 0
     assert all("no time left" in rows[name]["left_out"] for name in ("B0", "joint/none"))
 
 
-def test_an_unknown_variant_is_one_line(capsys):
-    assert step.main([*QUICK, "--variants", "joint/some"]) == 1
+def test_an_unknown_variant_is_one_line(results, capsys):
+    assert results.run(*QUICK, "--variants", "joint/some") == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
 
 
@@ -263,7 +304,7 @@ def test_compiled_variants_too(family, results, narrow_cogvideox):
     names = ["B4", "B5", "joint/full+compile", "deferred/attention+compile+cached"]
     shape = ["--shape", ARCHITECTURES[family].small[0]]
     arguments = ["--device", "cpu", "--rounds", "2", "--family", family, "--variants", *names]
-    assert step.main([*arguments, *shape]) == 0
+    assert results.run(*arguments, *shape) == 0
     assert all(row["s_per_pair"] > 0 for row in results().values())
 
 
@@ -272,7 +313,7 @@ def test_compiled_variants_too(family, results, narrow_cogvideox):
 def test_on_a_gpu_small_shapes_are_recorded_as_graphs(results):
     names = ["B4", "joint/none", "joint/none+graph", "joint/none+cached+graph", "deferred/none"]
     shape = ["--family", "tiny", "--shape", "1x64x64"]
-    assert step.main([*shape, "--device", "cuda", "--rounds", "5", "--variants", *names]) == 0
+    assert results.run(*shape, "--device", "cuda", "--rounds", "5", "--variants", *names) == 0
     rows = results()
     for name in names:
         assert rows[name]["s_per_pair"] > 0 and rows[name]["peak_gb"] > 0
