@@ -80,8 +80,8 @@ class Setting:
             else:
                 self.stack.enter_context(attention.use(model, name))
 
-    def update(self, kind: str, clock: Clock) -> Callable[[], None]:
-        """Clip, optimiser's step, gradients away: usual, ours (fused) or as a graph."""
+    def update(self, kind: str, clock: Clock, graphs: list[StepGraph]) -> Callable[[], None]:
+        """Clip, optimiser's step, gradients away: usual, ours (fused) or as a graph, one more."""
         if kind not in self.optimizers:
             options = {"usual": {}, "ours": {"fused": True}}.get(kind)
             if options is None:
@@ -97,6 +97,7 @@ class Setting:
 
         if kind == "graph":  # reads the gradients where the step's graph puts them
             step = StepGraph(step, self.device, name="optimiser")
+            graphs.append(step)
 
         def update() -> None:
             with clock.part("optimizer"):
@@ -135,7 +136,8 @@ class Usual:
         self.setting, self.clock = setting, Clock(setting.device)
         self.what, self.cached = BASELINES[name].what, False
         self.models = 2 if BASELINES[name].two_models else 1
-        self.model, self.update = setting.twin(), setting.update("usual", self.clock)
+        self.graphs: list[StepGraph] = []
+        self.model, self.update = setting.twin(), setting.update("usual", self.clock, self.graphs)
         family = setting.family
         self.run = UsualStep(name, self.model, setting.base, family, BETA, self.clock)
         setting.keep_attention(*self.run.models, name="native")
@@ -193,20 +195,19 @@ class Ours:
         self.reference = self._part("reference", online)
         if self.cached:
             self.reference = self._fill(mode)
-        self.graph = None
+        self.graphs: list[StepGraph] = []
         if "graph" in added:
-            options = {"parameters": setting.parameters}
-            self.graph = StepGraph(self._step, setting.device, name=name, **options)
-        self.update = setting.update("graph" if self.graph else "ours", self.clock)
+            options = {"parameters": setting.parameters, "name": name}
+            self.graphs.append(StepGraph(self._step, setting.device, **options))
+        kind = "graph" if self.graphs else "ours"
+        self.update = setting.update(kind, self.clock, self.graphs)
 
     def gradient(self, index: int, *, same_noise: bool = True) -> None:
         draws = self.setting.draws(index)
         with self.setting.attention_of(self.model):
-            if self.graph is None:
-                self._step(self.setting.latents, draws.pair_id, draws.index, **self.setting.cond)
-            else:
-                inputs = {"latents": self.setting.latents, **self.setting.cond}
-                self.graph(pair_id=draws.pair_id, index=draws.index, **inputs)
+            call = self.graphs[0] if self.graphs else self._step
+            inputs = {"latents": self.setting.latents, **self.setting.cond}
+            call(pair_id=draws.pair_id, index=draws.index, **inputs)
 
     def _step(self, latents: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor) -> Tensor:
         draws = fastpref.Draws(SEED, pair_id, index)

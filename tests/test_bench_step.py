@@ -14,7 +14,7 @@ from torch import nn
 from bench import overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import Clock, SavedBytes
-from bench.variants import Setting, Usual
+from bench.variants import Ours, Setting, Usual
 from fastpref import compiling
 
 CPU = torch.device("cpu")
@@ -139,6 +139,8 @@ def results(tmp_path):
     return Results(tmp_path)
 
 
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+BROKEN = ValueError("a library's own")
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
@@ -234,13 +236,12 @@ def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "error, reason",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB"), "out of memory"),
-        (ValueError("a library's own"), "ValueError: a library's own"),
-    ],
+    "error, reason, code", [(FULL, "out of memory", 0), (BROKEN, "ValueError: a library's own", 1)]
 )
-def test_what_cannot_run_is_recorded_and_the_rest_is_timed(error, reason, results, monkeypatch):
+def test_what_cannot_run_is_recorded_and_the_rest_is_timed(
+    error, reason, code, results, monkeypatch
+):
+    """A variant too large is an answer; one that fails is a mistake."""
     right = step.Ours.__init__
 
     def full(self, name, setting):
@@ -249,10 +250,70 @@ def test_what_cannot_run_is_recorded_and_the_rest_is_timed(error, reason, result
         right(self, name, setting)
 
     monkeypatch.setattr(step.Ours, "__init__", full)
-    assert results.run(*QUICK, "--variants", "joint/none", "deferred/none") == 0
+    assert results.run(*QUICK, "--variants", "joint/none", "deferred/none") == code
     rows = results()
     assert rows["joint/none"]["left_out"] == reason
     assert rows["deferred/none"]["s_per_pair"] > 0
+
+
+def planted(monkeypatch, kind: type, call: int, error: Exception) -> None:
+    """This call and later ones of the gradient of `kind` raise: two prepare, one makes Adam's
+    states, two are timed.
+    """
+    right, calls = kind.gradient, []
+
+    def gradient(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) >= call:
+            raise error
+        right(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "gradient", gradient)
+
+
+@pytest.mark.parametrize("call", [2, 3, 4, 5])
+@pytest.mark.parametrize("error, code", [(FULL, 0), (BROKEN, 1)])
+def test_what_fails_later_is_recorded_and_the_rest_is_timed(
+    call, error, code, results, monkeypatch, capsys
+):
+    planted(monkeypatch, Ours, call, error)
+    assert results.run(*QUICK, "--variants", "joint/full", "B0") == code
+    rows = results()
+    assert "s_per_pair" not in rows["joint/full"]
+    assert rows["joint/full"]["left_out"] in ("out of memory", "ValueError: a library's own")
+    assert rows["B1"]["times_faster_than_B1"] == 1.0 and rows["B0"]["s_per_pair"] > 0
+    assert f"joint/full{' ' * 23}{rows['joint/full']['left_out']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [3, 5])
+def test_the_others_are_timed_without_b1(call, results, monkeypatch, capsys):
+    planted(monkeypatch, Usual, call, FULL)
+    assert results.run(*QUICK, "--variants", "joint/full") == 0
+    rows = results()
+    assert rows["B1"]["left_out"] == "out of memory"
+    assert rows["joint/full"]["s_per_pair"] > 0
+    assert rows["joint/full"]["times_faster_than_B1"] is None
+
+
+def test_without_b1s_gradient_nothing_is_timed_and_it_fails(results, monkeypatch):
+    planted(monkeypatch, Usual, 1, FULL)
+    assert results.run(*QUICK, "--variants", "joint/full") == 1
+    rows = results()
+    assert rows["B1"]["left_out"] == "out of memory"
+    assert rows["joint/full"]["left_out"] == "nothing to compare with: B1 is left out"
+
+
+def test_what_a_gpu_does_not_record_is_left_out():
+    """On a CPU there are no graphs, and the row says so."""
+    variant = Ours("joint/none+graph", setting("tiny"))
+    assert [graph.name for graph in variant.graphs] == ["joint/none+graph", "optimiser"]
+    assert step.not_recorded(variant, CPU) is None
+    for graph in variant.graphs:
+        graph.why_not = None
+    assert step.not_recorded(variant, torch.device("cuda")) is None
+    variant.graphs[1].why_not = "it waits"
+    said = step.not_recorded(variant, torch.device("cuda"))
+    assert said == "the optimiser was not recorded: it waits"
 
 
 def test_time_that_runs_out_is_recorded(results):
