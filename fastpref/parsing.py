@@ -59,11 +59,12 @@ def config_values(arguments: Sequence[str], command: str) -> dict[str, Any]:
         "--config", action="config", help="YAML file of the same fields; flags win over it"
     )
     parser.add_class_arguments(Config, as_group=False)
-    for flag, file in pairwise(arguments):
+    words = [word for a in arguments for word in (a.split("=", 1) if a[:9] == "--config=" else [a])]
+    for flag, file in pairwise(words):
         if flag == "--config":
             check_yaml(Path(file))
     try:
-        values = parser.parse_args(list(arguments))
+        values = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
     del values["config"]
@@ -79,7 +80,9 @@ def check_yaml(path: Path) -> None:
     """ValueError where a YAML file is no mapping, or says a field twice (the last would win)."""
     try:
         node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror.lower()}") from None
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"--config {path}: expected lines of `field: value`")
