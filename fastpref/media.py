@@ -163,7 +163,9 @@ def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: flo
         # One thread each: the pool decodes many clips at once. FFmpeg checks the limit itself,
         # before it allocates a frame.
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_FRAME)}
+        # A picture's decoder would fill in what is broken and say nothing.
+        strict = {"err_detect": "explode"} if container.format.name.endswith("_pipe") else {}
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME)} | strict
         for i, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise MediaError("truncated", f"is damaged or truncated at frame {i} of {total}")

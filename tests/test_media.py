@@ -76,6 +76,24 @@ def test_truncated_files_are_refused(name, kept, tmp_path):
     assert error.value.kind == "truncated"
 
 
+def picture(**options) -> bytes:
+    noise = Image.effect_noise((120, 90), 80).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, "jpeg", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_cut_jpeg_is_not_whole_for_its_thumbnail(options):
+    """A thumbnail has an end mark of its own; FFmpeg fills what is missing with grey."""
+    whole, thumbnail = picture(**options), picture()
+    data = whole[:2] + b"\xff\xe2" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + whole[2:]
+    assert decode(data, ALL).frames.shape == (1, 90, 120, 3)
+    for cut in (data[: len(data) * 2 // 3], data[: len(data) * 2 // 3] + b"\xff\xd9"):
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            decode(cut, ALL)
+
+
 def test_truncated_stream_in_a_whole_looking_mp4(tmp_path):
     """The sample table stands in front, the data's own length is repaired: FFmpeg must notice."""
     path = tmp_path / "fast.mp4"
