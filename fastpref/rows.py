@@ -213,8 +213,11 @@ class Reader:
         """Pick-a-Pic: 1 where the first image wins, 0 the second, 0.5 a tie."""
         label = self.record.get("label_0")
         known = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "0.5": 0.5}.get(str(label))
-        if known is None or self.record.get("has_label") is False:
+        if known is None:
             raise self.bad("unknown_label", "label_0", f"expected 0, 1 or 0.5, got {label!r:.40}")
+        has = self.record.get("has_label")
+        if str(has).lower() not in ("true", "1", "1.0", "none", ""):
+            raise self.bad("unknown_label", "has_label", f"expected true or 1, got {has!r:.40}")
         other = self.number("label_1")
         if other is not None and other != 1 - known:
             reason = f"expected {1 - known:g} beside label_0 {known:g}, got {other:g}"

@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,26 @@ def find(data: str | Path) -> Path | None:
     return found[0] if found else None
 
 
+def twice(names: Iterable[str]) -> list[str]:
+    """The names that stand there more than once: the last would win."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def check_columns(columns: list[str], where: str) -> None:
+    """ValueError: a column stands there twice."""
+    for name in twice(columns):
+        raise ValueError(
+            f"{where}: column {name!r} expected once, got it twice; rename or remove one"
+        )
+
+
+def json_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What json.loads makes of an object; ValueError: a key stands there twice."""
+    for name in twice(name for name, _ in members):
+        raise ValueError(f"key {name!r} expected once, got it twice")
+    return dict(members)
+
+
 class Jsonl:
     """Records of a .jsonl file; bytes that are not UTF-8 become surrogates, later refused."""
 
@@ -80,7 +101,8 @@ class Jsonl:
     @staticmethod
     def _parse(raw: bytes) -> dict[str, Any] | str:
         try:
-            record = json.loads(raw.decode(errors="surrogateescape"))
+            text = raw.decode(errors="surrogateescape")
+            record = json.loads(text, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
             return f"expected a JSON object ({error})"
         return record if isinstance(record, dict) else "expected a JSON object"
@@ -112,12 +134,7 @@ class Csv:
                 f"{path} line {line}: not CSV ({error}); close each quote, and double those inside "
                 "a quoted text"
             ) from None
-        twice = [name for i, name in enumerate(self.columns or []) if name in self.columns[:i]]
-        if twice:
-            raise ValueError(
-                f"{path} line 1: column {twice[0]!r} expected once, got it twice; rename or remove "
-                "one"
-            )
+        check_columns(self.columns or [], f"{path} line 1")
         self.total = len(self._records)
 
     def _record(self, cells: list[str]) -> dict[str, Any] | str:
@@ -143,6 +160,7 @@ class Parquet:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
         self.columns = self._file.schema_arrow.names
+        check_columns(self.columns, str(path))
         self.total = self._file.metadata.num_rows
 
     def __iter__(self) -> Records:
@@ -185,16 +203,22 @@ def values(column: Any) -> list[Any]:
         return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # of texts inside lists: a record is refused, not the column
+    except (ValueError, OverflowError, KeyError):  # a record is refused, not the column
         return [_value(cell) for cell in column]
 
 
 def _value(cell: Any) -> Any:
-    """A cell as a Python value; one with texts that are not UTF-8 is a surrogate in their place."""
+    """A cell as a Python value.
+
+    One with texts that are not UTF-8 is a surrogate in their place, and one that Python has no
+    value for (a date beyond its years, an unknown time zone) its type.
+    """
     try:
         return cell.as_py()
     except UnicodeDecodeError:
         return "\udcff"
+    except (ValueError, OverflowError, KeyError):
+        return cell.type
 
 
 class HuggingFace:

@@ -22,4 +22,3 @@ def test_config_files(text, says, joined, pairs, tmp_path, capsys):
     config = [f"--config={file}"] if joined else ["--config", str(file)]
     said = fails(capsys, "train", *config, *arguments(options(pairs, tmp_path / "r")))
     assert said.startswith(f"fastpref train: --config {file}") and says in said
-

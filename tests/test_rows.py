@@ -115,10 +115,18 @@ def test_pick_a_pic(suffix, tmp_path):
     assert [p.prompt for p in pairs] == ["cat 0", "cat 1"] and rows.ties == 1
 
 
-def test_unlabelled_pick_a_pic_rows_are_bad(tmp_path):
-    row = {"caption": "cat", "jpg_0": b"A", "jpg_1": b"B", "label_0": 1.0, "has_label": False}
+@pytest.mark.parametrize("has", [False, "False", 0, 0.0, "no"])
+def test_unlabelled_pick_a_pic_rows_are_bad(has, tmp_path):
+    row = {"caption": "cat", "jpg_0": b"A", "jpg_1": b"B", "label_0": 1.0, "has_label": has}
     save(tmp_path / "metadata.parquet", [row])
-    assert only_bad(tmp_path).kind == "unknown_label"
+    assert (only_bad(tmp_path).kind, only_bad(tmp_path).field) == ("unknown_label", "has_label")
+
+
+@pytest.mark.parametrize("has", [True, "True", 1, 1.0, None])
+def test_labelled_pick_a_pic_rows_are_good(has, tmp_path):
+    row = {"caption": "cat", "jpg_0": b"A", "jpg_1": b"B", "label_0": 1.0, "has_label": has}
+    save(tmp_path / "metadata.parquet", [row])
+    assert read_rows(tmp_path)[0].chosen == b"A"
 
 
 def test_winner_column(folder):
