@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,9 +226,11 @@ def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> 
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     kind = "A LoRA adapter" if lora else "A fully fine-tuned model"
+    # On the hub only another model of the hub can be linked to.
+    linked = "" if Path(config["model"]).exists() else f"base_model: {config['model']}\n"
     use = f'pipeline.load_lora_weights("{artifact}")' if lora else f'from_pretrained("{artifact}")'
     return (
-        f"---\nbase_model: {config['model']}\nlibrary_name: diffusers\n"
+        f"---\n{linked}library_name: diffusers\n"
         f"tags: [fastpref, preference-optimization, {config['objective']}"
         f"{', lora' if lora else ''}]\n---\n\n"
         f"{kind} trained on preference pairs with fastpref. Every setting is in config.yaml.\n\n"
@@ -241,6 +245,8 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
 
     path = Path(path)
     path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")
     component = component_of(model)
     try:
         with safe_open(path, "pt") as file:
@@ -250,7 +256,15 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
                 for k in file.keys()  # noqa: SIM118
             }
         settings = {k.removeprefix(f"{component}."): v for k, v in metadata.items()}
-        settings = {k: v for k, v in settings.items() if k in LORA_SETTINGS}
+        if settings.get("use_dora"):
+            raise ValueError("use_dora: only plain LoRA is supported")
+        settings = {k: v for k, v in settings.items() if k in (*LORA_SETTINGS, "use_rslora")}
+        for alpha in (
+            settings.get("lora_alpha", 0),
+            *(settings.get("alpha_pattern") or {}).values(),
+        ):
+            if not math.isfinite(alpha):
+                raise ValueError(f"expected finite alphas, got {alpha}")
         rank = settings["r"]
         stored = {len(value) for name, value in values.items() if ".lora_A." in name}
         # Before anything is made of that size.
@@ -258,7 +272,10 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
             if named not in stored:
                 raise ValueError(f"rank {named}, but lora_A of rank {sorted(stored)}")
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError),
+        *(OverflowError, RecursionError, re.error),
+    ) as error:
         raise ValueError(
             f"{path}: expected a LoRA file of {type(model).__name__} with its rank in the metadata "
             f"({' '.join(str(error).split())})"
