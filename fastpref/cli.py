@@ -27,6 +27,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
   doctor    what is installed and what was compiled
 """
 
+EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
 OK, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -213,7 +214,7 @@ def sweep(rest: list[str]) -> None:
     print("\n".join(lines))
 
 
-def model_options(name: str, what: str) -> Parser:
+def model_options(name: str, what: str, seed: int) -> Parser:
     options = parser(name, what)
     options.add_argument(
         "--family",
@@ -222,7 +223,7 @@ def model_options(name: str, what: str) -> Parser:
     )
     options.add_argument("--model", required=True, help="diffusers model folder")
     options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seed", type=int, default=seed, help=f"default: {seed}")
     options.add_argument("--device", help="default: cuda where there is one")
     return options
 
@@ -245,7 +246,7 @@ def load(options: argparse.Namespace) -> tuple:
 
 
 def sample(rest: list[str]) -> None:
-    options = model_options("sample", "Writes one clip per prompt as lossless mp4.")
+    options = model_options("sample", "Writes one clip per prompt as lossless mp4.", seed=0)
     options.add_argument("--prompts", nargs="+", required=True)
     options.add_argument("--output_dir", required=True)
     for name, what in (("num_frames", "frames"), ("height", "pixels"), ("width", "pixels")):
@@ -259,9 +260,12 @@ def sample(rest: list[str]) -> None:
             raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
+    from .assemble import claim
     from .media import write_clip
     from .validation import Prompts
 
+    folder = Path(options.output_dir)
+    claim(folder)  # clips overwrite those of an earlier sample, never a user's own
     family, process, model = load(options)
     prompts = Prompts(
         family,
@@ -275,15 +279,14 @@ def sample(rest: list[str]) -> None:
     shape = prompts.shape(options.num_frames, options.height, options.width)
     clips = prompts.clips(model, shape, options.steps, seeds)
     for seed, prompt, clip in zip(seeds, options.prompts, clips, strict=True):
-        path = Path(options.output_dir) / f"{seed:04d}.mp4"
+        path = folder / f"{seed:04d}.mp4"
         write_clip(path, clip, options.fps)
         print(f"{path}: {prompt}")
 
 
 def evaluate(rest: list[str]) -> None:
-    options = model_options(
-        "eval", "Errors of an adapter and of its base on encoded pairs, same draws."
-    )
+    what = "Errors of an adapter on encoded pairs, relative to its base's: -0.05 is 5 % below."
+    options = model_options("eval", what, seed=EVAL_SEED)
     options.add_argument("--data", required=True, help="a set made by fastpref encode")
     options.add_argument("--draws_per_pair", type=int, default=8)
     options = options.parse_args(rest)
@@ -307,8 +310,8 @@ def evaluate(rest: list[str]) -> None:
     result = {
         "pairs": len(dataset),
         "implicit_acc": accuracy,
-        "winner_error": winner,
-        "loser_error": loser,
+        "chosen_error_change": winner,
+        "rejected_error_change": loser,
     }
     print(json.dumps(result))
 
@@ -336,6 +339,7 @@ def doctor(rest: list[str]) -> None:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package:14}not installed")
     for key, value in fastpref.build_info().items():
-        print(f"{key:14}{value}")
+        if value is not None and value != "":
+            print(f"{key:14}{value}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"{'GPU':14}{', '.join(gpus) or 'none'}")

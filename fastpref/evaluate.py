@@ -77,20 +77,23 @@ def errors(
     """
     was_training = model.training
     model.eval()
-    rows = []
-    for start in range(0, len(dataset), batch_size):
-        stop = min(start + batch_size, len(dataset))
-        batch = collate([dataset[i] for i in range(start, stop)])
+    waiting: dict[str, list[int]] = {}
+    for i, shape in enumerate(dataset.shapes):
+        waiting.setdefault(shape, []).append(i)
+    batches = (
+        g[i : i + batch_size] for g in waiting.values() for i in range(0, len(g), batch_size)
+    )
+    result = torch.zeros(len(dataset), 2, dtype=torch.float64)
+    for rows in batches:
+        batch = collate([dataset[i] for i in rows])
         batch = batch.to(next(model.parameters()).device, model.dtype)
-        total = torch.zeros(2 * (stop - start), dtype=torch.float64)
         for k in range(draws_per_pair):
             draws = Draws(seed, batch.pair_id, torch.full_like(batch.pair_id, k))
             noisy, t, target = process.noise(batch.latents, draws)
             pred = family.predict(model, noisy, t, batch.cond)
-            total += pair_error(pred, target).cpu()
-        rows.append(total.view(2, -1).T / draws_per_pair)
+            result[rows] += pair_error(pred, target).cpu().view(2, -1).T
     model.train(was_training)
-    return torch.cat(rows)
+    return result / draws_per_pair
 
 
 def relative_errors(policy: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .files import write_atomic
+
 # Only formats that hold their own data: playlists and the like would make FFmpeg open other files.
 FORMATS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 MAX_BYTES = 2 << 30  # of one file
@@ -284,8 +286,9 @@ def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:
     """Writes `uint8 [F, H, W, 3]` as lossless RGB mp4 (4:2:0 shifts colours of small clips)."""
     import av
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    buffer = io.BytesIO()
+    buffer.name = path.name  # its ending decides the format
+    with av.open(buffer, "w") as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
         stream.height, stream.width = frames.shape[1:3]
@@ -293,3 +296,4 @@ def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:
         for frame in frames.contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    write_atomic(path, buffer.getvalue())
