@@ -20,7 +20,7 @@ from . import models, oracle
 from .data import pair_file, read_fingerprint
 from .files import differences, identity, model_identity, write_atomic
 from .media import Sampling
-from .models.folder import encoders_of
+from .models.folder import check_path, encoders_of
 from .prepare import Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Row, Rows
 
@@ -29,7 +29,7 @@ POSTERIORS = ("mode", "sample")
 MOST_WORKERS = 256
 # Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
 # what was found of data whose rows were all bad.
-LEFT_OVER = (".fastpref", "fingerprint.json.", "bad_rows.jsonl", "counts.json")
+LEFT_OVER = (".fastpref", "fingerprint.json", "bad_rows.jsonl", "counts.json")
 
 
 @torch.no_grad()
@@ -82,10 +82,11 @@ def encode(
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
     module = models.family(family) if isinstance(family, str) else family
     seed = posterior_seed(module, posterior, seed)
+    check_path(model)  # not every family reads it
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
-    claim(folder, fingerprint(module, model, rows, sampling, dtype, seed), rows.root)
     pipe = module.pipeline(model, DTYPES[dtype])
+    claim(folder, fingerprint(module, model, rows, sampling, dtype, seed), rows.root)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipe, "to"):
         pipe = pipe.to(device)
@@ -273,13 +274,13 @@ def fingerprint(
 def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
     """Makes `folder` this encoding's own; ValueError names what differs if it is another's.
 
-    A folder without a fingerprint must be new or empty (but for LEFT_OVER), and none may be the
-    folder of the `data` itself.
+    A folder without pairs must be new or empty (but for LEFT_OVER, and a fingerprint binds nothing
+    there: its model may since be mended), and none may be the folder of the `data` itself.
     """
     if folder.resolve() == data:
         raise ValueError(f"output_dir {folder}: is the data folder; choose another output_dir")
     path = folder / "fingerprint.json"
-    if not path.exists():
+    if not path.exists() or not (folder / "pairs").exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output_dir {folder}: is a file; choose another output_dir")
         there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
@@ -292,7 +293,13 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
         write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
         return
     before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
-    listed = differences(before, now)
+    hidden = {"data"} if data else set()  # of files: two digests say nothing
+    listed = differences(before, now, hidden)
+    if not listed and before.get("data") != now["data"]:
+        raise ValueError(
+            f"output_dir {folder}: the data changed since it was encoded; delete that folder to "
+            "encode again, or choose another output_dir"
+        )
     if listed:
         raise ValueError(
             f"output_dir {folder}: encoded with another {listed}; "

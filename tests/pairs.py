@@ -92,4 +92,4 @@ def command(*parts: str, **extra) -> subprocess.Popen:
 
 def encoded(data: Path, output_dir: Path, **options) -> PairDataset:
     """The toy family's set of some media."""
-    return PairDataset(encode("toy", "none", data, output_dir, progress=False, **options))
+    return PairDataset(encode("toy", BASE, data, output_dir, progress=False, **options))

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from pairs import encoded, write_pairs
+from pairs import BASE, encoded, write_pairs
 
 from fastpref import media
 from fastpref.cli import main
@@ -107,7 +107,7 @@ def test_all_rows_bad(broken, tmp_path, capsys):
     data, _ = broken
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[5:7]))
-    arguments = ["encode", "--family", "toy", "--model", "none", "--data", str(data)]
+    arguments = ["encode", "--family", "toy", "--model", str(BASE), "--data", str(data)]
     arguments += ["--output_dir", str(tmp_path / "set")]
     assert main(arguments) == 1
     said = capsys.readouterr().err.splitlines()[-1]
@@ -153,14 +153,22 @@ def user_error(capsys, *arguments: str) -> str:
     ],
 )
 def test_mistakes_are_one_line(flags, said, pairs, tmp_path, capsys):
-    given = ["--family", "toy", "--model", "none", "--data", str(pairs)]
+    given = ["--family", "toy", "--model", str(BASE), "--data", str(pairs)]
     line = user_error(capsys, *given, "--output_dir", str(tmp_path / "set"), *flags)
     assert line.startswith(said)
     assert not (tmp_path / "set").exists()
 
 
 def test_mistakes_in_data_are_one_line(pairs, tmp_path, capsys):
-    given = ["--family", "toy", "--model", "none", "--output_dir", str(tmp_path / "set"), "--data"]
+    given = [
+        "--family",
+        "toy",
+        "--model",
+        str(BASE),
+        "--output_dir",
+        str(tmp_path / "set"),
+        "--data",
+    ]
     path = tmp_path / "metadata.csv"
     path.write_text("prompt,chosen\nx,a.mp4\n")
     assert user_error(capsys, *given, str(path)).startswith(

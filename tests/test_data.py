@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pairs import write_pairs
+from pairs import BASE, write_pairs
 from safetensors.torch import save
 
 from bench.overhead import loaders
@@ -35,7 +35,7 @@ from fastpref.encode import encode
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return encode("toy", "none", write_pairs(root / "pairs"), root / "encoded", progress=False)
+    return encode("toy", BASE, write_pairs(root / "pairs"), root / "encoded", progress=False)
 
 
 class Shaped:

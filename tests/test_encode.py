@@ -15,15 +15,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pairs import encoded
+from pairs import BASE, encoded
 
 from fastpref import media, oracle
 from fastpref.data import PairDataset, pair_file
 from fastpref.encode import encode
+from fastpref.files import identity
 from fastpref.models import family, toy
 from fastpref.prepare import content_id
 from fastpref.rows import read_rows
 
+OTHER = BASE / "transformer"  # than BASE
 SLOW = '''
 """The toy family, but each clip takes its time and is written down."""
 import os
@@ -155,7 +157,7 @@ def slow(tmp_path, monkeypatch):
 def draw(data: Path, output_dir: Path, **options) -> PairDataset:
     """An encoded set of samples, seed 5."""
     options = {"posterior": "sample", "seed": 5} | options
-    return PairDataset(encode("house.drawn", "none", data, output_dir, progress=False, **options))
+    return PairDataset(encode("house.drawn", BASE, data, output_dir, progress=False, **options))
 
 
 def test_a_sample_is_a_function_of_seed_pair_and_member(pairs, slow, tmp_path):
@@ -236,7 +238,7 @@ def test_kill_and_resume_redoes_nothing(pairs, slow, tmp_path):
     call = "from fastpref.encode import encode; import sys; encode(*sys.argv[1:], batch_size=1)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SLOW_SECONDS": "0.1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", call, "house.slow", "none", str(pairs), str(folder)],
+        [sys.executable, "-c", call, "house.slow", str(BASE), str(pairs), str(folder)],
         env=environment,
         stderr=subprocess.DEVNULL,
     )
@@ -251,21 +253,21 @@ def test_kill_and_resume_redoes_nothing(pairs, slow, tmp_path):
     with pytest.raises(ValueError, match="if its encoding was interrupted, run the same command"):
         PairDataset(folder)
     slow.write_text("")
-    encode("house.slow", "none", pairs, folder, progress=False)
+    encode("house.slow", str(BASE), pairs, folder, progress=False)
     assert len(slow.read_text().split()) == 2 * (10 - len(stored))
     assert all(path.stat().st_mtime_ns == when for path, when in stored.items())
     assert json.loads((folder / "counts.json").read_text())["already_encoded"] == len(stored)
-    encode("house.slow", "none", pairs, tmp_path / "unbroken", progress=False)
+    encode("house.slow", str(BASE), pairs, tmp_path / "unbroken", progress=False)
     assert content(folder) == content(tmp_path / "unbroken")
 
 
 def test_a_damaged_pair_is_encoded_again(pairs, slow, tmp_path):
-    folder = encode("house.slow", "none", pairs, tmp_path / "set", progress=False)
+    folder = encode("house.slow", str(BASE), pairs, tmp_path / "set", progress=False)
     before = content(folder)
     path = pair_file(folder, PairDataset(folder).pair_ids[2])
     path.write_bytes(path.read_bytes()[:-1])
     slow.write_text("")
-    encode("house.slow", "none", pairs, folder, progress=False)
+    encode("house.slow", str(BASE), pairs, folder, progress=False)
     assert len(slow.read_text().split()) == 2 and content(folder) == before
 
 
@@ -276,18 +278,34 @@ def test_a_damaged_pair_is_encoded_again(pairs, slow, tmp_path):
         ({"height": 8, "width": 4}, "height (None there, 8 here), width (None there, 4 here)"),
         ({"fps": 4.0}, "fps (None there, 4.0 here)"),
         ({"dtype": "float16"}, "dtype (float32 there, float16 here)"),
-        ({"model": "other"}, "model (none there, other here)"),
+        ({"model": OTHER}, f"model ({identity(BASE)} there, {identity(OTHER)} here)"),
         ({"family": "house.slow"}, "family (fastpref.models.toy there, house.slow here)"),
     ],
 )
 def test_a_folder_encoded_otherwise_is_refused(change, named, pairs, slow, tmp_path):
-    options = {"family": "toy", "model": "none", "data": pairs, "output_dir": tmp_path / "set"}
+    options = {"family": "toy", "model": BASE, "data": pairs, "output_dir": tmp_path / "set"}
     encode(**options, progress=False)
     before = content(tmp_path / "set")
     with pytest.raises(ValueError) as error:
         encode(**{**options, **change}, progress=False)
     assert f"encoded with another {named}; choose another output_dir" in str(error.value)
     assert content(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("family", ["toy", "stable_diffusion"])
+def test_a_model_that_is_not_there_leaves_nothing(family, pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"model .*nope: no such folder; expected a diffusers"):
+        encode(family, tmp_path / "nope", pairs, tmp_path / "set", progress=False)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_model_mended_before_the_first_pair_is_taken(pairs, tmp_path):
+    """What failed later than its fingerprint was written binds nothing."""
+    (tmp_path / "set").mkdir()
+    mark = json.dumps({"family": "fastpref.models.toy", "model": "nope"})
+    (tmp_path / "set" / "fingerprint.json").write_text(mark)
+    assert len(encoded(pairs, tmp_path / "set")) == 10
+    assert json.loads((tmp_path / "set" / "fingerprint.json").read_text())["model"] != "nope"
 
 
 def test_other_data_or_weights_are_noticed(pairs, tmp_path):
@@ -306,7 +324,7 @@ def test_other_data_or_weights_are_noticed(pairs, tmp_path):
     data = shutil.copytree(pairs, tmp_path / "data")
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match="encoded with another data"):
+    with pytest.raises(ValueError, match="the data changed since it was encoded; delete that"):
         encode("toy", model, data, tmp_path / "set", progress=False)
 
 
@@ -402,9 +420,9 @@ def test_ranked_candidates_are_encoded_once(pairs, slow, tmp_path):
     names = [f"{i}_w.mp4" for i in range(4)]
     path = shutil.copytree(pairs, tmp_path / "data") / "ranked.jsonl"
     path.write_text(json.dumps({"prompt": "x", "candidates": names}))
-    encode("house.slow", "none", path, tmp_path / "all", progress=False)
+    encode("house.slow", str(BASE), path, tmp_path / "all", progress=False)
     assert len(PairDataset(tmp_path / "all")) == 6 and len(slow.read_text().split()) == 4
-    encode("house.slow", "none", path, tmp_path / "set", ranked="best_worst", progress=False)
+    encode("house.slow", str(BASE), path, tmp_path / "set", ranked="best_worst", progress=False)
     dataset = PairDataset(tmp_path / "set")
     assert len(dataset) == 1 and dataset.pair_ids[0] in PairDataset(tmp_path / "all").pair_ids
 

@@ -34,6 +34,12 @@ WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
 Normal = Callable[[Sequence[int]], Tensor]
 
 
+def check_path(path: str | Path) -> None:
+    """ValueError: neither a folder nor a hub id, which is owner/name: not worth a download."""
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise ValueError(f"model {path}: no such folder; expected a diffusers folder or a hub id")
+
+
 def read_config(
     kind: type, path: str | Path, subfolder: str | None = None, *, any_class: bool = False
 ) -> dict[str, Any]:
@@ -43,9 +49,7 @@ def read_config(
         ValueError: it cannot be read, or a subfolder's is not of class `kind`.
     """
     where = f"{path}/{subfolder}" if subfolder else str(path)
-    # A hub id is owner/name; anything else that is no folder is a mistake not worth a download.
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        raise ValueError(f"model {path}: no such folder; expected a diffusers folder or a hub id")
+    check_path(path)
     try:
         config = kind.load_config(str(path), subfolder=subfolder)
         if not isinstance(config, dict):
@@ -305,6 +309,18 @@ def pixels(frames: Tensor, *, size: int, stride: int = 1) -> Tensor:
             f"or {near + stride}"
         )
     return 2 * (frames.permute(3, 0, 1, 2)[None].float() / 255) - 1
+
+
+def check_rotary(model: nn.Module, latents: Tensor) -> None:
+    """ValueError: latents `[N, C, F, h, w]` beyond the rotary table of a Wan transformer."""
+    limit = model.config.rope_max_seq_len
+    sizes = [n * limit for n in model.config.patch_size]
+    if any(n > most for n, most in zip(latents.shape[2:], sizes, strict=True)):
+        got, most = ("x".join(map(str, of)) for of in (latents.shape[2:], sizes))
+        raise ValueError(
+            f"latents of {got} (frames x height x width) exceed the {most} that the model has "
+            f"places for (rope_max_seq_len {limit}): take fewer frames or smaller ones"
+        )
 
 
 def drawn(posterior: Any, normal: Normal | None) -> Tensor:

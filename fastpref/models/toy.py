@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, FlowMatching, from_config
-from .folder import load_model
+from .folder import check_rotary, load_model
 
 TEXT_DIM = 32
 SLOTS = 8
@@ -82,6 +82,7 @@ def coordinates(like: Tensor) -> Tensor:
 
 def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
     """Velocity eps - x0 at `noisy [N, 3, F, H, W]`, times `t [N]` in [0, 1000]."""
+    check_rotary(model, noisy)
     return model(
         hidden_states=torch.cat([noisy, coordinates(noisy)], dim=1),
         timestep=t,

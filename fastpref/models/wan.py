@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..process import FlowMatching, from_config
-from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
+from .folder import (
+    Encoders,
+    Normal,
+    check_rotary,
+    drawn,
+    load_model,
+    pixels,
+    read_config,
+    to_frames,
+)
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -50,6 +59,7 @@ def process(scheduler_config: dict[str, Any]) -> FlowMatching:
 
 def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
     """Velocity eps - x0 at `noisy [N, C, F, h, w]` and times `t [N]` = 1000 sigma, floats."""
+    check_rotary(model, noisy)
     return model(
         hidden_states=noisy,
         timestep=t,
