@@ -176,6 +176,13 @@ class PairDataset:
                     f"{path}: {name} of pair {self.pair_ids[i]} expected floating-point latents, "
                     f"got {got}; delete it and run the same fastpref encode again"
                 )
+        shapes = {name: "x".join(map(str, tensors[name].shape)) for name in sorted(tensors)}
+        got = " ".join(f"{name}:{shape}" for name, shape in shapes.items())
+        if got != self.shapes[i]:
+            raise ValueError(
+                f"{path}: expected {self.shapes[i]} as the index says, got {got}; delete it and "
+                "run the same fastpref encode again"
+            )
         return Pair(
             tensors["latents_w"],
             tensors["latents_l"],

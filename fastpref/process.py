@@ -18,6 +18,7 @@ from torch import Tensor
 from . import oracle
 from .functional import Draws, Target, add_noise
 
+MOST_TIMESTEPS = 10**6
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
 
 
@@ -113,7 +114,7 @@ class FlowMatching(Process):
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
         return cls(
             shift=float(config.get("flow_shift", config.get("shift", 1.0))),
-            num_train_timesteps=config.get("num_train_timesteps", 1000),
+            num_train_timesteps=_timesteps(config),
         )
 
     def _shifted(self, u: Tensor) -> Tensor:
@@ -184,10 +185,10 @@ class Diffusion(Process):
         super().__post_init__()
         abar = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).cpu()
         object.__setattr__(self, "alphas_cumprod", abar)
-        if abar.dim() != 1 or not ((abar >= 0) & (abar < 1)).all():
+        if abar.dim() != 1 or not len(abar) or not ((abar >= 0) & (abar < 1)).all():
+            within = f" in [{abar.min():.6g}, {abar.max():.6g}]" if abar.numel() else ""
             raise ValueError(
-                "alphas_cumprod must be [T] with 0 <= abar < 1, got"
-                f" {list(abar.shape)} in [{abar.min():.6g}, {abar.max():.6g}]"
+                f"alphas_cumprod must be [T] with 0 <= abar < 1, got {list(abar.shape)}{within}"
             )
         if self.prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -279,15 +280,36 @@ class Diffusion(Process):
         return self._tables(t.device)["gain"][t]
 
 
+def _timesteps(config: dict[str, Any]) -> int:
+    """num_train_timesteps of a scheduler's config."""
+    total = config.get("num_train_timesteps", 1000)
+    if type(total) is not int or not 1 <= total <= MOST_TIMESTEPS:
+        raise ValueError(
+            f"scheduler config: num_train_timesteps must be an integer from 1 to {MOST_TIMESTEPS},"
+            f" got {total!r}"
+        )
+    return total
+
+
+def _betas(name: str, values: Any) -> list[float]:
+    """Values of a scheduler's config that must be betas, one at least."""
+    numbers = values if isinstance(values, list | tuple) else []
+    if not numbers or not all(isinstance(b, int | float) and 0 <= b <= 1 for b in numbers):
+        raise ValueError(f"scheduler config: {name} must be from 0 to 1, got {values!r:.80}")
+    return [float(b) for b in numbers]
+
+
 def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
     """abar [T] float64 of a scheduler's config, with the scheduler classes' own defaults."""
     cogvideox = str(config.get("_class_name", "")).startswith("CogVideoX")
     start, end = (0.00085, 0.012) if cogvideox else (0.0001, 0.02)
-    start, end = config.get("beta_start", start), config.get("beta_end", end)
-    total = config.get("num_train_timesteps", 1000)
+    start, end = _betas(
+        "beta_start, beta_end", (config.get("beta_start", start), config.get("beta_end", end))
+    )
+    total = _timesteps(config)
     schedule = config.get("beta_schedule", "scaled_linear" if cogvideox else "linear")
     if config.get("trained_betas") is not None:
-        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+        betas = torch.tensor(_betas("trained_betas", config["trained_betas"]), dtype=torch.float64)
     elif schedule == "linear":
         betas = torch.linspace(start, end, total, dtype=torch.float64)
     elif schedule == "scaled_linear":

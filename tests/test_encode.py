@@ -292,22 +292,6 @@ def test_a_folder_encoded_otherwise_is_refused(change, named, pairs, slow, tmp_p
     assert content(tmp_path / "set") == before
 
 
-@pytest.mark.parametrize("family", ["toy", "stable_diffusion"])
-def test_a_model_that_is_not_there_leaves_nothing(family, pairs, tmp_path):
-    with pytest.raises(ValueError, match=r"model .*nope: no such folder; expected a diffusers"):
-        encode(family, tmp_path / "nope", pairs, tmp_path / "set", progress=False)
-    assert not (tmp_path / "set").exists()
-
-
-def test_a_model_mended_before_the_first_pair_is_taken(pairs, tmp_path):
-    """What failed later than its fingerprint was written binds nothing."""
-    (tmp_path / "set").mkdir()
-    mark = json.dumps({"family": "fastpref.models.toy", "model": "nope"})
-    (tmp_path / "set" / "fingerprint.json").write_text(mark)
-    assert len(encoded(pairs, tmp_path / "set")) == 10
-    assert json.loads((tmp_path / "set" / "fingerprint.json").read_text())["model"] != "nope"
-
-
 def test_other_data_or_weights_are_noticed(pairs, tmp_path):
     model = tmp_path / "model"
     (model / "vae").mkdir(parents=True)

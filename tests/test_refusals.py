@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from pairs import arguments, fails, options
+import torch
+from pairs import arguments, encoded, fails, options
+from safetensors.torch import load_file, save_file
+
+from fastpref.assemble import alone
+from fastpref.data import pair_file
+from fastpref.encode import encode
+from fastpref.process import Diffusion, from_config
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -22,3 +31,65 @@ def test_config_files(text, says, joined, pairs, tmp_path, capsys):
     config = [f"--config={file}"] if joined else ["--config", str(file)]
     said = fails(capsys, "train", *config, *arguments(options(pairs, tmp_path / "r")))
     assert said.startswith(f"fastpref train: --config {file}") and says in said
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer from 1 to"),
+        ({"num_train_timesteps": -1}, "got -1"),
+        ({"num_train_timesteps": 1e3}, r"got 1000\.0"),
+        ({"num_train_timesteps": 10**12}, "got 10{12}$"),
+        ({"num_train_timesteps": -5, "_class_name": "FlowMatchEulerDiscreteScheduler"}, "got -5"),
+        ({"trained_betas": []}, r"trained_betas must be from 0 to 1, got \[\]"),
+        ({"trained_betas": [0.1, "a"]}, "trained_betas must be from 0 to 1"),
+        ({"beta_start": -1e-4, "beta_schedule": "scaled_linear"}, "beta_start, beta_end must be"),
+        ({"beta_end": None}, r"beta_start, beta_end must be from 0 to 1, got \(0.0001, None\)"),
+    ],
+)
+def test_scheduler_configs(config, says):
+    with pytest.raises(ValueError, match=says) as error:
+        from_config(config)
+    assert str(error.value).startswith("scheduler config: ")
+
+
+def test_a_table_of_no_timesteps():
+    with pytest.raises(ValueError, match=r"alphas_cumprod must be \[T\] .* got \[0\]$"):
+        Diffusion(alphas_cumprod=torch.empty(0))
+
+
+def test_a_shard_without_its_prompt(pairs, tmp_path, capsys):
+    dataset = encoded(pairs, tmp_path / "set")
+    for pair_id in dataset.pair_ids:
+        path = pair_file(dataset.folder, pair_id)
+        tensors = load_file(path)
+        save_file({n: v for n, v in tensors.items() if n != "cond.text"}, path)
+    said = fails(capsys, "train", *arguments(options(dataset.folder, tmp_path / "run")))
+    assert "expected cond.text:8x32 latents_l:" in said and "as the index says, got" in said
+    assert said.endswith("delete it and run the same fastpref encode again\n")
+
+
+@pytest.mark.parametrize("family", ["toy", "stable_diffusion"])
+def test_a_model_that_is_not_there_leaves_nothing(family, pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"model .*nope: no such folder; expected a diffusers"):
+        encode(family, tmp_path / "nope", pairs, tmp_path / "set", progress=False)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_model_mended_before_the_first_pair_is_taken(pairs, tmp_path):
+    """What failed later than its fingerprint was written binds nothing."""
+    (tmp_path / "set").mkdir()
+    mark = json.dumps({"family": "fastpref.models.toy", "model": "nope"})
+    (tmp_path / "set" / "fingerprint.json").write_text(mark)
+    assert len(encoded(pairs, tmp_path / "set")) == 10
+    assert json.loads((tmp_path / "set" / "fingerprint.json").read_text())["model"] != "nope"
+
+
+def test_one_demo_at_a_time(tmp_path, capsys):
+    with alone(tmp_path):
+        assert "another fastpref is writing there" in fails(
+            capsys, "demo", "--output_dir", str(tmp_path)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [".fastpref"]
+    (tmp_path / "config.yaml").touch()  # a run's folder is no demo's
+    assert "something else" in fails(capsys, "demo", "--output_dir", str(tmp_path))

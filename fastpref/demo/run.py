@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint, evaluate
+from ..assemble import alone
 from ..config import OFFLINE, Config
 from ..data import PairDataset
 from ..encode import encode
@@ -134,7 +135,7 @@ class Demo:
                     f"{before['steps']} steps, got {now['pairs']} and {now['steps']}: "
                     "choose another output_dir"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and {p.name for p in self.folder.iterdir()} - {".fastpref"}:
             raise ValueError(f"output_dir {self.folder} holds something else: choose another one")
         else:
             write_atomic(path, json.dumps(now).encode())
@@ -230,19 +231,20 @@ def main(arguments: Sequence[str] = ()) -> list[Row]:
     start = time.perf_counter()
     names = ", ".join(options.objectives)
     say(f"fastpref demo: {names} and three controls, into {options.output_dir}")
-    demo = Demo(options)
-    # The controls stand beside the first beta only.
-    wanted = [(name, beta) for name in options.objectives for beta in options.betas]
-    wanted += [(name, options.betas[0]) for name in CONTROLS]
-    say(f"2. training ({options.steps} steps of 8 pairs), sampling, evaluating ...")
-    rows = []
-    for name, beta in wanted:
-        for seed in range(options.seeds):
-            label = name
-            if len(options.betas) > 1 and name not in CONTROLS:
-                label += f"-beta{beta:g}"
-            if options.seeds > 1:
-                label += f"-seed{seed}"
-            rows.append(demo.run(name, beta, seed, label))
-    summarise(demo.folder, rows, demo.labels, time.perf_counter() - start)
+    with alone(options.output_dir):
+        demo = Demo(options)
+        # The controls stand beside the first beta only.
+        wanted = [(name, beta) for name in options.objectives for beta in options.betas]
+        wanted += [(name, options.betas[0]) for name in CONTROLS]
+        say(f"2. training ({options.steps} steps of 8 pairs), sampling, evaluating ...")
+        rows = []
+        for name, beta in wanted:
+            for seed in range(options.seeds):
+                label = name
+                if len(options.betas) > 1 and name not in CONTROLS:
+                    label += f"-beta{beta:g}"
+                if options.seeds > 1:
+                    label += f"-seed{seed}"
+                rows.append(demo.run(name, beta, seed, label))
+        summarise(demo.folder, rows, demo.labels, time.perf_counter() - start)
     return rows
