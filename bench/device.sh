@@ -3,8 +3,8 @@
 #
 #   bash bench/device.sh            every part that has not passed on this commit yet
 #   bash bench/device.sh PART...    these parts: build test step_wan pair_loss memcheck racecheck
-#                                   synccheck step_wan_more step_small step_cogvideox_2b
-#                                   step_cogvideox_5b step_attention overhead ncu
+#                                   synccheck step_wan_more step_small step_small_more
+#                                   step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu
 #
 # Writes $OUT (default bench/results): a log per part, the benchmarks' JSON lines, and device.jsonl
 # with a line per part. Ends with 1 if a part failed; a part that cannot run here is said to be skipped.
@@ -16,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 PARTS=(build test step_wan pair_loss memcheck racecheck synccheck step_wan_more step_small
-  step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu)
+  step_small_more step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu)
 export OUT=${OUT:-bench/results} PYTHON=${PYTHON:-python3}
 SKIPPED=77 # a part's exit code when it cannot run here
 WAN=16,21,60,104
@@ -88,9 +88,11 @@ part_step_wan_more() {
     --variants B0 B5 joint/full deferred/full deferred/attention deferred/attention+compile
 }
 part_step_small() {
-  bench step --family wan --shape 1x256x256 --minutes 2 && # 256 tokens
-    bench step --family wan --shape 17x256x256 --minutes 3 &&
-    bench step --family wan --shape 1x480x832 --minutes 2 && bench step --family toy --minutes 1.5
+  bench step --family wan --shape 1x256x256 --minutes 4 && # 256 tokens
+    bench step --family wan --shape 1x480x832 --minutes 4
+}
+part_step_small_more() {
+  bench step --family wan --shape 17x256x256 --minutes 4 && bench step --family toy --minutes 4
 }
 part_step_attention() {
   bench step --family wan --attention auto --variants "${OURS[@]}" --rounds 3
