@@ -30,7 +30,8 @@ class Setting:
 
         self.arch: Architecture = ARCHITECTURES[args.family]
         self.shape, self.pairs, self.device = args.shape or self.arch.shape, args.pairs, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        usual = "bfloat16" if device.type == "cuda" else "float32"
+        self.dtype: torch.dtype = getattr(torch, args.dtype or usual)
         self.family = models.family(self.arch.family)
         self.process = self.family.process(self.arch.scheduler)
         self.objective = fastpref.objective("dpo", beta=BETA)

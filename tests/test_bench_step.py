@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import overhead, pair_loss, step, timing
+from bench import meters, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import Clock, SavedBytes
 from bench.variants import Ours, Setting, Usual
 from fastpref import compiling
+from fastpref.attention import Call
 
 CPU = torch.device("cpu")
 
@@ -115,6 +116,23 @@ def test_clock_sums_the_parts_of_a_step():
     parts = clock.medians()
     assert set(parts) == {"forward", "backward"}
     assert parts["forward"] > parts["backward"] >= 0
+
+
+def test_the_attention_kernel_is_that_of_the_forward(monkeypatch):
+    """Neither its backward's nor that which draws the inputs, though those take longer."""
+    call = Call(1, 2, 256, 256, 32, torch.float32, CPU)
+    name = meters.attention_kernel(call, "native")
+    assert name == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    inputs, recorded = meters.attention._inputs, []
+
+    def slow(call):
+        torch.randn(3000, 3000) @ torch.randn(3000, 3000)
+        made = inputs(call)
+        made[0].register_hook(recorded.append)
+        return made
+
+    monkeypatch.setattr(meters.attention, "_inputs", slow)
+    assert meters.attention_kernel(call, "native") == name and not recorded
 
 
 # ---- The command
@@ -323,6 +341,14 @@ def test_time_that_runs_out_is_recorded(results):
     assert all("no time left" in rows[name]["left_out"] for name in ("B0", "joint/none"))
 
 
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_dtype_is_what_the_step_computes_in(dtype, most, results):
+    assert results.run(*QUICK, "--variants", "joint/none", "--dtype", dtype) == 0
+    row = results()["joint/none"]
+    assert row["dtype"] == dtype and 0 < row["gradient_off"] < most
+    assert dtype == "float32" or row["gradient_off"] > 1e-4
+
+
 def test_an_unknown_variant_is_one_line(results, capsys):
     assert results.run(*QUICK, "--variants", "joint/some") == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
@@ -330,7 +356,9 @@ def test_an_unknown_variant_is_one_line(results, capsys):
 
 def setting(family: str) -> Setting:
     shape = ARCHITECTURES[family].small[0]
-    return Setting(Namespace(family=family, shape=shape, pairs=1, attention="native"), CPU)
+    return Setting(
+        Namespace(family=family, shape=shape, pairs=1, attention="native", dtype=None), CPU
+    )
 
 
 @pytest.mark.parametrize("family", ["tiny", "cogvideox-2b"])
@@ -367,6 +395,18 @@ def test_compiled_variants_too(family, results, narrow_cogvideox):
     arguments = ["--device", "cpu", "--rounds", "2", "--family", family, "--variants", *names]
     assert results.run(*arguments, *shape) == 0
     assert all(row["s_per_pair"] > 0 for row in results().values())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_gradients_are_b1s_in_float32(results, monkeypatch):
+    """A factor of 1.05 would pass bf16's tolerance."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    names = ["B0", "B4", "joint/full", "joint/none+graph", "joint/none+cached+graph"]
+    names += ["deferred/attention+compile", "deferred/none+cached"]
+    shape = ["--family", "tiny", "--shape", "1x64x64", "--dtype", "float32"]
+    assert results.run(*shape, "--device", "cuda", "--rounds", "2", "--variants", *names) == 0
+    assert all(row["gradient_off"] < 1e-3 for row in results().values())
 
 
 @pytest.mark.cuda
