@@ -1,0 +1,221 @@
+"""What `train` does with options whose values train alike: who was called, and how often."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from pairs import BASE, options, write_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref import assemble, checkpoint, compiling, data, models
+from fastpref.config import Config
+
+loop = importlib.import_module("fastpref.train")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """An encoded set."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "media", count=4)
+    config = options(folder / "media", folder / "run", max_train_steps=1)
+    return assemble.open_data(Config(**config), folder / "run").folder
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """spied(where, name): the arguments of every call from now on; the call goes through."""
+
+    def watch(where, name):
+        calls, real = [], getattr(where, name)
+
+        def seen(*args, **kwargs):
+            calls.append((args, kwargs))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, seen)
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def block_calls(monkeypatch):
+    """Forward runs of the blocks, by index, of every model loaded from now on."""
+    calls: Counter = Counter()
+    real = assemble.load_model
+
+    def load(*args):
+        model = real(*args)
+        for i, block in enumerate(model.blocks):
+            block.register_forward_hook(lambda *_, i=i: calls.update([i]))
+        return model
+
+    monkeypatch.setattr(loop, "load_model", load)
+    return calls
+
+
+def run(pairs, folder, **changes):
+    return loop.train(Config(**options(pairs, folder, **{"max_train_steps": 1, **changes})))
+
+
+class Count(TorchDispatchMode):
+    """Calls of the operators with a name in them."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part, self.calls = part, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += self.part in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_checkpointing_runs_again_what_it_says(pairs, tmp_path):
+    attended = {}
+    for mode in ("none", "attention", "full"):
+        with (
+            Count("scaled_dot_product_flash_attention_for_cpu.default") as seen,
+            Count("aten.gelu.default") as blocks,
+        ):
+            run(pairs, tmp_path / mode, checkpointing=mode, train_batch_size=4)
+        attended[mode] = seen.calls, blocks.calls
+    none, attention, full = (attended[m] for m in ("none", "attention", "full"))
+    assert none[0] == attention[0] < full[0]
+    assert none[1] < attention[1] == full[1]
+
+
+@pytest.mark.parametrize("mode", ["joint", "deferred"])
+def test_the_pair_mode_and_skip_zeros_reach_the_step(mode, pairs, tmp_path, spied):
+    calls = {name: spied(loop, name) for name in ("joint", "deferred")}
+    for skip in (False, True):
+        change = {"objective": "hinge", "pair_mode": mode, "skip_zeros": skip}
+        run(pairs, tmp_path / str(skip), **change)
+        assert calls[mode] and all(kwargs["skip_zeros"] is skip for _, kwargs in calls[mode])
+        calls[mode].clear()
+    assert not calls["deferred" if mode == "joint" else "joint"]
+
+
+def test_attention_is_used_as_picked(pairs, tmp_path, spied):
+    entered = spied(loop.attention, "use")
+    run(pairs, tmp_path / "native")
+    (args, _), = entered  # fmt: skip
+    assert isinstance(args[0], WanTransformer3DModel) and args[1] == "native"
+
+
+def test_the_attention_holds_in_the_step(pairs, tmp_path, monkeypatch):
+    inside, seen = [False], []
+
+    class Use:
+        def __enter__(self):
+            inside[0] = True
+
+        def __exit__(self, *_):
+            inside[0] = False
+
+    real = loop.joint
+    monkeypatch.setattr(loop.attention, "use", lambda model, name: Use())
+    monkeypatch.setattr(loop, "joint", lambda *a, **k: (seen.append(inside[0]), real(*a, **k))[1])
+    run(pairs, tmp_path)
+    assert seen and all(seen) and inside == [False]
+
+
+@pytest.mark.parametrize("kind", ["auto", "adapters_off", "frozen_copy"])
+def test_another_module_is_the_frozen_copy(kind, pairs, tmp_path, monkeypatch):
+    said, real = [], models.family("toy").predict
+
+    def predict(model, *inputs):
+        said.append((id(model), torch.is_grad_enabled()))
+        return real(model, *inputs)
+
+    monkeypatch.setattr(models.family("toy"), "predict", predict)
+    run(pairs, tmp_path, reference=kind)
+    policy = {each for each, graded in said if graded}
+    frozen = {each for each, graded in said if not graded} - policy
+    assert len(policy) == 1 and len(frozen) == (kind == "frozen_copy")
+
+
+def test_train_shares_the_prefix(pairs, tmp_path, block_calls):
+    """Adapters on the last block: below it, one pass a step; above, two."""
+    counts = []
+    last = len(models.family("toy").load(BASE, torch.float32).blocks) - 1
+    for steps in (3, 5):
+        block_calls.clear()
+        change = {"lora_targets": [f"blocks.{last}.attn1.to_q"], "logging_steps": 10}
+        run(pairs, tmp_path / str(steps), max_train_steps=steps, checkpointing_steps=10, **change)
+        counts.append(Counter(block_calls))
+    assert [counts[1][i] - counts[0][i] for i in range(last + 1)] == [2] * last + [4]
+
+
+@pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2}, {"objective": "sdpo"}])
+def test_no_step_without_a_log_reads_from_the_device(change, pairs, tmp_path):
+    counts = []
+    for steps in (3, 6):
+        with Count("_local_scalar_dense") as seen:
+            run(
+                pairs, tmp_path / str(steps), max_train_steps=steps, logging_steps=100,
+                checkpointing_steps=100, **change,
+            )  # fmt: skip
+        counts.append(seen.calls)
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_cache_is_filled_with_compiled_blocks(pairs, tmp_path, spied, monkeypatch):
+    real = compiling.compile_blocks
+    monkeypatch.setattr(
+        compiling, "compile_blocks", lambda model, paths: real(model, paths, backend="eager")
+    )
+    calls = spied(compiling, "compile_blocks")
+    for compiled in (False, True):
+        change = {"reference": "cached", "draws_per_pair": 1, "compile": compiled}
+        change |= {"reference_cache": str(tmp_path / str(compiled))}
+        assemble.cache_reference(Config(**options(pairs, tmp_path / "run", **change)))
+        assert len(calls) == compiled
+
+
+def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatch):
+    def add(model, *args):
+        assemble.add_lora(model, *args)
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "base_layer.weight" in n).mul_(1.01)
+
+    monkeypatch.setattr(loop, "add_lora", add)
+    with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
+        run(pairs, tmp_path)
+
+
+def test_a_resumed_run_keeps_its_margin_noise(pairs, tmp_path, monkeypatch):
+    run(pairs, tmp_path, max_train_steps=2)
+    real = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *a: real(*a) | {"margin_noise": 0.0123})
+    assert run(pairs, tmp_path, max_train_steps=3)["margin_noise"] == 0.0123
+    assert json.loads((tmp_path / "result.json").read_text())["margin_noise"] == 0.0123
+
+
+def test_weights_of_pairs_reach_the_loss(pairs, tmp_path, monkeypatch):
+    real, weight = data.collate, [1.0, 1.0]
+
+    def collate(rows):
+        batch = real(rows)
+        batch.weight.copy_(torch.tensor(weight))
+        return batch
+
+    monkeypatch.setattr(data, "collate", collate)
+    found = {}
+    for name, weight in {"one": [1.0, 1.0], "some": [0.0, 2.0], "none": [0.0, 0.0]}.items():  # noqa: B007
+        found[name] = run(pairs, tmp_path / name, weight_decay=0.0)["metrics"]
+    assert found["none"]["loss"] == 0 == found["none"]["grad_norm"]
+    assert found["some"]["loss"] == pytest.approx(found["one"]["loss"])  # log 2 either way
+    assert found["some"]["grad_norm"] != pytest.approx(found["one"]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_margin_noise_is_of_eight_pairs(size, pairs, tmp_path, spied):
+    calls = spied(loop, "joint")
+    run(pairs, tmp_path, train_batch_size=size)
+    assert sum(kwargs["scale"] == 0 for _, kwargs in calls) == -(-8 // size)
