@@ -176,6 +176,13 @@ def preparer(
 ) -> cache.Prepare:
     """A batch on the device, and the draws of its pairs in an epoch."""
     empty = dataset.empty_cond if config.prompt_dropout else None
+    if empty is not None:
+        got, like = ({k: list(v.shape) for k, v in c.items()} for c in (empty, dataset[0].cond))
+        if got != like:
+            raise ValueError(
+                f"{dataset.folder / 'empty.safetensors'}: the empty prompt's embeddings expected "
+                f"{like}, got {got}; delete it and run the same fastpref encode again"
+            )
 
     def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
         index = epoch % config.draws_per_pair if config.draws_per_pair else epoch

@@ -1,4 +1,4 @@
-"""Going on: what a run finds changed, what it keeps, what it has finished already."""
+"""Going on: what a run finds changed or damaged, what it keeps, what it has finished already."""
 
 import json
 import shutil
@@ -140,3 +140,11 @@ def test_where_there_is_no_terminal_a_log_step_is_a_line(pairs, tmp_path, capsys
     assert (
         "step 2 of 4: loss 0." in said and "step 4 of 4: loss 0." in said and "step 3" not in said
     )
+
+
+def test_prompt_dropout_needs_the_empty_prompts_own_shape(pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "set")
+    file = tmp_path / "set" / "empty.safetensors"
+    save_file({k: v[1:].clone() for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"empty.safetensors: the empty prompt's .* expected"):
+        run(tmp_path / "set", tmp_path / "run", prompt_dropout=0.1)

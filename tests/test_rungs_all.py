@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,7 @@ class Pairs(list):
 
 def cached(c, form, folder):
     """The errors of the base, filled and read back."""
-    mark = {"of": "this test"}
+    mark = {"draws_per_pair": len(c.draws.pair_id)}
 
     def prepare(k, batch):
         index = torch.full_like(batch.pair_id, k)
@@ -61,7 +62,7 @@ def take(c, form, rung, folder):
     if rung == "cached":
         ref = cached(c, form, folder)
     elif rung == "frozen copy":
-        ref = reference.frozen_copy(c.base, c.family.predict)
+        ref = reference.base(copy.deepcopy(c.base), c.family.predict)
     elif rung.startswith("checkpointing"):
         checkpointing.apply(c.model, c.family.BLOCKS, rung.split()[1])
     elif rung == "compiled":
