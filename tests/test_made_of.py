@@ -91,10 +91,11 @@ def test_other_inputs_are_not_answered_with_what_was_recorded():
             assert torch.equal(policy(*other), c.policy(*other))
 
 
-class Set:
+class Folder:
     """Of an encoded set, what `preparer` reads."""
 
-    empty_cond = {"text": torch.zeros(2)}
+    def __init__(self) -> None:
+        self.empty_cond = {"text": torch.zeros(2)}
 
 
 def test_a_prompt_is_dropped_for_both_members_of_a_pair():
@@ -103,7 +104,7 @@ def test_a_prompt_is_dropped_for_both_members_of_a_pair():
         torch.zeros(2 * count, 1), {"text": torch.ones(2 * count, 2)},
         torch.ones(count), torch.arange(1, count + 1), [],
     )  # fmt: skip
-    prepare = preparer(config(prompt_dropout=0.3), Set(), torch.device("cpu"), torch.float32)
+    prepare = preparer(config(prompt_dropout=0.3), Folder(), torch.device("cpu"), torch.float32)
     kept = prepare(0, batch)[0].cond["text"]
     winners, losers = kept.chunk(2)
     assert torch.equal(winners, losers) and torch.equal(kept[:, 0], kept[:, 1])
