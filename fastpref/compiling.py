@@ -18,9 +18,10 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
 
     All blocks of a class share their compiled code, and a shape of batch costs three compilations
     of it: adapters off; adapters on, first block (no gradient enters an input below the adapters)
-    and the others. A block is compiled whole: what cannot be traced is an error. A pass in another
-    mode, such as adapters on without gradient, costs a compilation more: `eagerly` avoids that
-    where speed does not count.
+    and the others. Blocks without adapters beside adapted ones are other code and cost one more,
+    or two where they also run with gradient (not in `reference.shared_prefix`). A block is compiled
+    whole: what cannot be traced is an error. A pass in another mode, such as adapters on without
+    gradient, costs a compilation more: `eagerly` avoids that where speed does not count.
 
     paths: of the family's blocks, a space between them: lists of blocks, or single ones.
 

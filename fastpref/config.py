@@ -111,7 +111,7 @@ class Config:
         attention: backend of the attention: native is PyTorch's choice; auto times what is
             installed on the run's shape and keeps to its pick when the run goes on.
         compile: compile every block with its adapters (torch.compile): three compilations per shape
-            of batch, in the first step.
+            of batch (four where some blocks have no adapter), in the first step.
         cuda_graphs: record a batch's whole step, and the optimiser's (cache-reference: the
             reference pass), as CUDA graphs and replay them: for small shapes, where launching takes
             longer than computing.
