@@ -211,7 +211,7 @@ def test_drift_is_half_beta_times_the_change_of_the_difference():
         return lambda noisy, t, cond, draws=None: torch.tensor(errors, dtype=torch.float64)
 
     limits = {"pair_mode": "joint", "beta": 10.0, "margin_noise": 0.1}
-    kept, now = says(1.0, 2.0, 4.0, 8.0), says(1.0, 2.25, 4.0, 8.75)
+    kept, now = says(1.0, 2.0, 4.0, 8.0), says(1.0, 2.75, 4.0, 8.25)
     worst, allowed = cache.drift(kept, now, process, [(batch, draws)], **limits)
     assert worst == pytest.approx(5 * 0.5) and allowed == 0.2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ class Folder:
 
     def __init__(self) -> None:
         self.empty_cond = {"text": torch.zeros(2)}
+
+    def __getitem__(self, i: int) -> SimpleNamespace:
+        return SimpleNamespace(cond={"text": torch.ones(2)})
 
 
 def test_a_prompt_is_dropped_for_both_members_of_a_pair():
