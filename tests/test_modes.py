@@ -10,9 +10,11 @@ from pairs import arguments, options, write_pairs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastpref.assemble import cache_reference, wait_for
+from fastpref import models
+from fastpref.assemble import cache_mark, cache_reference, make_process, wait_for
 from fastpref.cli import main
 from fastpref.config import Config
+from fastpref.data import PairDataset
 from fastpref.train import train
 
 
@@ -99,6 +101,29 @@ def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
     train(Config(**options(folder, tmp_path / "other", objective="sdpo", beta=300.0, **change)))
     assert main(["train", *arguments(options(folder, tmp_path / "seed", seed=1, **change))]) == 1
     assert "filled with another seed (0 there, 1 here)" in capsys.readouterr().err
+
+
+def test_a_cache_knows_which_run_it_is_of(pairs, tmp_path):
+    """Every option that decides the reference's errors, and no other, is in the fingerprint."""
+
+    def mark(device="cpu", dtype=torch.float32, backend="native", **change):
+        config = Config(**options(pairs, tmp_path, reference="cached", **change))
+        process = make_process(config, models.family("toy"))
+        return cache_mark(config, PairDataset(pairs), process, torch.device(device), dtype, backend)
+
+    changes = {
+        "seed": 1, "draws_per_pair": 4, "train_batch_size": 1, "pair_mode": "deferred",
+        "compile": True, "prompt_dropout": 0.1, "device": "cuda", "dtype": torch.bfloat16,
+        "backend": "cudnn", "timestep_range": (0.1, 1.0), "shift": 2.0,
+    }  # fmt: skip
+    plain, names = mark(), {"backend": "attention"}
+    for field, value in changes.items():
+        other = mark(**{field: value})
+        differ = [k for k in plain if plain[k] != other[k]]
+        assert any(names.get(field, field) in k for k in differ), field
+    for field, value in {"beta": 5.0, "lora_rank": 2, "learning_rate": 1.0}.items():
+        assert mark(**{field: value}) == plain
+    assert mark(objective="sdpo", importance_steps=5) == plain
 
 
 def test_a_frozen_copy_says_what_adapters_off_say(pairs, tmp_path):
