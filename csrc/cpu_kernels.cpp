@@ -1,8 +1,8 @@
 // The vector loops of the CPU side; setup.py compiles this file once per instruction set.
 //
 // FASTPREF_ISA names the table, FASTPREF_WIDTH the floats in a vector. The width never shows in a
-// result: multiplications and additions stay apart (-ffp-contract=off) and sums have kLanes lanes in
-// every set.
+// result: products and sums are fused where this says so and nowhere else (-ffp-contract=off), and sums
+// have kLanes lanes in every set.
 #define FASTPREF_HD static inline  // own copies of the inline functions: each set compiles its own
 #include <utility>
 #if defined(__x86_64__)
@@ -50,6 +50,18 @@ inline void write(void* to, U v, bool past) {
 inline void wrote(bool past) {
 #if defined(__x86_64__)
   if (past) _mm_sfence();
+#endif
+}
+
+// v v + sum, rounded once.
+inline F square_plus(F v, F sum) {
+#if defined(__x86_64__) && FASTPREF_WIDTH == 16
+  return _mm512_fmadd_ps(v, v, sum);
+#elif defined(__x86_64__) && FASTPREF_WIDTH == 8
+  return _mm256_fmadd_ps(v, v, sum);
+#else
+  for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(v[k], v[k], sum[k]);
+  return sum;
 #endif
 }
 
@@ -138,8 +150,8 @@ constexpr int kStrip = 2;
 struct Sums {
   F even[kStrip] = {}, odd[kStrip] = {};
   inline void add(int step, F even_residual, F odd_residual) {
-    even[step] += even_residual * even_residual;
-    odd[step] += odd_residual * odd_residual;
+    even[step] = square_plus(even_residual, even[step]);
+    odd[step] = square_plus(odd_residual, odd[step]);
   }
   inline void add_to(double* lanes, int first) const {
     double* const at = lanes + first * kWidth;
@@ -149,9 +161,14 @@ struct Sums {
     }
   }
   static inline void add_to(double* lanes, F sums) {
-    float flat[kWidth];
-    memcpy(flat, &sums, sizeof sums);
-    for (int k = 0; k < kWidth; ++k) lanes[k] += static_cast<double>(flat[k]);
+    typedef float Half __attribute__((vector_size(2 * kWidth)));
+    typedef double Wide __attribute__((vector_size(4 * kWidth)));
+    Half halves[2];
+    memcpy(halves, &sums, sizeof sums);
+    for (int h = 0; h < 2; ++h, lanes += kWidth / 2) {
+      Wide const sum = read<Wide>(lanes) + __builtin_convertvector(halves[h], Wide);
+      memcpy(lanes, &sum, sizeof sum);
+    }
   }
 };
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+import fastpref.ops  # noqa: F401 - registers the operators
+
 OP = torch.ops.fastpref
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
