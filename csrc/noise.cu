@@ -10,38 +10,31 @@ namespace {
 template <typename X, typename Y>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) noise_kernel(NoiseArgs args) {
   constexpr int W = kWidth<X, Y>;
-  bool const two = args.shape.rows > args.shape.pairs;
+  int64_t const step = args.shape.rows > args.shape.pairs ? args.shape.pairs * args.shape.elements : 0;
   for_each_chunk(args.shape, [&](Chunk const& chunk) {
-    X const* x0[2];
-    Y* out[2];
-    bool aligned_rows = true;
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      int64_t const row = m && two ? chunk.pair + args.shape.pairs : chunk.pair;
-      int64_t const at = row * args.shape.elements + chunk.begin;
-      x0[m] = static_cast<X const*>(args.x0) + at;
-      out[m] = static_cast<Y*>(args.out) + at;
-      aligned_rows = aligned_rows && aligned(x0[m]) && aligned(out[m]);
-    }
+    int64_t const from = chunk.pair * args.shape.elements + chunk.begin;
+    X const* const x0 = static_cast<X const*>(args.x0) + from;
+    Y* const out = static_cast<Y*>(args.out) + from;
+    bool const aligned_rows = aligned(x0) && aligned(x0 + step) && aligned(out) && aligned(out + step);
     Key const key = make_key(args.draws.seed, args.draws.pair_id[chunk.pair], args.draws.index[chunk.pair],
                              Domain::noise);
     float const a = args.a[chunk.pair], s = args.s[chunk.pair];
-    for_each_vector<W>(chunk, aligned_rows, [&](int at, int count, bool wide) {
+    for_each_vector<W>(chunk, aligned_rows, [&](int at, int count, auto wide) {
       Vector<X, W> clean[2];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        if (m && !two) break;
-        clean[m] = wide ? load_wide<W>(x0[m] + at) : load_some<W>(x0[m] + at, count);
+        if (m && !step) break;
+        clean[m] = load<W>(x0 + m * step + at, count, wide);
       }
       float eps[W];
       noise<W>(key, chunk.group(at), eps);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        if (m && !two) break;
+        if (m && !step) break;
         float noisy[W];
 #pragma unroll
-        for (int i = 0; i < W; ++i) noisy[i] = combine(s, eps[i], a, to_float(clean[m][i]));
-        store<W>(out[m] + at, noisy, count, wide);
+        for (int i = 0; i < W; ++i) noisy[i] = combine(s, eps[i], a, clean[m][i]);
+        store<W>(out + m * step + at, noisy, count, wide);
       }
     });
   });

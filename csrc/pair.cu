@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
     constexpr int W = Residuals<P, T>::W;
     int64_t const from = chunk.pair * shape.elements + chunk.begin;
     float sums[kSums] = {0};  // policy w, policy l, reference w, reference l
-    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, bool wide) {
+    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, auto wide) {
       residuals(at, count, wide, [&](int m, float const(&policy)[W], float const(&reference)[W]) {
-        sums[m] += sum_squares(policy);
-        sums[2 + m] += sum_squares(reference);
+        sums[m] = add_squares(sums[m], policy);
+        if (args.ref) sums[2 + m] = add_squares(sums[2 + m], reference);
         if (work.seed) {
           float seed[W];
 #pragma unroll
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs a
     float const of_l =
         residuals.two ? static_cast<float>(scale * args.coef[chunk.pair + shape.pairs]) : 0.0f;
     P* const out = static_cast<P*>(args.grad_pred) + chunk.pair * shape.elements + chunk.begin;
-    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, bool wide) {
+    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, auto wide) {
       float grad[W];
       residuals(at, count, wide, [&](int m, float const(&policy)[W], float const(&)[W]) {
 #pragma unroll

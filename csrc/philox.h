@@ -39,6 +39,42 @@ FASTPREF_HD Key make_key(uint64_t seed, int64_t pair_id, int64_t index, Domain d
           static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32)};
 }
 
+// 32 x 32 -> 64 bits. Written out for the GPU, whose compiler follows every such product with an addition
+// of zero.
+FASTPREF_HD uint64_t product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t out;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(out) : "r"(a), "r"(b));
+  return out;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
+// The square root, correctly rounded, of a normal number. On the GPU without the branch for all others,
+// which holds up the work around it.
+FASTPREF_HD float square_root(float x) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  float const root = x * inverse;
+  return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+#else
+  return sqrtf(x);
+#endif
+}
+
+FASTPREF_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+FASTPREF_HD float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 FASTPREF_HD Words philox(Key const& key, uint32_t group) {
   uint32_t c0 = group, c1 = key.draw, c2 = key.id_lo, c3 = key.id_hi;
   uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
@@ -46,8 +82,7 @@ FASTPREF_HD Words philox(Key const& key, uint32_t group) {
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    uint64_t const p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-    uint64_t const p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    uint64_t const p0 = product(0xD2511F53u, c0), p1 = product(0xCD9E8D57u, c2);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
@@ -58,16 +93,12 @@ FASTPREF_HD Words philox(Key const& key, uint32_t group) {
   return {c0, c1, c2, c3};
 }
 
-// sqrt(-2 log u) for u = (word + 1/2) / 2^32 rounded to float: at most 6.8.
+// sqrt(-2 log u) for u = (word + 1/2) / 2^32 rounded to float: at most 6.8, and 1e-15 where u is 1.
 FASTPREF_HD float radius(uint32_t word) {
   float const u = fmaf(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
-  int32_t bits;
-  memcpy(&bits, &u, 4);
-  bits -= 0x3f3504f3;  // float(sqrt(1/2)): the mantissa below lies in [sqrt(1/2), sqrt(2))
-  float const exponent = static_cast<float>(bits >> 23);
-  bits = (bits & 0x007fffff) + 0x3f3504f3;
-  float m;
-  memcpy(&m, &bits, 4);
+  uint32_t const bits = bits_of(u) - 0x3f3504f3u;  // float(sqrt(1/2)): m lies in [sqrt(1/2), sqrt(2))
+  float const exponent = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  float const m = float_of((bits & 0x007fffffu) + 0x3f3504f3u);
   float const f = m - 1.0f;  // exact; log(1 + f) = f - f^2/2 + f^3 p(f), p fitted to 6e-9
   float p = -0.07644633203744888f;
   p = fmaf(p, f, 0.12761884927749634f);
@@ -79,14 +110,15 @@ FASTPREF_HD float radius(uint32_t word) {
   p = fmaf(p, f, 0.3333333134651184f);
   float const f2 = f * f;
   float const log1p = fmaf(f2 * f, p, fmaf(-0.5f, f2, f));
-  return sqrtf(-2.0f * fmaf(exponent, 0.693147182464599609375f, log1p));
+  float const square = -2.0f * fmaf(exponent, 0.693147182464599609375f, log1p);
+  return square_root(square > 1e-30f ? square : 1e-30f);
 }
 
 // cos and sin of 2 pi word / 2^32: the quadrant is split off exactly, on integers.
 FASTPREF_HD void circle(uint32_t word, float& cosine, float& sine) {
-  uint32_t const quadrant = (word + 0x20000000u) >> 30;
-  int32_t const rest = static_cast<int32_t>(word - (quadrant << 30));  // [-2^29, 2^29)
-  float const a = static_cast<float>(rest) * 1.46291807926715968e-09f;  // 2 pi / 2^32
+  uint32_t const turned = word + 0x20000000u;  // the quadrant in its upper two bits
+  int32_t const rest = static_cast<int32_t>(word - (turned & 0xc0000000u));  // [-2^29, 2^29)
+  float const a = static_cast<float>(rest) * 1.46291807926715968e-09f;      // 2 pi / 2^32
   float const a2 = a * a;
   float s = fmaf(-0.00019588008581195027f, a2, 0.008332748897373676f);
   s = fmaf(s, a2, -0.166666641831398f);
@@ -94,11 +126,9 @@ FASTPREF_HD void circle(uint32_t word, float& cosine, float& sine) {
   float c = fmaf(2.4548042347305454e-05f, a2, -0.001388830365613103f);
   c = fmaf(c, a2, 0.0416666641831398f);
   c = fmaf(c * a2, a2, fmaf(-0.5f, a2, 1.0f));
-  bool const swap = quadrant & 1u;
-  float const x = swap ? s : c;
-  float const y = swap ? c : s;
-  cosine = (quadrant + 1u) & 2u ? -x : x;
-  sine = quadrant & 2u ? -y : y;
+  bool const swap = turned & 0x40000000u;
+  cosine = float_of(bits_of(swap ? s : c) ^ ((turned + 0x40000000u) & 0x80000000u));
+  sine = float_of(bits_of(swap ? c : s) ^ (turned & 0x80000000u));
 }
 
 FASTPREF_HD Normals to_normals(Words const& words) {

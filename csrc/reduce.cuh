@@ -50,9 +50,11 @@ struct Vector {
   uint32_t word[kWords];
 
   __device__ float operator[](int i) const {
-    uint32_t const bits = word[i / kPerWord] >> (i % kPerWord * 16);
+    uint32_t const bits = word[i / kPerWord];
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return float_of(i % 2 ? bits & 0xffff0000u : bits << 16);
+    uint32_t const moved = bits >> (i % kPerWord * 16);
     T value;
-    memcpy(&value, &bits, sizeof value);
+    memcpy(&value, &moved, sizeof value);
     return to_float(value);
   }
   // Sets element i of a word that is still zero there.
@@ -75,21 +77,26 @@ __device__ Vector<T, W> load_wide(T const* from) {
   }
 }
 
-// The first `count` of W elements from anywhere, zeros behind them.
-template <int W, typename T>
-__device__ Vector<T, W> load_some(T const* from, int count) {
-  Vector<T, W> out{};
+// The first `count` of W elements from anywhere, zeros behind them; or, where Wide is true, all of them
+// from where 16 bytes are aligned.
+template <int W, typename Wide, typename T>
+__device__ Vector<T, W> load(T const* from, int count, Wide) {
+  if constexpr (Wide::value) {
+    return load_wide<W>(from);
+  } else {
+    Vector<T, W> out{};
 #pragma unroll
-  for (int i = 0; i < W; ++i) {
-    if (i < count) out.set(i, from[i]);
+    for (int i = 0; i < W; ++i) {
+      if (i < count) out.set(i, from[i]);
+    }
+    return out;
   }
-  return out;
 }
 
-// The first `count` of W elements. `wide`: all of them, to where 16 bytes are aligned.
-template <int W, typename T>
-__device__ void store(T* to, float const (&values)[W], int count, bool wide) {
-  if (wide) {
+// The same for storing.
+template <int W, typename Wide, typename T>
+__device__ void store(T* to, float const (&values)[W], int count, Wide) {
+  if constexpr (Wide::value) {
     Vector<T, W> in{};
 #pragma unroll
     for (int i = 0; i < W; ++i) in.set(i, round_to<T>(values[i]));
@@ -137,15 +144,18 @@ __device__ void for_each_chunk(Shape const& shape, Use use) {
 }
 
 // use(at, count, wide) for this thread's vectors of a chunk: elements at .. at + count - 1, counted from
-// its begin; `wide` where there are W of them and the rows are aligned. Neighbouring threads have
-// neighbouring vectors.
+// its begin. `wide`, a std::bool_constant, says that there are W of them in rows that are aligned: code
+// for these looks at no `count`. Neighbouring threads have neighbouring vectors.
 template <int W, typename Use>
 __device__ void for_each_vector(Chunk const& chunk, bool aligned_rows, Use use) {
+  int at = threadIdx.x * W;
+  if (aligned_rows) {
 #pragma unroll 1
-  for (int at = threadIdx.x * W; at < chunk.size; at += kThreads * W) {
-    int const count = chunk.size - at < W ? chunk.size - at : W;
-    use(at, count, aligned_rows && count == W);
+    for (; at + W <= chunk.size; at += kThreads * W) use(at, W, std::true_type());
   }
+#pragma unroll 1
+  for (; at < chunk.size; at += kThreads * W)
+    use(at, chunk.size - at < W ? chunk.size - at : W, std::false_type());
 }
 
 // ---- one pair's residuals ----
@@ -186,23 +196,16 @@ struct Residuals {
 
   // use(member, policy, reference): W residuals of each, zero behind `count`. All loads are issued
   // before the noise is computed, so that they are in flight meanwhile.
-  template <typename Use>
-  __device__ void operator()(int at, int count, bool wide, Use use) const {
+  template <typename Wide, typename Use>
+  __device__ void operator()(int at, int count, Wide wide, Use use) const {
     Vector<P, W> policy[2], reference[2];
     Vector<T, W> target[2];
-    auto const load_all = [&](auto load) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        if (m && !two) break;
-        policy[m] = load(pred + m * pred_step + at);
-        if (ref) reference[m] = load(ref + m * pred_step + at);
-        target[m] = load(data + m * data_step + at);
-      }
-    };
-    if (wide) {
-      load_all([](auto const* from) { return load_wide<W>(from); });
-    } else {
-      load_all([&](auto const* from) { return load_some<W>(from, count); });
+    for (int m = 0; m < 2; ++m) {
+      if (m && !two) break;
+      policy[m] = load<W>(pred + m * pred_step + at, count, wide);
+      if (ref) reference[m] = load<W>(ref + m * pred_step + at, count, wide);
+      target[m] = load<W>(data + m * data_step + at, count, wide);
     }
     float eps[W];
     if (regenerate) noise<W>(key, chunk.group(at), eps);
@@ -212,10 +215,10 @@ struct Residuals {
       float d[W], d_ref[W];
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        float y = to_float(target[m][i]);
+        float y = target[m][i];
         if (regenerate) y = combine(p, eps[i], q, y);
-        d[i] = i < count ? to_float(policy[m][i]) - y : 0.0f;
-        d_ref[i] = ref && i < count ? to_float(reference[m][i]) - y : 0.0f;
+        d[i] = i < count ? policy[m][i] - y : 0.0f;
+        d_ref[i] = ref && i < count ? reference[m][i] - y : 0.0f;
       }
       use(m, d, d_ref);
     }
@@ -224,17 +227,12 @@ struct Residuals {
 
 // ---- sums ----
 
-// Sum of squares, as a balanced tree.
+// sum + d[0]^2 + d[1]^2 + ..., each rounded once.
 template <int W>
-__device__ float sum_squares(float const (&d)[W]) {
-  float s[W];
+__device__ float add_squares(float sum, float const (&d)[W]) {
 #pragma unroll
-  for (int i = 0; i < W; ++i) s[i] = d[i] * d[i];
-#pragma unroll
-  for (int half = W / 2; half > 0; half /= 2)
-#pragma unroll
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
+  for (int i = 0; i < W; ++i) sum = fmaf(d[i], d[i], sum);
+  return sum;
 }
 
 inline __device__ double warp_sum(double x) {
