@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from bench.meters import Clock
 from bench.pair_loss import mean_squares
 from fastpref import compiling
+from fastpref.process import Times
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,6 @@ BASELINES = {
     "B4": Baseline("B1 with compiled blocks", compiled=True),
     "B5": Baseline("compiled blocks, no checkpointing", compiled=True, recomputes=False),
 }
-
-
-@dataclass
-class Levels:
-    """Of a batch: x_t = a x0 + s noise, target p noise + q x0, t for the network; each [B]."""
-
-    a: Tensor
-    s: Tensor
-    p: Tensor
-    q: Tensor
-    t: Tensor
 
 
 class UsualStep:
@@ -71,7 +61,7 @@ class UsualStep:
         self,
         latents: Tensor,
         cond: dict[str, Tensor],
-        levels: Levels,
+        times: Times,
         autocast: Callable[[], AbstractContextManager],
         noise: Tensor | None = None,
     ) -> None:
@@ -83,9 +73,9 @@ class UsualStep:
         def wide(value: Tensor) -> Tensor:
             return value.to(latents).repeat(2).view(-1, 1, 1, 1, 1)
 
-        noisy = wide(levels.a) * latents + wide(levels.s) * noise
-        target = wide(levels.p) * noise + wide(levels.q) * latents
-        t = levels.t.repeat(2)
+        noisy = wide(times.a) * latents + wide(times.s) * noise
+        target = wide(times.p) * noise + wide(times.q) * latents
+        t = times.t.repeat(2)
         with autocast():
             with torch.no_grad(), clock.part("reference"):
                 if self.frozen is not None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import fastpref
 from bench.architectures import ARCHITECTURES, Architecture
-from bench.baselines import BASELINES, Levels, UsualStep
+from bench.baselines import BASELINES, UsualStep
 from bench.meters import Clock
 from fastpref import attention, checkpointing, compiling, models, oracle, reference, step
 from fastpref.data import Batch
 from fastpref.graphs import StepGraph
+from fastpref.process import Times
 
 BETA, SEED, RANK = 500.0, 1, 64
 LEARNING_RATE = 1e-5
@@ -116,18 +117,10 @@ class Setting:
         numbers = torch.arange(self.pairs)
         return fastpref.Draws(SEED, numbers + 1, torch.full_like(numbers, index))
 
-    def levels(self, draws: fastpref.Draws) -> Levels:
-        """Times as our process draws them, for the baselines' own noising."""
-        level = self.process.level(draws)
-        one = torch.ones_like(level)
-        if isinstance(self.process, fastpref.FlowMatching):
-            values = (1 - level, level, one, -one, level * self.process.num_train_timesteps)
-        else:
-            bars = self.process.alphas_cumprod
-            t = (level * len(bars)).round().long()
-            a, s = bars[t].sqrt(), (1 - bars[t]).sqrt()
-            values = (a, s, a, -s, t)
-        return Levels(*(v.float().to(self.device) for v in values))
+    def times(self, draws: fastpref.Draws) -> Tensor:
+        """`Times` as our process draws them, in one tensor on the device; for the baselines too."""
+        times = torch.stack(self.process.times(draws))
+        return times.to(self.device, non_blocking=True)
 
 
 class Usual:
@@ -150,8 +143,8 @@ class Usual:
         if same_noise:
             noise = oracle.normal(SEED, draws.pair_id, draws.index, setting.latents[0].numel())
             noise = noise.view(-1, *setting.latents.shape[1:]).to(setting.latents)
-        levels = setting.levels(draws)
-        self.run(setting.latents, setting.cond, levels, setting.autocast, noise)
+        times = Times(*setting.times(draws).float())
+        self.run(setting.latents, setting.cond, times, setting.autocast, noise)
 
 
 def rungs(name: str) -> tuple[str, str, list[str]]:
@@ -208,11 +201,18 @@ class Ours:
         with self.setting.attention_of(self.model):
             call = self.graphs[0] if self.graphs else self._step
             inputs = {"latents": self.setting.latents, **self.setting.cond}
-            call(pair_id=draws.pair_id, index=draws.index, **inputs)
+            call(
+                pair_id=draws.pair_id,
+                index=draws.index,
+                times=self.setting.times(draws),
+                **inputs,
+            )
 
-    def _step(self, latents: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor) -> Tensor:
+    def _step(
+        self, latents: Tensor, pair_id: Tensor, index: Tensor, times: Tensor, **cond: Tensor
+    ) -> Tensor:
         draws = fastpref.Draws(SEED, pair_id, index)
-        noisy, t, target = self.setting.process.noise(latents, draws)
+        noisy, t, target = self.setting.process.noise(latents, draws, Times(*times))
         return self.pair_step(
             self.policy, self.reference, noisy, t, target, cond, draws, self.setting.objective,
             parameters=self.setting.parameters,

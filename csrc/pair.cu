@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) error_kernel(Work work
   ErrorArgs const& args = work.error;
   Shape const& shape = args.shape;
   int64_t const chunks = chunks_of(shape.elements);
-  for_each_chunk(shape, [&](Chunk const& chunk) {
+  for_each_piece(shape, kChunk, [&](Piece const& chunk) {
     Residuals<P, T> const residuals(shape, args.pred, args.ref, args.target, work.seed, chunk);
     constexpr int W = Residuals<P, T>::W;
     int64_t const from = chunk.pair * shape.elements + chunk.begin;
@@ -97,22 +97,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) epilogue_kernel(Epilog
 }
 
 // Bytes: reads pred and target once (from L2 after the error kernel), writes grad_pred once.
-// Grid: one wave; a block takes whole chunks of pairs, winner and loser together.
+// Grid: one wave; a block takes a piece of a pair, winner and loser together.
 // Sums: where two rows share a prediction, winner plus loser in fp32.
 template <typename P, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs args, int length) {
   Shape const& shape = args.shape;
   double const scale =
       (args.grad ? *args.grad : 1.0) * args.scale * 2.0 / static_cast<double>(shape.elements);
   bool const shared = shape.pred_rows < shape.rows;
-  for_each_chunk(shape, [&](Chunk const& chunk) {
-    Residuals<P, T> const residuals(shape, args.pred, nullptr, args.target, args.grad_pred, chunk);
+  for_each_piece(shape, length, [&](Piece const& piece) {
+    Residuals<P, T> const residuals(shape, args.pred, nullptr, args.target, args.grad_pred, piece);
     constexpr int W = Residuals<P, T>::W;
-    float const of_w = static_cast<float>(scale * args.coef[chunk.pair]);
+    float const of_w = static_cast<float>(scale * args.coef[piece.pair]);
     float const of_l =
-        residuals.two ? static_cast<float>(scale * args.coef[chunk.pair + shape.pairs]) : 0.0f;
-    P* const out = static_cast<P*>(args.grad_pred) + chunk.pair * shape.elements + chunk.begin;
-    for_each_vector<W>(chunk, residuals.aligned_rows, [&](int at, int count, auto wide) {
+        residuals.two ? static_cast<float>(scale * args.coef[piece.pair + shape.pairs]) : 0.0f;
+    P* const out = static_cast<P*>(args.grad_pred) + piece.pair * shape.elements + piece.begin;
+    for_each_vector<W>(piece, residuals.aligned_rows, [&](int at, int count, auto wide) {
       float grad[W];
       residuals(at, count, wide, [&](int m, float const(&policy)[W], float const(&)[W]) {
 #pragma unroll
@@ -127,14 +127,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(GradArgs a
 
 char const* run_errors(Work const& work, void* stream) {
   ErrorArgs const& args = work.error;
-  int64_t const items = args.shape.pairs * chunks_of(args.shape.elements);
-  if (items == 0) return nullptr;
+  int64_t const chunks = args.shape.pairs * chunks_of(args.shape.elements);
+  if (chunks == 0) return nullptr;
+  int64_t blocks = 0;
+  if (auto error = wave(blocks)) return error;
   if (auto error =
           message(cudaMemsetAsync(args.workspace, 0, sizeof(double), static_cast<cudaStream_t>(stream))))
     return error;
   return dispatch(args.dtype, [&](auto pred) {
     return dispatch(args.target.dtype, [&](auto target) {
-      return launch(error_kernel<decltype(pred), decltype(target)>, items, stream, work);
+      return launch(error_kernel<decltype(pred), decltype(target)>, chunks, blocks, stream, work);
     });
   });
 }
@@ -161,15 +163,14 @@ char const* unit_seed(SeedArgs const& args, void* stream) {
 
 char const* loss_epilogue(EpilogueArgs const& args, void* stream) {
   if (args.pairs == 0) return nullptr;
-  return launch(epilogue_kernel, 1, stream, args);
+  return launch(epilogue_kernel, 1, 1, stream, args);
 }
 
 char const* pair_grad(GradArgs const& args, void* stream) {
-  int64_t const items = args.shape.pairs * chunks_of(args.shape.elements);
-  if (items == 0) return nullptr;
+  if (args.shape.pairs * args.shape.elements == 0) return nullptr;
   return dispatch(args.dtype, [&](auto pred) {
     return dispatch(args.target.dtype, [&](auto target) {
-      return launch(grad_kernel<decltype(pred), decltype(target)>, items, stream, args);
+      return launch_equal(grad_kernel<decltype(pred), decltype(target)>, args, stream);
     });
   });
 }

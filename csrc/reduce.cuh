@@ -1,9 +1,9 @@
 // What the CUDA kernels share: 16-byte loads and stores, the walk over pairs and chunks, residuals
 // against a stored or regenerated target, sums in a fixed order, and the launch.
 //
-// The unit of work is one chunk of one pair. Both of its rows are read together, so that their common
-// noise is computed once. A block takes whole chunks and a chunk's sum depends on kThreads alone:
-// results are the same bits for any grid.
+// The unit of work is one piece of one pair: a chunk where there are sums, else whatever gives a wave of
+// blocks equal work. Both of its rows are read together, so that their common noise is computed once. A
+// chunk's sum depends on kThreads alone: results are the same bits for any grid.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -125,62 +125,62 @@ __device__ void noise(Key const& key, uint32_t group, float (&eps)[W]) {
 
 // ---- the walk ----
 
-// One chunk of one pair: elements begin .. begin + size - 1 of each of its rows.
-struct Chunk {
+// One piece of one pair: elements begin .. begin + size - 1 of each of its rows.
+struct Piece {
   int64_t pair, number, begin;
   int size;
 
   __device__ uint32_t group(int at) const { return static_cast<uint32_t>((begin + at) / 4); }
 };
 
-// use(chunk) for this block's share of all chunks of all pairs.
+// use(piece) for this block's share of all pieces, of `length` elements or less, of all pairs.
 template <typename Use>
-__device__ void for_each_chunk(Shape const& shape, Use use) {
-  int64_t const chunks = chunks_of(shape.elements);
-  for (int64_t i = blockIdx.x; i < shape.pairs * chunks; i += gridDim.x) {
-    int64_t const number = i % chunks, begin = number * kChunk, rest = shape.elements - begin;
-    use(Chunk{i / chunks, number, begin, static_cast<int>(rest < kChunk ? rest : kChunk)});
+__device__ void for_each_piece(Shape const& shape, int length, Use use) {
+  int64_t const pieces = (shape.elements + length - 1) / length;
+  for (int64_t i = blockIdx.x; i < shape.pairs * pieces; i += gridDim.x) {
+    int64_t const number = i % pieces, begin = number * length, rest = shape.elements - begin;
+    use(Piece{i / pieces, number, begin, static_cast<int>(rest < length ? rest : length)});
   }
 }
 
-// use(at, count, wide) for this thread's vectors of a chunk: elements at .. at + count - 1, counted from
+// use(at, count, wide) for this thread's vectors of a piece: elements at .. at + count - 1, counted from
 // its begin. `wide`, a std::bool_constant, says that there are W of them in rows that are aligned: code
 // for these looks at no `count`. Neighbouring threads have neighbouring vectors.
 template <int W, typename Use>
-__device__ void for_each_vector(Chunk const& chunk, bool aligned_rows, Use use) {
+__device__ void for_each_vector(Piece const& piece, bool aligned_rows, Use use) {
   int at = threadIdx.x * W;
   if (aligned_rows) {
 #pragma unroll 1
-    for (; at + W <= chunk.size; at += kThreads * W) use(at, W, std::true_type());
+    for (; at + W <= piece.size; at += kThreads * W) use(at, W, std::true_type());
   }
 #pragma unroll 1
-  for (; at < chunk.size; at += kThreads * W)
-    use(at, chunk.size - at < W ? chunk.size - at : W, std::false_type());
+  for (; at < piece.size; at += kThreads * W)
+    use(at, piece.size - at < W ? piece.size - at : W, std::false_type());
 }
 
 // ---- one pair's residuals ----
 
-// pred - y of a chunk of a pair's rows (one or two members), and ref - y where there is a reference.
+// pred - y of a piece of a pair's rows (one or two members), and ref - y where there is a reference.
 template <typename P, typename T>
 struct Residuals {
   static constexpr int W = kWidth<P, T>;
-  P const *pred, *ref;  // where the chunk begins in the winner's rows; ref null: no reference
+  P const *pred, *ref;  // where the piece begins in the winner's rows; ref null: no reference
   T const* data;
   int64_t pred_step, data_step;  // from the winner's row to the loser's
-  Chunk chunk;
+  Piece piece;
   Key key;
   float p, q;
   bool two, regenerate, aligned_rows;
 
   // `out`: a tensor shaped and typed like pred that the caller writes, or null.
   __device__ Residuals(Shape const& shape, void const* preds, void const* refs, Target const& target,
-                       void const* out, Chunk const& chunk)
-      : chunk(chunk) {
+                       void const* out, Piece const& piece)
+      : piece(piece) {
     two = shape.rows > shape.pairs;
     regenerate = target.draws.pair_id != nullptr;
     data_step = two ? shape.pairs * shape.elements : 0;
     pred_step = shape.pred_rows > shape.pairs ? data_step : 0;
-    int64_t const at = chunk.pair * shape.elements + chunk.begin;
+    int64_t const at = piece.pair * shape.elements + piece.begin;
     pred = static_cast<P const*>(preds) + at;
     ref = refs ? static_cast<P const*>(refs) + at : nullptr;
     data = static_cast<T const*>(target.data) + at;
@@ -188,9 +188,9 @@ struct Residuals {
                    aligned(data + data_step) && (!out || aligned(static_cast<P const*>(out) + at)) &&
                    (!refs || aligned(ref));  // steps of pred's size have been looked at
     if (regenerate) {
-      key = make_key(target.draws.seed, target.draws.pair_id[chunk.pair], target.draws.index[chunk.pair],
+      key = make_key(target.draws.seed, target.draws.pair_id[piece.pair], target.draws.index[piece.pair],
                      Domain::noise);
-      p = target.p[chunk.pair], q = target.q[chunk.pair];
+      p = target.p[piece.pair], q = target.q[piece.pair];
     }
   }
 
@@ -208,7 +208,7 @@ struct Residuals {
       target[m] = load<W>(data + m * data_step + at, count, wide);
     }
     float eps[W];
-    if (regenerate) noise<W>(key, chunk.group(at), eps);
+    if (regenerate) noise<W>(key, piece.group(at), eps);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       if (m && !two) break;
@@ -295,20 +295,47 @@ inline char const* message(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// At most one wave of blocks, each taking its share of `items`.
-template <typename... Params, typename... Args>
-char const* launch(void (*kernel)(Params...), int64_t items, void* stream, Args const&... args) {
+// Blocks that run at once.
+inline char const* wave(int64_t& blocks) {
   int device = 0, multiprocessors = 0;
   if (auto error = message(cudaGetDevice(&device))) return error;
   if (auto error =
           message(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)))
     return error;
-  int64_t const wave = static_cast<int64_t>(multiprocessors) * kBlocksPerSm;
+  blocks = static_cast<int64_t>(multiprocessors) * kBlocksPerSm;
+  return nullptr;
+}
+
+// The length of pieces that keep a wave of blocks equally busy, one piece each; many smaller ones where
+// the pairs do not divide a wave evenly; never less than a vector for each thread.
+inline int equal_pieces(Shape const& shape, int64_t blocks) {
+  int64_t each = blocks / shape.pairs;  // pieces of a pair
+  if (each * shape.pairs < blocks - blocks / 8) each = 8 * blocks / shape.pairs + 1;
+  int64_t const length = (shape.elements + each - 1) / each;
+  constexpr int64_t kLeast = kThreads * 8, kMost = 1 << 20;
+  int64_t const bounded = length < kLeast ? kLeast : length > kMost ? kMost : length;
+  return static_cast<int>((bounded + kThreads - 1) / kThreads * kThreads);
+}
+
+// At most one wave of blocks, each taking its share of all pieces.
+template <typename... Params, typename... Args>
+char const* launch(void (*kernel)(Params...), int64_t pieces, int64_t wave, void* stream,
+                   Args const&... args) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(items < wave ? items : wave));
+  config.gridDim = dim3(static_cast<unsigned>(pieces < wave ? pieces : wave));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   return message(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// The same for kernel(args, length), which sums nothing, in pieces of equal work.
+template <typename Args>
+char const* launch_equal(void (*kernel)(Args, int), Args const& args, void* stream) {
+  int64_t blocks = 0;
+  if (auto error = wave(blocks)) return error;
+  int const length = equal_pieces(args.shape, blocks);
+  int64_t const pieces = args.shape.pairs * ((args.shape.elements + length - 1) / length);
+  return launch(kernel, pieces, blocks, stream, args, length);
 }
 
 }  // namespace fastpref::cuda

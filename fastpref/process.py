@@ -4,13 +4,13 @@ A process turns draws into noise levels: x_t = a x0 + s eps, and the network pre
 y = p eps + q x0.
 Everything is a pure function of the draws (seed, pair id, index), computed where the draws are,
 without a synchronisation: on the CPU a batch's few numbers cost less than their launches on a GPU
-would, and `noise` takes them to the latents' device. Tables and times are float64.
+would, and `noise` takes them to the latents' device in one copy. Tables and times are float64.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ from .functional import Draws, Target, add_noise
 
 MOST_TIMESTEPS = 10**6
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
+
+
+class Times(NamedTuple):
+    """What draws say of time, each [B] float64: x_t = a x0 + s eps, y = p eps + q x0."""
+
+    level: Tensor  # noise level in [0, 1]: sigma (flow), t / T (diffusion)
+    t: Tensor  # what the network is fed
+    a: Tensor
+    s: Tensor
+    p: Tensor
+    q: Tensor
+    gain: Tensor  # the importance gain of one reverse step
+
+    def to(self, device: torch.device | str) -> "Times":
+        """The same on `device`, in one copy."""
+        if self.level.device == torch.device(device):
+            return self
+        return Times(*torch.stack(self).to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,11 +80,28 @@ class Process:
         offset = oracle.words(draws.seed, draws.pair_id, zero, group, oracle.TIMESTEP)[0][:, 0]
         return ((draws.index + offset) % self.strata + u) / self.strata
 
-    def _noised(
-        self, x0: Tensor, draws: Draws, a: Tensor, s: Tensor, t: Tensor, p: Tensor, q: Tensor
+    def times(self, draws: Draws) -> Times:
+        """The draws' times and what follows from them, on the draws' device."""
+        raise NotImplementedError
+
+    def level(self, draws: Draws) -> Tensor:
+        """The noise level, [B] float64: sigma in [0, 1] (flow), t / T in [0, 1) (diffusion)."""
+        return self.times(draws).level
+
+    def gain(self, draws: Draws) -> Tensor:
+        """The importance gain g of one reverse step, [B] float64, finite and >= 0; see `times`."""
+        return self.times(draws).gain
+
+    def noise(
+        self, x0: Tensor, draws: Draws, times: Times | None = None
     ) -> tuple[Tensor, Tensor, Target]:
+        """(x_t like x0, t [rows] float32 for the network, `Target`); x0 [2B, ...] or [B, ...].
+
+        times: `times(draws)`, where the caller has them.
+        """
+        times = (self.times(draws) if times is None else times).to(x0.device)
         draws = draws.to(x0.device)
-        a, s, t, p, q = (v.float().to(x0.device, non_blocking=True) for v in (a, s, t, p, q))
+        a, s, t, p, q = (v.float() for v in (times.a, times.s, times.t, times.p, times.q))
         x_t = add_noise(x0, draws, a, s)
         return x_t, t.repeat(x0.shape[0] // t.shape[0]), Target(x0.detach(), draws, p, q)
 
@@ -136,28 +171,27 @@ class FlowMatching(Process):
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
         return u
 
-    def level(self, draws: Draws) -> Tensor:
-        """sigma, [B] float64 in [0, 1]."""
-        return self._shifted(self._unshifted(draws))
+    def times(self, draws: Draws) -> Times:
+        """sigma of every draw, and t = num_train_timesteps sigma.
 
-    def noise(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Target]:
-        """(x_t like x0, t [rows] float32 for the network, `Target`); x0 [2B, ...] or [B, ...]."""
-        sigma = self.level(draws)
-        one = torch.ones_like(sigma)
-        t = self.num_train_timesteps * sigma
-        return self._noised(x0, draws, 1 - sigma, sigma, t, one, -one)
-
-    def gain(self, draws: Draws) -> Tensor:
-        """g = s^2 (SNR_r - SNR_s), [B] float64, finite and >= 0, SNR = ((1 - sigma) / sigma)^2.
-
-        From sigma = s to r = shift(max(u - 1/N, 1e-3)); 1e30 where r >= s. arXiv 2505.21893 in
-        posterior form: log w = -g D e / 2 + noise for one reverse step.
+        gain: s^2 (SNR_r - SNR_s), SNR = ((1 - sigma) / sigma)^2, from sigma = s to
+        r = shift(max(u - 1/N, 1e-3)); 1e30 where r >= s. arXiv 2505.21893 in posterior form:
+        log w = -g D e / 2 + noise for one reverse step.
         """
         u = self._unshifted(draws)
         s = self._shifted(u)
         r = self._shifted((u - 1 / self.importance_steps).clamp(min=1e-3))
         gain = s.square() * (((1 - r) / r).square() - ((1 - s) / s).square())
-        return torch.where(r < s, gain, MASKED)
+        one = torch.ones_like(s)
+        return Times(
+            level=s,
+            t=self.num_train_timesteps * s,
+            a=1 - s,
+            s=s,
+            p=one,
+            q=-one,
+            gain=torch.where(r < s, gain, MASKED),
+        )
 
     def sigmas(self, steps: int) -> Tensor:
         """The sampling grid [steps + 1] float64: 1 down to the last step's sigma, then 0."""
@@ -235,8 +269,8 @@ class Diffusion(Process):
         t = first + (self._uniform(draws) * (last - first + 1)).floor().long()
         return t.clamp(max=last)
 
-    def _tables(self, device: torch.device) -> dict[str, Tensor]:
-        """a, s, p, q and the gain for every t, float64, made once per device."""
+    def _tables(self, device: torch.device) -> Tensor:
+        """`Times` of every t, [7, T] float64, made once per device."""
         if device not in self._on_device:
             abar = self.alphas_cumprod
             a, s = abar.sqrt(), (1 - abar).sqrt()
@@ -255,29 +289,19 @@ class Diffusion(Process):
                 "sample": snr[r] - snr,
             }[self.prediction_type]
             gain = torch.where(r < t, gain, MASKED)
-            tables = {"a": a, "s": s, "p": p, "q": q, "gain": gain}
-            self._on_device[device] = {name: x.to(device) for name, x in tables.items()}
+            tables = torch.stack((t.double() / len(abar), t.double(), a, s, p, q, gain))
+            self._on_device[device] = tables.to(device)
         return self._on_device[device]
 
-    def level(self, draws: Draws) -> Tensor:
-        """t / T, [B] float64 in [0, 1)."""
-        return self._timestep(draws).double() / len(self.alphas_cumprod)
+    def times(self, draws: Draws) -> Times:
+        """The timestep t of every draw, an integer.
 
-    def noise(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Target]:
-        """(x_t like x0, t [rows] float32 for the network, `Target`); x0 [2B, ...] or [B, ...]."""
-        t = self._timestep(draws)
-        a, s, p, q = (self._tables(t.device)[name][t] for name in "aspq")
-        return self._noised(x0, draws, a, s, t, p, q)
-
-    def gain(self, draws: Draws) -> Tensor:
-        """The importance gain g of one reverse step, [B] float64, finite and >= 0, SNR = (a/s)^2.
-
-        epsilon: SNR_r / SNR_t - 1; v_prediction: s_t^2 (SNR_r - SNR_t); sample: SNR_r - SNR_t; from
-        t to r = max(t - round(T/N), 0), 1e30 at t = 0. arXiv 2505.21893 in posterior form:
-        log w = -g D e / 2 + noise.
+        gain, SNR = (a/s)^2: epsilon: SNR_r / SNR_t - 1; v_prediction: s_t^2 (SNR_r - SNR_t);
+        sample: SNR_r - SNR_t; from t to r = max(t - round(T/N), 0), 1e30 at t = 0. arXiv 2505.21893
+        in posterior form: log w = -g D e / 2 + noise.
         """
         t = self._timestep(draws)
-        return self._tables(t.device)["gain"][t]
+        return Times(*self._tables(t.device)[:, t])
 
 
 def _timesteps(config: dict[str, Any]) -> int:

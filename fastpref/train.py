@@ -36,6 +36,7 @@ from .files import differences, identity, model_identity, write_atomic
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, Signals
+from .process import Times
 from .step import deferred, joint
 from .telemetry import Log, Meter, check_trackers, pair_values
 from .validation import Prompts, write_sheet
@@ -129,11 +130,14 @@ def train(config: Config) -> dict[str, Any]:
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
 
     def pair_step(
-        batch: data.Batch, draws: Draws, scale: float, says: reference.Reference = says
+        batch: data.Batch,
+        draws: Draws,
+        times: Times,
+        scale: float,
+        says: reference.Reference = says,
     ) -> PairLoss:
         """Noise, reference, policy, loss and backward of one batch; gradients add up in `.grad`."""
-        noisy, t, target = process.noise(batch.latents, draws)
-        needs_gain = objective is not None and objective.needs_gain
+        noisy, t, target = process.noise(batch.latents, draws, times)
         return take(
             policy,
             says,
@@ -143,20 +147,29 @@ def train(config: Config) -> dict[str, Any]:
             batch.cond,
             draws,
             objective,
-            gain=process.gain(draws).to(device, non_blocking=True) if needs_gain else None,
+            gain=times.gain if objective is not None and objective.needs_gain else None,
             weight=batch.weight,
             scale=scale,
             parameters=parameters,
             skip_zeros=config.skip_zeros,
         )
 
-    def whole_step(latents: Tensor, weight: Tensor, pair_id: Tensor, index: Tensor, **cond: Tensor):
-        """The same from tensors alone, times included: what a graph records."""
+    def whole_step(
+        latents: Tensor,
+        weight: Tensor,
+        pair_id: Tensor,
+        index: Tensor,
+        times: Tensor,
+        **cond: Tensor,
+    ) -> tuple[PairLoss, dict[str, Tensor]]:
+        """The same from tensors alone, and what the metrics want of it: what a graph records."""
         batch = data.Batch(latents, cond, weight, pair_id, [])
         draws = Draws(config.seed, pair_id, index)
-        return pair_step(batch, draws, 1 / config.gradient_accumulation_steps)
+        out = pair_step(batch, draws, Times(*times), 1 / config.gradient_accumulation_steps)
+        return out, pair_values(out, objective)
 
-    recorded = StepGraph(whole_step, device, parameters=parameters) if config.cuda_graphs else None
+    if config.cuda_graphs:
+        whole_step = StepGraph(whole_step, device, parameters=parameters)
     guard = Guard(device, patience=min(20, config.max_train_steps))
 
     def update() -> Tensor:
@@ -192,7 +205,7 @@ def train(config: Config) -> dict[str, Any]:
         if config.reference == "cached":  # before its first step the policy is the reference
             off = reference.adapters_off if config.tuning == "lora" else reference.base
             online = off(model, predict)
-        noise = margin_noise(config, objective.beta, dataset, prepare, pair_step, online)
+        noise = margin_noise(config, objective.beta, dataset, prepare, process, pair_step, online)
         optimizer.zero_grad(set_to_none=True)
         if config.reference == "cached" and noise is not None:
             cache.drift(
@@ -258,13 +271,16 @@ def train(config: Config) -> dict[str, Any]:
                 epoch, batch = next(batches)
                 waited += time.perf_counter() - fetched
                 batch, draws = prepare(epoch, batch)
-                if recorded is None:
-                    out = pair_step(batch, draws, 1 / accumulate)
-                else:
-                    ids = {"pair_id": draws.pair_id, "index": draws.index}
-                    out = recorded(latents=batch.latents, weight=batch.weight, **ids, **batch.cond)
-                level = process.level(draws).to(device, non_blocking=True)
-                meter.add(pair_values(out, objective), level)
+                times = torch.stack(process.times(draws)).to(device, non_blocking=True)
+                out, values = whole_step(
+                    latents=batch.latents,
+                    weight=batch.weight,
+                    pair_id=draws.pair_id,
+                    index=draws.index,
+                    times=times,
+                    **batch.cond,
+                )
+                meter.add(values, Times(*times).level)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate.fill_(lr) if graphs else lr
@@ -381,6 +397,7 @@ def margin_noise(
     beta: float,
     dataset: data.PairDataset,
     prepare: Any,
+    process: Any,
     pair_step: Any,
     online: reference.Reference,
 ) -> float | None:
@@ -390,7 +407,8 @@ def margin_noise(
     """
     seen = []
     for batch, draws in first_pairs(config, dataset, prepare):
-        out = pair_step(batch, draws, 0.0, online)
+        times = process.times(draws).to(batch.latents.device)
+        out = pair_step(batch, draws, times, 0.0, online)
         difference = (out.err - out.ref_err).view(2, -1)
         seen.append((0.5 * beta * (difference[0] - difference[1])).abs().max())
     worst = torch.stack(seen).max().item()
