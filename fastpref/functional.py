@@ -234,7 +234,7 @@ def pair_error(pred: Tensor, target: Tensor | Target) -> Tensor:
     Raises TypeError or ValueError on a wrong dtype, shape or device.
     """
     unpacked = _unpack("pair_error", pred, target, False)
-    return torch.ops.fastpref.pair_error(pred, *unpacked)
+    return torch.ops.fastpref.pair_error(pred.contiguous(), *unpacked)
 
 
 def preference_loss(
@@ -287,6 +287,7 @@ def preference_loss(
         )
     hyper = objective.hyper_tensor(pred.device)
     data, *draws = unpacked
+    pred = pred.contiguous()  # a model's permuted view is copied once, not again in the backward
     loss, pair_loss, err, ref_err, margin, importance, coef = ops.pair_loss(
         pred, data, *refs, hyper, gain, weight, objective.number, *draws
     )

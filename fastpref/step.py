@@ -109,8 +109,9 @@ def deferred(
         inputs, y = member(noisy, t, target, cond, pairs + i, pairs)
         if len(refs[0]) == 1:  # a cache gives both errors of the pair at once
             refs.append(errors_of(reference(*inputs, pair), y))
-        with torch.set_grad_enabled(objective is not None):  # sft leaves the loser alone
-            err_l = pair_error(policy(*inputs), y)
+        err_l = pair_error(policy(*inputs), y)
+        if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
+            err_l = err_l.detach()  # other code to compile
         err.append(torch.cat([err_w, err_l]))
         ref_err.append(torch.cat(refs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import STEPS, case, run
+from tiny import DPO, STEPS, case, run
 from torch._dynamo.utils import counters
 
 from fastpref import compiling, reference
@@ -36,4 +36,23 @@ def test_compilations_of_a_shape_and_of_two(half, shared, form):
                 assert counters["stats"]["unique_graphs"] == shapes * COUNTS[half, shared]
     finally:
         torch._dynamo.config.recompile_limit = before
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", STEPS)
+def test_the_sft_control_needs_no_compilation_of_its_own(form):
+    torch._dynamo.reset()
+    counters.clear()
+    c = case("wan")
+    try:
+        compiling.compile_blocks(c.model, c.family.BLOCKS, backend="aot_eager")
+        policy, ref = reference.shared_prefix(c.model, c.family.predict)
+        for objective in (None, DPO, None):
+            noisy, t, target = c.inputs()
+            STEPS[form](
+                policy, ref, noisy, t, target, c.cond, c.draws, objective, parameters=c.parameters
+            )
+            assert counters["stats"]["unique_graphs"] == 3
+    finally:
         torch._dynamo.reset()

@@ -222,6 +222,20 @@ def test_skipping_one_pair_leaves_the_others_gradient_bit_for_bit():
     assert torch.equal(run(c, "deferred", objective, skip_zeros=True)[1], whole)
 
 
+def test_a_joint_batch_with_one_pair_that_counts_is_not_skipped():
+    """Hinge beyond its margin for the first pair alone, then for the second alone."""
+    c = case("sd15", torch.float64)
+    margin = run(c, "joint", make("dpo"))[0].margin
+    for flat in range(2):
+        winners = [i if (margin[i] > 0) == (i == flat) else i + 2 for i in range(2)]
+        swapped = c._replace(latents=c.latents[[*winners, *((w + 2) % 4 for w in winners)]])
+        objective = fastpref.objective("hinge", beta=40.0 * 1.5 / margin[flat].abs().item())
+        out, whole = run(swapped, "joint", objective)
+        assert (out.coef.view(2, -1) == 0).all(0).tolist() == [flat == 0, flat == 1]
+        assert torch.equal(run(swapped, "joint", objective, skip_zeros=True)[1], whole)
+        assert whole.norm() > 0
+
+
 @pytest.mark.parametrize("form", STEPS)
 def test_what_is_not_finite_is_never_skipped(form):
     c = case("sd15", torch.float64)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from pairs import BASE, options, write_pairs
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpref import assemble, checkpoint, compiling, data, models
+from bench import meters
+from fastpref import assemble, checkpoint, compiling, data, models, reference
 from fastpref.config import Config
 
 loop = importlib.import_module("fastpref.train")
@@ -152,17 +154,65 @@ def test_train_shares_the_prefix(pairs, tmp_path, block_calls):
     assert [counts[1][i] - counts[0][i] for i in range(last + 1)] == [2] * last + [4]
 
 
-@pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2}, {"objective": "sdpo"}])
+class Reads(TorchFunctionMode):
+    """Counts the ways in which Python reads a tensor's values: each waits for the device. Integers
+    are left out: the order of the rows, which never leaves the host.
+    """
+
+    NAMES = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions, self.calls = {getattr(torch.Tensor, n) for n in self.NAMES}, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += function in self.functions and args[0].dtype != torch.int64
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"gradient_accumulation_steps": 2}, {"objective": "sdpo"}, {"pair_mode": "deferred"}],
+)
 def test_no_step_without_a_log_reads_from_the_device(change, pairs, tmp_path):
     counts = []
     for steps in (3, 6):
-        with Count("_local_scalar_dense") as seen:
+        with Count("_local_scalar_dense") as seen, Reads() as read:
             run(
                 pairs, tmp_path / str(steps), max_train_steps=steps, logging_steps=100,
                 checkpointing_steps=100, **change,
             )  # fmt: skip
-        counts.append(seen.calls)
-    assert counts[0] == counts[1] > 0
+        counts.append((seen.calls, read.calls))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("change", [{}, {"objective": "sdpo"}, {"pair_mode": "deferred"}])
+def test_on_a_gpu_steps_wait_for_nothing_and_recorded_ones_train_alike(
+    change, pairs, tmp_path, monkeypatch
+):
+    """Steps 7 and 8 of 9, long after the recording, under PyTorch's own watch on waiting."""
+
+    class Progress(loop.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            waits = "error" if self.n in (6, 7) else "default"
+            torch.cuda.set_sync_debug_mode(waits)
+
+    monkeypatch.setattr(loop, "tqdm", Progress)
+    losses = {}
+    for graphs in (False, True):
+        try:
+            result = run(
+                pairs, tmp_path / str(graphs), device="cuda", cuda_graphs=graphs,
+                max_train_steps=9, logging_steps=9, checkpointing_steps=100, **change,
+            )  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses[graphs] = result["metrics"]
+    for name in ("loss", "grad_norm", "errors/policy_w"):
+        assert losses[True][name] == pytest.approx(losses[False][name], rel=1e-3), name
 
 
 def test_the_cache_is_filled_with_compiled_blocks(pairs, tmp_path, spied, monkeypatch):
@@ -187,6 +237,33 @@ def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "add_lora", add)
     with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
         run(pairs, tmp_path)
+
+
+def test_bf16_adapters_keep_no_widened_inputs():
+    """Fewer bytes in eager mode, and the same bits."""
+    saved, said, grads = [], [], []
+    for cast in (True, False):
+        model = models.family("toy").load(BASE, torch.bfloat16).requires_grad_(False)
+        config = Config(**options("data", "run", mixed_precision="bf16", device="cpu"))
+        torch.manual_seed(0)
+        assemble.add_lora(model, config, models.family("toy").LORA_TARGETS)
+        for layer in reference.adapter_layers(model):
+            assert not layer.cast_input_dtype_enabled
+            layer.cast_input_dtype_enabled = cast
+        parameters = checkpoint.trainable(model).values()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.01)
+        noisy = torch.randn(2, 3, 8, 12, 12, generator=torch.Generator().manual_seed(1)).bfloat16()
+        t, text = torch.full((2,), 500.0), torch.ones(2, 4, model.config.text_dim).bfloat16()
+        kept = meters.SavedBytes(model)
+        with kept.count(), torch.autocast("cpu", torch.bfloat16):
+            out = models.family("toy").predict(model, noisy, t, {"text": text})
+        saved.append(kept.most)
+        said.append(out.detach())
+        grads.append(torch.autograd.grad(out.float().square().mean(), list(parameters)))
+    assert saved[1] < 0.95 * saved[0]
+    assert torch.equal(*said) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_a_resumed_run_keeps_its_margin_noise(pairs, tmp_path, monkeypatch):
