@@ -288,11 +288,9 @@ void gradient(void const* pred, void const* target, void const* other, int64_t n
 typedef uint64_t D __attribute__((vector_size(4 * kWidth)));
 constexpr int kGroups = 64;
 
-struct Product {
-  U high, low;
-};
-
-inline D multiply_even(U a, D b) {
+// Of the lower halves of 64-bit lanes.
+inline D multiply(D a, uint32_t by) {
+  D const b = (D){} + by;
 #if defined(__x86_64__) && FASTPREF_WIDTH == 16
   return (D)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__x86_64__) && FASTPREF_WIDTH == 8
@@ -300,40 +298,47 @@ inline D multiply_even(U a, D b) {
 #elif defined(__x86_64__)
   return (D)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-  return ((D)a & 0xffffffffu) * b;
+  return (a & 0xffffffffu) * b;
 #endif
 }
 
-inline Product multiply(U a, uint32_t by) {
-  D const b = (D){} + by;
-  D const even = multiply_even(a, b), odd = multiply_even((U)((D)a >> 32), b);
-  return {(U)((even >> 32) | (odd & 0xffffffff00000000u)), (U)((even & 0xffffffffu) | (odd << 32))};
-}
+// A counter or its outcome for kWidth / 2 groups: a word in the lower half of each lane, anything above.
+struct Lanes {
+  D x, y, z, w;
+};
 
-template <uint32_t... I>
-inline U counting(uint32_t from, std::integer_sequence<uint32_t, I...>) {
-  return U{(from + I)...};
-}
-
-inline void philox_vector(Key const& key, uint32_t first, uint32_t* x, uint32_t* y, uint32_t* z,
-                          uint32_t* w) {
-  U c0 = counting(first, Places()), c1 = (U){} + key.draw, c2 = (U){} + key.id_lo,
-    c3 = (U){} + key.id_hi;
+inline Lanes philox_lanes(Key const& key, D groups) {
+  Lanes c{groups, (D){} + key.draw, (D){} + key.id_lo, (D){} + key.id_hi};
   uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    Product const p0 = multiply(c0, 0xD2511F53u), p1 = multiply(c2, 0xCD9E8D57u);
-    c0 = p1.high ^ c1 ^ k0;
-    c1 = p1.low;
-    c2 = p0.high ^ c3 ^ k1;
-    c3 = p0.low;
+    D const p0 = multiply(c.x, 0xD2511F53u), p1 = multiply(c.z, 0xCD9E8D57u);
+    c = {(p1 >> 32) ^ c.y ^ k0, p1, (p0 >> 32) ^ c.w ^ k1, p0};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  memcpy(x, &c0, sizeof c0);
-  memcpy(y, &c1, sizeof c1);
-  memcpy(z, &c2, sizeof c2);
-  memcpy(w, &c3, sizeof c3);
+  return c;
+}
+
+template <uint32_t... I>
+inline D counting(uint32_t from, std::integer_sequence<uint32_t, I...>) {
+  return D{(from + 2 * I)...};
+}
+
+// Even groups and odd ones apart: what the multiplications take and give needs no sorting in between.
+inline void philox_vector(Key const& key, uint32_t first, uint32_t* x, uint32_t* y, uint32_t* z,
+                          uint32_t* w) {
+  std::make_integer_sequence<uint32_t, kWidth / 2> const places;
+  Lanes const even = philox_lanes(key, counting(first, places));
+  Lanes const odd = philox_lanes(key, counting(first + 1, places));
+  auto const join = [](D a, D b, uint32_t* to) {
+    D const both = (a & 0xffffffffu) | (b << 32);
+    memcpy(to, &both, sizeof both);
+  };
+  join(even.x, odd.x, x);
+  join(even.y, odd.y, y);
+  join(even.z, odd.z, z);
+  join(even.w, odd.w, w);
 }
 
 void normals_loop(Key const& key, uint32_t first, int64_t groups, float* out) {
