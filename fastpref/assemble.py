@@ -367,7 +367,12 @@ def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str])
 
 
 def make_process(config: Config, family: Any) -> Any:
-    """The family's noising with the run's window, sampling and importance grid."""
+    """The family's noising with the run's window, sampling and importance grid.
+
+    dpo_cm and sdpo draw no times at which their weight is 0 whatever the model says
+    (`Process.unmasked`), except with sft_weight, as a mask removes no SFT term, and with a cached
+    reference: its errors belong to the draws, and one cache serves every objective.
+    """
     process = family.process(scheduler_config(config.model))
     changes: dict[str, Any] = {"timestep_range": config.timestep_range}
     for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
@@ -378,4 +383,7 @@ def make_process(config: Config, family: Any) -> Any:
             if not hasattr(process, name):
                 raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
             changes[name] = getattr(config, name)
-    return process.replace(**changes)
+    process = process.replace(**changes)
+    rule = config.make_objective(elements=1)
+    masks = rule is not None and rule.has_importance and not rule.sft_weight
+    return process.unmasked() if masks and config.reference != "cached" else process
