@@ -218,7 +218,8 @@ def drift(
         print(
             f"warning: cached and online margins differ by {worst:.3g}, expected at most "
             f"{allowed:.3g}: the reference is computed otherwise here than where the cache was "
-            "filled; fill it again on this machine",
+            "filled; delete the cache's folder (or name another reference_cache), then run "
+            "fastpref cache-reference on this machine",
             file=sys.stderr,
         )
     return worst, allowed

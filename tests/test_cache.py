@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import memory
@@ -239,12 +242,21 @@ def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form)
     said = capfd.readouterr().err
     assert worst > allowed and said.count("\n") == 1
     assert f"cached and online margins differ by {worst:.3g}, expected at most 0.0005" in said
+    assert "delete the cache's folder (or name another reference_cache), then run" in said
     limits["margin_noise"] = worst
     assert cache.drift(read, shifted, c.process, batches(), **limits)[1] == 2 * worst
     assert not capfd.readouterr().err
+    # The advice: the files that are there are kept as they are, so the folder has to go.
+    limits["margin_noise"], fill = 0.0, partial(cache.fill, tmp_path / "b", shifted, c.process)
+    assert fill(dataset, prepare, mark, **how) == 0
+    shutil.rmtree(tmp_path / "b")
+    assert fill(dataset, prepare, mark, **how) == 7
+    read = cache.cached(tmp_path / "b", mark, dataset.pair_ids)
+    assert cache.drift(read, shifted, c.process, batches(), **limits)[0] == 0
+    assert not capfd.readouterr().err.count("warning")
 
 
-def test_killed_and_started_again_it_goes_on(tmp_path, monkeypatch):
+def test_killed_and_started_again_it_goes_on(tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     script = [sys.executable, memory.__file__, str(broken), "0.2"]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
