@@ -250,6 +250,7 @@ def cache_mark(
         attention=backend,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        weights_dtype=str(weights_dtype(config, dtype)).removeprefix("torch."),
         prompt_dropout=config.prompt_dropout,
     )
 
@@ -317,11 +318,16 @@ def recorded_pass(says: reference.Reference, device: torch.device) -> reference.
     return lambda noisy, t, cond, draws=None: graph(noisy=noisy, t=t, **cond)
 
 
-def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The family's model on the device. Fully tuned weights are kept in float32, since bfloat16
-    would lose most updates; autocast makes their products bfloat16.
+def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """What the model is kept in. Fully tuned weights in float32, since bfloat16 would lose most
+    updates; autocast makes their products `dtype`.
     """
-    return family.load(config.model, torch.float32 if config.tuning == "full" else dtype).to(device)
+    return torch.float32 if config.tuning == "full" else dtype
+
+
+def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The family's model on the device, its weights in what the run keeps them in."""
+    return family.load(config.model, weights_dtype(config, dtype)).to(device)
 
 
 def device_of(name: str) -> torch.device:

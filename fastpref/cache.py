@@ -41,13 +41,15 @@ def fingerprint(
     attention: str,
     device: str,
     dtype: str,
+    weights_dtype: str,
     prompt_dropout: float,
 ) -> dict[str, Any]:
     """Everything that decides the errors of a reference, by name, as JSON values.
 
-    model: diffusers folder or hub id; data: the encoded set; device: its type. The objective, beta,
-    the adapters and the process's importance grid change no reference error: a sweep over them
-    shares one cache.
+    model: diffusers folder or hub id; data: the encoded set; device: its type; dtype: of the
+    activations, under autocast; weights_dtype: of the model as it is kept. The objective, beta, the
+    adapters and the process's importance grid change no reference error: a sweep over them shares
+    one cache.
     """
     values: dict[str, Any] = {
         "model": model_identity(model),
@@ -62,6 +64,7 @@ def fingerprint(
         "attention": attention,
         "device": device,
         "dtype": dtype,
+        "weights_dtype": weights_dtype,
         "prompt_dropout": prompt_dropout,
         "torch": torch.__version__,
     }

@@ -33,7 +33,7 @@ def kind(path, c, **changes):
     values = {
         "model": path, "data": path, "process": c.process, "seed": 11, "draws_per_pair": K,
         "batch_size": 2, "pair_mode": "joint", "compile": None, "attention": "native",
-        "device": "cpu", "dtype": "float32", "prompt_dropout": 0.0,
+        "device": "cpu", "dtype": "float32", "weights_dtype": "float32", "prompt_dropout": 0.0,
     }  # fmt: skip
     return cache.fingerprint(**{**values, **changes})
 
@@ -113,7 +113,7 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
     changes = {
         "model": "another/model", "seed": 12, "draws_per_pair": 4, "batch_size": 1,
         "pair_mode": "deferred", "compile": "blocks", "attention": "cudnn", "device": "cuda",
-        "dtype": "bfloat16", "prompt_dropout": 0.1,
+        "dtype": "bfloat16", "weights_dtype": "bfloat16", "prompt_dropout": 0.1,
     }  # fmt: skip
     changed = {**changes, "process": c.process.replace(strata=K)}
     named = {"batch_size": "train_batch_size", "process": "process.strata"}
