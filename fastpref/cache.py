@@ -25,7 +25,8 @@ from .reference import PairMode, Reference, errors
 
 Prepare = Callable[[int, Batch], tuple[Batch, Draws]]  # (draw's number, batch) -> on the device
 
-CHUNK = 16  # batches per file: what a killed `fill` computes again, at most
+CHUNK = 16  # batches per file, at most: what a killed `fill` computes again
+FILES = 64  # at least, where there are as many batches: what ranks divide among them
 
 
 def fingerprint(
@@ -273,7 +274,10 @@ def _read(file: Path, fingerprint: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:
-    """Rows of equal shapes in batches of at most batch_size, CHUNK of those to a file."""
+    """Rows of equal shapes in batches of at most batch_size, up to CHUNK of those to a file.
+
+    A function of the set alone: a cache may be gone on with by another number of ranks.
+    """
     buckets: dict[str, list[int]] = {}
     for row, shape in enumerate(shapes):
         buckets.setdefault(shape, []).append(row)
@@ -282,4 +286,5 @@ def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:
         for rows in buckets.values()
         for i in range(0, len(rows), batch_size)
     ]
-    return [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]
+    size = max(1, min(CHUNK, len(batches) // FILES))
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
