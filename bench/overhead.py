@@ -3,9 +3,11 @@
 On tensors too small to matter: the pybind11 function alone, the torch operator (checks, allocation,
 dispatch), the operator recorded by autograd, that and its backward, and the PyTorch lines it stands
 for. Calls are timed in batches of 100; on a GPU without waiting for it. Last the loop's own part:
-the next batch of sets of 1e2 to 1e6 pairs, which must not grow with the set.
+the next batch of sets of 1e2 to 1e6 pairs, which must not grow with the set, and the slowest of the
+twelve batches around an epoch's end, where the next epoch's order is drawn.
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,7 @@ from bench.pair_loss import mean_squares
 from fastpref import data, native, oracle
 
 CALLS = 100
+SIZES = (10**2, 10**4, 10**6)
 
 
 def variants(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -83,11 +86,31 @@ class Made:
 def loaders() -> dict[str, Callable[[], object]]:
     """The next batch of 8 pairs, within an epoch whose order is there."""
     calls = {}
-    for pairs in (10**2, 10**4, 10**6):
+    for pairs in SIZES:
         batches = data.batches(Made(pairs), 8, seed=0, num_workers=2)
         next(batches)
         calls[f"next batch of {pairs:,} pairs"] = batches.__next__
     return calls
+
+
+def epoch_end(made: Made) -> float:
+    """Seconds of the slowest of twelve batches of 8 pairs, an epoch's end in the middle of them."""
+    batches = data.batches(made, 8, seed=0, start=len(made) // 8 - 6, num_workers=2)
+    next(batches)  # passes over what comes before, as a resumed run does once
+    slowest = 0.0
+    for _ in range(12):
+        begin = time.perf_counter()
+        next(batches)
+        slowest = max(slowest, time.perf_counter() - begin)
+    return slowest
+
+
+def epoch_ends(rounds: int) -> dict[str, timing.Timing]:
+    sets = {f"epoch's end of {pairs:,} pairs": Made(pairs) for pairs in SIZES}
+    return {
+        name: timing.Timing(tuple(epoch_end(made) for _ in range(rounds)))
+        for name, made in sets.items()
+    }
 
 
 def repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -106,16 +129,18 @@ def main(arguments: list[str] | None = None) -> None:
     batches = {name: repeated(call) for name, call in calls.items()}
     # The wall clock for every device: what is measured is the host.
     timings = timing.interleave(batches, torch.device("cpu"), rounds=args.rounds, warmup=1)
+    taken = {name: (found, CALLS) for name, found in timings.items()}
+    taken |= {name: (found, 1) for name, found in epoch_ends(args.rounds).items()}
     facts = timing.environment(args.device)
     rows = [
         {
             "bench": "overhead",
             "call": name,
-            "us": round(taken.median / CALLS * 1e6, 2),
-            "us_quartiles": [round(q / CALLS * 1e6, 2) for q in taken.quartiles],
+            "us": round(found.median / calls * 1e6, 2),
+            "us_quartiles": [round(q / calls * 1e6, 2) for q in found.quartiles],
             **facts,
         }
-        for name, taken in sorted(timings.items())
+        for name, (found, calls) in sorted(taken.items())
     ]
     print(f"microseconds a call; {facts['device']}, torch {facts['torch']}")
     for row in rows:

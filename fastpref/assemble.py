@@ -250,6 +250,7 @@ def cache_mark(
         attention=backend,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        weights_dtype=str(weights_dtype(config, dtype)).removeprefix("torch."),
         prompt_dropout=config.prompt_dropout,
     )
 
@@ -317,11 +318,16 @@ def recorded_pass(says: reference.Reference, device: torch.device) -> reference.
     return lambda noisy, t, cond, draws=None: graph(noisy=noisy, t=t, **cond)
 
 
-def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The family's model on the device. Fully tuned weights are kept in float32, since bfloat16
-    would lose most updates; autocast makes their products bfloat16.
+def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """What the model is kept in. Fully tuned weights in float32, since bfloat16 would lose most
+    updates; autocast makes their products `dtype`.
     """
-    return family.load(config.model, torch.float32 if config.tuning == "full" else dtype).to(device)
+    return torch.float32 if config.tuning == "full" else dtype
+
+
+def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The family's model on the device, its weights in what the run keeps them in."""
+    return family.load(config.model, weights_dtype(config, dtype)).to(device)
 
 
 def device_of(name: str) -> torch.device:
@@ -372,7 +378,12 @@ def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str])
 
 
 def make_process(config: Config, family: Any) -> Any:
-    """The family's noising with the run's window, sampling and importance grid."""
+    """The family's noising with the run's window, sampling and importance grid.
+
+    dpo_cm and sdpo draw no times at which their weight is 0 whatever the model says
+    (`Process.unmasked`), except with sft_weight, as a mask removes no SFT term, and with a cached
+    reference: its errors belong to the draws, and one cache serves every objective.
+    """
     process = family.process(scheduler_config(config.model))
     changes: dict[str, Any] = {"timestep_range": config.timestep_range}
     for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
@@ -383,4 +394,7 @@ def make_process(config: Config, family: Any) -> Any:
             if not hasattr(process, name):
                 raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
             changes[name] = getattr(config, name)
-    return process.replace(**changes)
+    process = process.replace(**changes)
+    rule = config.make_objective(elements=1)
+    masks = rule is not None and rule.has_importance and not rule.sft_weight
+    return process.unmasked() if masks and config.reference != "cached" else process

@@ -25,7 +25,8 @@ from .reference import PairMode, Reference, errors
 
 Prepare = Callable[[int, Batch], tuple[Batch, Draws]]  # (draw's number, batch) -> on the device
 
-CHUNK = 16  # batches per file: what a killed `fill` computes again, at most
+CHUNK = 16  # batches per file, at most: what a killed `fill` computes again
+FILES = 64  # at least, where there are as many batches: what ranks divide among them
 
 
 def fingerprint(
@@ -41,13 +42,15 @@ def fingerprint(
     attention: str,
     device: str,
     dtype: str,
+    weights_dtype: str,
     prompt_dropout: float,
 ) -> dict[str, Any]:
     """Everything that decides the errors of a reference, by name, as JSON values.
 
-    model: diffusers folder or hub id; data: the encoded set; device: its type. The objective, beta,
-    the adapters and the process's importance grid change no reference error: a sweep over them
-    shares one cache.
+    model: diffusers folder or hub id; data: the encoded set; device: its type; dtype: of the
+    activations, under autocast; weights_dtype: of the model as it is kept. The objective, beta, the
+    adapters and the process's importance grid change no reference error: a sweep over them shares
+    one cache.
     """
     values: dict[str, Any] = {
         "model": model_identity(model),
@@ -62,6 +65,7 @@ def fingerprint(
         "attention": attention,
         "device": device,
         "dtype": dtype,
+        "weights_dtype": weights_dtype,
         "prompt_dropout": prompt_dropout,
         "torch": torch.__version__,
     }
@@ -218,7 +222,8 @@ def drift(
         print(
             f"warning: cached and online margins differ by {worst:.3g}, expected at most "
             f"{allowed:.3g}: the reference is computed otherwise here than where the cache was "
-            "filled; fill it again on this machine",
+            "filled; delete the cache's folder (or name another reference_cache), then run "
+            "fastpref cache-reference on this machine",
             file=sys.stderr,
         )
     return worst, allowed
@@ -269,7 +274,10 @@ def _read(file: Path, fingerprint: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:
-    """Rows of equal shapes in batches of at most batch_size, CHUNK of those to a file."""
+    """Rows of equal shapes in batches of at most batch_size, up to CHUNK of those to a file.
+
+    A function of the set alone: a cache may be gone on with by another number of ranks.
+    """
     buckets: dict[str, list[int]] = {}
     for row, shape in enumerate(shapes):
         buckets.setdefault(shape, []).append(row)
@@ -278,4 +286,5 @@ def _chunks(shapes: list[str], batch_size: int) -> list[list[list[int]]]:
         for rows in buckets.values()
         for i in range(0, len(rows), batch_size)
     ]
-    return [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]
+    size = max(1, min(CHUNK, len(batches) // FILES))
+    return [batches[i : i + size] for i in range(0, len(batches), size)]

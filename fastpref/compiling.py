@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Compilations of one block's code: three per shape of batch, and shapes come in buckets.
-LIMIT = 96
+# Compilations of one block's code: three to five per shape of batch, and the data's buckets decide
+# how many shapes there are. Beyond torch's limit a whole block is an error in the middle of a run,
+# so the limit is out of reach: thousands of compilations take days.
+LIMIT = 10_000
 
 
 def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -> int:
@@ -29,7 +31,9 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
         ValueError: a path that leads nowhere.
     """
     found = blocks(model, paths)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, name, max(getattr(config, name), LIMIT))
     for block in found:
         forward = torch.compile(
             block.forward.__func__, backend=backend, fullgraph=True, dynamic=False

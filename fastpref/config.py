@@ -72,7 +72,8 @@ class Config:
         label_smoothing: dpo, dpo_cm, sdpo: probability that a label is flipped.
         sft_weight: adds sft_weight times the chosen clip's error to any objective.
         importance_steps: dpo_cm, sdpo: steps of the sampler's grid on which the weight is defined
-            (default 50).
+            (default 50). Times with no step left, where the weight is always 0, are drawn only with
+            sft_weight or a cached reference (which all objectives share).
         timestep_range: window on the noise level (flow: sigma; DDPM: t / T) that draws are
             restricted to.
         time_sampling: flow: uniform or logit_normal draws of the time before the shift.

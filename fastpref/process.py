@@ -20,6 +20,7 @@ from .functional import Draws, Target, add_noise
 
 MOST_TIMESTEPS = 10**6
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
+LAST_STEP = 1e-3  # flow: where reverse steps end, a time before the shift
 
 
 class Times(NamedTuple):
@@ -69,6 +70,28 @@ class Process:
     def replace(self, **changes: Any) -> Self:
         """The same process with other settings, e.g. `replace(timestep_range=(0.35, 1.0))`."""
         return replace(self, **changes)
+
+    def _masked_below(self) -> float:
+        """The noise level below which no reverse step is left (flow: nor at it)."""
+        raise NotImplementedError
+
+    def unmasked(self) -> Self:
+        """The same process, its window cut where no reverse step is left: t = 0, flow u <= 1e-3.
+
+        There the importance weight is 0 whatever the network says: a pair drawn there costs a step
+        and teaches nothing. The other times keep their distribution, so a masked loss has the same
+        mean but for a factor 1 / (1 - f), f the share of the draws that was masked. Strata divide
+        what is left; a draw keeps its place in the distribution.
+        Raises ValueError where the window holds no other times.
+        """
+        lo, hi = self.timestep_range
+        lo = max(lo, self._masked_below())
+        if not lo < hi:
+            raise ValueError(
+                f"timestep_range {self.timestep_range} holds only times with importance weight 0, "
+                f"expected some above {lo:g}: widen it"
+            )
+        return self.replace(timestep_range=(lo, hi))
 
     def _uniform(self, draws: Draws) -> Tensor:
         """[B] float64 in (0, 1): each draw's place in the distribution of times."""
@@ -152,7 +175,10 @@ class FlowMatching(Process):
             num_train_timesteps=_timesteps(config),
         )
 
-    def _shifted(self, u: Tensor) -> Tensor:
+    def _masked_below(self) -> float:
+        return self._shifted(LAST_STEP)
+
+    def _shifted(self, u: Any) -> Any:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def _window(self) -> tuple[float, float]:
@@ -180,7 +206,7 @@ class FlowMatching(Process):
         """
         u = self._unshifted(draws)
         s = self._shifted(u)
-        r = self._shifted((u - 1 / self.importance_steps).clamp(min=1e-3))
+        r = self._shifted((u - 1 / self.importance_steps).clamp(min=LAST_STEP))
         gain = s.square() * (((1 - r) / r).square() - ((1 - s) / s).square())
         one = torch.ones_like(s)
         return Times(
@@ -263,6 +289,9 @@ class Diffusion(Process):
         total = len(self.alphas_cumprod)
         lo, hi = (math.ceil(level * total - 1e-9) for level in self.timestep_range)
         return lo, hi - 1
+
+    def _masked_below(self) -> float:
+        return 1 / len(self.alphas_cumprod)
 
     def _timestep(self, draws: Draws) -> Tensor:
         first, last = self._window()

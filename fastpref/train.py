@@ -218,7 +218,7 @@ def train(config: Config) -> dict[str, Any]:
                 margin_noise=noise,
             )
     config.save(folder / "config.yaml")
-    warn_of_repeats(config, len(dataset))
+    warn_of_repeats(config, dataset.shapes)
     announce(config, model, dataset, objective, device, dtype, noise)
     print(f"attention  {backend}")
 
@@ -420,12 +420,15 @@ def margin_noise(
     return worst if math.isfinite(worst) else None
 
 
-def warn_of_repeats(config: Config, pairs: int) -> None:
-    """With K draws per pair, epochs beyond K repeat earlier draws."""
-    seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
-    if config.draws_per_pair and seen > config.draws_per_pair * pairs:
+def warn_of_repeats(config: Config, shapes: list[str]) -> None:
+    """With K draws per pair, epochs beyond K repeat earlier draws. An epoch is as many batches as
+    its pairs fill: those left over wait for another one.
+    """
+    batches = config.max_train_steps * config.gradient_accumulation_steps
+    epochs = batches / data.batches_per_epoch(shapes, config.train_batch_size)
+    if config.draws_per_pair and epochs > config.draws_per_pair:
         print(
-            f"warning: {seen / pairs:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
+            f"warning: {epochs:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
             "later epochs repeat the same timesteps and noise",
             file=sys.stderr,
         )

@@ -56,5 +56,4 @@ def fill(folder: Path, pause: float) -> int:
 
 
 if __name__ == "__main__":
-    cache.CHUNK = 1
     fill(Path(sys.argv[1]), float(sys.argv[2]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import memory
@@ -30,7 +33,7 @@ def kind(path, c, **changes):
     values = {
         "model": path, "data": path, "process": c.process, "seed": 11, "draws_per_pair": K,
         "batch_size": 2, "pair_mode": "joint", "compile": None, "attention": "native",
-        "device": "cpu", "dtype": "float32", "prompt_dropout": 0.0,
+        "device": "cpu", "dtype": "float32", "weights_dtype": "float32", "prompt_dropout": 0.0,
     }  # fmt: skip
     return cache.fingerprint(**{**values, **changes})
 
@@ -82,9 +85,8 @@ def test_a_step_with_the_cache_is_the_step_with_the_reference(filled, tmp_path, 
     gradients(c.parameters)
 
 
-def test_ranks_share_the_work_and_a_second_call_has_none(filled, tmp_path, monkeypatch):
+def test_ranks_share_the_work_and_a_second_call_has_none(filled, tmp_path):
     c, dataset, ref, folder, mark = filled
-    monkeypatch.setattr(cache, "CHUNK", 1)
     how = {"batch_size": 2, "draws_per_pair": K, "world": 2}
     counts = [
         cache.fill(tmp_path, ref, c.process, dataset, prepare, mark, rank=r, **how) for r in (1, 0)
@@ -98,8 +100,40 @@ def test_ranks_share_the_work_and_a_second_call_has_none(filled, tmp_path, monke
         every = [fastpref.Draws(11, ids, torch.full_like(ids, k)) for k in range(K)]
         tables.append(torch.stack([read(None, None, None, draws) for draws in every]))
     assert torch.equal(*tables) and tables[0].isfinite().all()
+    names = [sorted(file.name for file in where.glob("errors-*")) for where in (folder, tmp_path)]
+    assert names[0] == names[1], "another number of ranks goes on with the same files"
     beyond = fastpref.Draws(11, torch.tensor([5, ids[0]]), torch.tensor([0, K]))
     assert read(None, None, None, beyond).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("batches", "sizes"),
+    [(1, {1}), (64, {1}), (127, {1}), (128, {2}), (129, {2, 1}), (1024, {16}), (5000, {16, 8})],
+)
+def test_files_are_many_enough_for_ranks_and_small_enough_to_lose(batches, sizes):
+    """64 of them where there are as many batches; 16 batches each at most."""
+    rows = 2 * batches
+    chunks = cache._chunks(["8x8"] * rows, 2)
+    assert [row for chunk in chunks for batch in chunk for row in batch] == list(range(rows))
+    assert {len(chunk) for chunk in chunks} == sizes and len(chunks) >= min(batches, 64)
+
+
+def test_another_torch_and_another_process_are_named(filled, monkeypatch):
+    """Also where every field of the other process has the same value."""
+    c, dataset, _, folder, mark = filled
+    where = folder.parent / "data"
+
+    class Other(fastpref.FlowMatching):
+        pass
+
+    process = Other(**{f.name: getattr(c.process, f.name) for f in fields(c.process)})
+    marks = {"process": kind(where, c, process=process)}
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    marks["torch"] = kind(where, c)
+    for field, other in marks.items():
+        assert [k for k in mark if mark[k] != other[k]] == [field]
+        with pytest.raises(ValueError, match=rf"filled with another {field} \(.* there, "):
+            cache.cached(folder, other, dataset.pair_ids)
 
 
 def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_path):
@@ -110,7 +144,7 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
     changes = {
         "model": "another/model", "seed": 12, "draws_per_pair": 4, "batch_size": 1,
         "pair_mode": "deferred", "compile": "blocks", "attention": "cudnn", "device": "cuda",
-        "dtype": "bfloat16", "prompt_dropout": 0.1,
+        "dtype": "bfloat16", "weights_dtype": "bfloat16", "prompt_dropout": 0.1,
     }  # fmt: skip
     changed = {**changes, "process": c.process.replace(strata=K)}
     named = {"batch_size": "train_batch_size", "process": "process.strata"}
@@ -182,12 +216,12 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
     with safe_open(folder / "errors-000000.safetensors", "pt") as file:
         own = file.metadata()
     errors = whole["errors"]
-    hole = torch.where(errors == errors[2, 1, 0], torch.nan, errors)
+    hole = torch.where(errors == errors[1, 1, 0], torch.nan, errors)
     cases = [
         ({"fingerprint": "0"}, errors, "filled with other values than fingerprint.json says"),
         (None, errors, "filled with other values"),
-        (own, errors[:, :1], r"expected float64 \[7, 3, 2\], got \[7, 1, 2\]"),
-        (own, errors[1:], r"expected float64 \[7, 3, 2\], got \[6, 3, 2\]"),
+        (own, errors[:, :1], r"expected float64 \[2, 3, 2\], got \[2, 1, 2\]"),
+        (own, errors[1:], r"expected float64 \[2, 3, 2\], got \[1, 3, 2\]"),
         (own, hole, "an error is not finite"),
     ]
     (tmp_path / "fingerprint.json").write_text(json.dumps(mark))
@@ -239,12 +273,21 @@ def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form)
     said = capfd.readouterr().err
     assert worst > allowed and said.count("\n") == 1
     assert f"cached and online margins differ by {worst:.3g}, expected at most 0.0005" in said
+    assert "delete the cache's folder (or name another reference_cache), then run" in said
     limits["margin_noise"] = worst
     assert cache.drift(read, shifted, c.process, batches(), **limits)[1] == 2 * worst
     assert not capfd.readouterr().err
+    # The advice: the files that are there are kept as they are, so the folder has to go.
+    limits["margin_noise"], fill = 0.0, partial(cache.fill, tmp_path / "b", shifted, c.process)
+    assert fill(dataset, prepare, mark, **how) == 0
+    shutil.rmtree(tmp_path / "b")
+    assert fill(dataset, prepare, mark, **how) == 7
+    read = cache.cached(tmp_path / "b", mark, dataset.pair_ids)
+    assert cache.drift(read, shifted, c.process, batches(), **limits)[0] == 0
+    assert not capfd.readouterr().err.count("warning")
 
 
-def test_killed_and_started_again_it_goes_on(tmp_path, monkeypatch):
+def test_killed_and_started_again_it_goes_on(tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     script = [sys.executable, memory.__file__, str(broken), "0.2"]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
@@ -255,7 +298,6 @@ def test_killed_and_started_again_it_goes_on(tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     left = len(list(broken.glob("errors-*.safetensors")))
-    monkeypatch.setattr(cache, "CHUNK", 1)
     assert left in (2, 3) and memory.fill(broken, 0) == 7 - 2 * left
     assert memory.fill(whole, 0) == 7
     names = sorted(file.name for file in whole.glob("errors-*.safetensors"))

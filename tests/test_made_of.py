@@ -16,6 +16,7 @@ from fastpref.assemble import make_process, preparer
 from fastpref.config import Config
 from fastpref.data import Batch
 from fastpref.functional import PairLoss
+from fastpref.process import MASKED
 from fastpref.telemetry import pair_values
 from fastpref.train import schedule, train
 
@@ -41,6 +42,27 @@ def test_importance_steps_reach_the_process():
         gains.append(process.gain(draws))
     masks = [gain.clamp(max=10) > 0.5 for gain in gains]
     assert not torch.equal(*masks)
+
+
+def test_times_without_weight_are_not_drawn():
+    """Where another objective, the SFT term or a shared cache needs them they are."""
+    family = models.family("toy")
+    index = torch.arange(50_000)
+    draws = fastpref.Draws(0, index, torch.zeros_like(index))
+
+    def masked(**change):
+        return (make_process(config(**change), family).gain(draws) == MASKED).sum().item()
+
+    for objective in ("dpo_cm", "sdpo"):
+        assert masked(objective=objective) == 0
+        assert masked(objective=objective, timestep_range=(0.0, 0.1), importance_steps=5) == 0
+        for change in ({"sft_weight": 0.1}, {"reference": "cached"}):
+            assert masked(objective=objective, **change) > 20
+    assert masked(objective="dpo") > 20 and masked(objective="sft", beta=None) > 20
+    with pytest.raises(ValueError, match="holds only times with importance weight 0"):
+        make_process(config(objective="sdpo", timestep_range=(0.0, 5e-4)), family)
+    window = make_process(config(objective="sdpo", timestep_range=(0.35, 1.0)), family)
+    assert window.timestep_range == (0.35, 1.0)
 
 
 def test_a_cache_holds_eight_draws_unless_told():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from threading import Timer
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastpref import models
-from fastpref.assemble import cache_mark, cache_reference, make_process, wait_for
+from fastpref.assemble import cache_mark, cache_reference, load_model, make_process, wait_for
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.data import PairDataset
@@ -56,9 +58,11 @@ def test_a_recorded_reference_pass_fills_the_same_cache(pairs, tmp_path, capsys)
         folder = tmp_path / f"cache-{graphs}"
         change = {"reference": "cached", "draws_per_pair": 2, "cuda_graphs": graphs}
         cache_reference(Config(**options(pairs, tmp_path, reference_cache=str(folder), **change)))
-        tables.append(load_file(folder / "errors-000000.safetensors"))
+        tables.append([load_file(file) for file in sorted(folder.glob("errors-*"))])
     assert "graphs: the reference pass runs without CUDA graphs" in capsys.readouterr().err
-    assert all(torch.equal(tables[0][name], tables[1][name]) for name in ("pair_id", "errors"))
+    assert len(tables[0]) == 3
+    for eager, recorded in zip(*tables, strict=True):
+        assert all(torch.equal(eager[name], recorded[name]) for name in ("pair_id", "errors"))
 
 
 def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
@@ -150,18 +154,65 @@ def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path, capsys):
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
+def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
+    """Under autocast to bf16 full tuning keeps float32 weights: other errors than LoRA's."""
+    family, device, marks = models.family("toy"), torch.device("cpu"), {}
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        for change in ({"tuning": "lora"}, {"tuning": "full", "lora_rank": None}):
+            change |= {"mixed_precision": precision, "reference": "cached"}
+            config = Config(**options(pairs, tmp_path, **change))
+            process = make_process(config, family)
+            mark = cache_mark(config, PairDataset(pairs), process, device, dtype, "native")
+            model = load_model(config, family, device, dtype)
+            assert str(model.blocks[0].attn1.to_q.weight.dtype) == f"torch.{mark['weights_dtype']}"
+            marks[precision, config.tuning] = mark
+    lora, full = marks["bf16", "lora"], marks["bf16", "full"]
+    assert [k for k in lora if lora[k] != full[k]] == ["weights_dtype"]
+    assert marks["no", "lora"] == marks["no", "full"]
+
+
 def test_ranks_fill_one_cache(pairs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "set"
     shutil.copytree(pairs, folder)
     change = {"reference": "cached", "draws_per_pair": 1, "train_batch_size": 1}
-    monkeypatch.setattr("fastpref.cache.CHUNK", 2)
     flags = arguments(options(folder, tmp_path / "run", **change))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, count in ((1, 2), (0, 4)):
+    for rank, count in ((1, 3), (0, 3)):
         monkeypatch.setenv("RANK", str(rank))
         assert main(["cache-reference", *flags]) == 0
         assert f"{count} pairs computed" in capsys.readouterr().out
     assert main(["train", *flags]) == 0
+
+
+@pytest.mark.slow
+def test_torchrun_fills_the_cache_of_one_process(pairs, tmp_path, capsys):
+    """Two ranks of a real launcher, six batches: the same numbers in the same files, and a run
+    reads them.
+    """
+    ranks, alone = tmp_path / "ranks", tmp_path / "alone"
+    change = {"reference": "cached", "draws_per_pair": 2, "train_batch_size": 1}
+    flags = {
+        where: arguments(options(pairs, tmp_path / "run", reference_cache=str(where), **change))
+        for where in (ranks, alone)
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    code = "import sys; from fastpref.cli import main; sys.exit(main())"
+    program = [sys.executable, "-c", code, "cache-reference", *flags[ranks]]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", *program], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 pairs computed, 2 draws each") == 2
+    assert main(["cache-reference", *flags[alone]]) == 0
+    assert "6 pairs computed" in capsys.readouterr().out
+    files = [sorted(f.name for f in where.glob("errors-*")) for where in (ranks, alone)]
+    assert files[0] == files[1] and len(files[0]) == 6
+    for name in files[0]:
+        a, b = load_file(ranks / name), load_file(alone / name)
+        assert torch.equal(a["pair_id"], b["pair_id"]) and torch.equal(a["errors"], b["errors"])
+    assert (ranks / "fingerprint.json").read_bytes() == (alone / "fingerprint.json").read_bytes()
+    assert main(["train", *flags[ranks]]) == 0
+    assert "differ by" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["attention", "full"])

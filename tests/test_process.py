@@ -354,6 +354,51 @@ def test_where_the_mask_sets_in(shift, crossing):
     assert kept.min() > sigma[masked].max()
 
 
+@pytest.mark.parametrize("strata", [None, 8])
+@pytest.mark.parametrize("window", [(0.0, 1.0), (0.0, 0.1), (0.35, 0.8)])
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal", "diffusion"])
+def test_unmasked_times_keep_their_distribution(kind, window, strata):
+    """None is masked, and a function of the level has the mean that it has over those of all draws
+    where a step is left: a masked loss's is the old one over 1 - f, f here 1 to 10 %.
+    """
+    if kind == "diffusion":
+        table = torch.linspace(0.99, 0.2, 100, dtype=torch.float64)
+        process = Diffusion(alphas_cumprod=table, importance_steps=20)
+    else:
+        process = FlowMatching(time_sampling=kind, logit_mean=-3.0, logit_std=1.5, shift=1.5)
+    process = process.replace(timestep_range=window, strata=strata)
+    part, n = process.unmasked(), 50_000
+    assert (part.timestep_range == window) == (window[0] > 0.3)
+    every, left = process.times(draws_of(n)), part.times(draws_of(n))
+    kept = every.gain < 1e30
+    assert (left.gain < 1e30).all() and left.level.max() <= window[1]
+    if window[0] == 0:
+        assert 0 < (~kept).sum() < 0.2 * n
+    sample, expected = left.level, every.level[kept]
+    for power in (0.5, 1, 2):
+        a, b = sample**power, expected**power
+        noise = math.sqrt(a.var() / len(a) + b.var() / len(b))
+        assert abs(a.mean() - b.mean()) < 4.5 * noise
+    if kind == "diffusion":
+        cells = (left.level * 100).round().long().unique()
+        assert torch.equal(cells, (every.level[kept] * 100).round().long().unique())
+    # Draws stay draws: in the same order as before, alone as in a batch.
+    tie = 0.01 if kind == "diffusion" else 0.0  # t is an integer
+    assert (left.level[every.level.argsort()].diff() >= -tie - 1e-12).all()
+    one = Draws(11, draws_of(n).pair_id[[7]], draws_of(n).index[[7]])
+    assert torch.equal(part.level(one), left.level[[7]])
+
+
+def test_unmasked_timesteps_are_equally_likely():
+    table = torch.linspace(0.99, 0.2, 10, dtype=torch.float64)
+    process = Diffusion(alphas_cumprod=table, importance_steps=5)
+    counts = torch.bincount((process.unmasked().level(draws_of(90_000)) * 10).round().long())
+    assert counts[0] == 0 and len(counts) == 10
+    assert ((counts[1:] - 10_000).abs() < 4.5 * math.sqrt(10_000)).all()
+    last = process.replace(timestep_range=(0.0, 0.2)).unmasked()
+    assert (last.level(draws_of(100)) == 0.1).all()
+
+
 # --- Mistakes ---
 
 
@@ -402,6 +447,15 @@ def test_where_the_mask_sets_in(shift, crossing):
         (
             lambda: from_config(SD15).replace(timestep_range=(0.1001, 0.1002)),
             "holds none of 1000 timesteps",
+        ),
+        (
+            lambda: from_config(SD15).replace(timestep_range=(0.0, 0.001)).unmasked(),
+            r"timestep_range \(0.0, 0.001\) holds only times with importance weight 0, expected "
+            "some above 0.001: widen it",
+        ),
+        (
+            lambda: FlowMatching(shift=3.0, timestep_range=(0.0, 0.002)).unmasked(),
+            "holds only times with importance weight 0, expected some above 0.00299401",
         ),
         (
             lambda: Diffusion(alphas_cumprod=torch.tensor([1.5])),

@@ -20,7 +20,7 @@ from fastpref import checkpoint, models, reference
 from fastpref.assemble import alone
 from fastpref.cli import main
 from fastpref.config import Config
-from fastpref.train import train
+from fastpref.train import train, warn_of_repeats
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +371,19 @@ def test_self_check_warns_of_adapters_that_do_nothing(pairs, tmp_path, capsys):
 def test_repeated_draws_are_warned_of(pairs, tmp_path, capsys):
     train(Config(**options(pairs, tmp_path, draws_per_pair=1, max_train_steps=6)))
     assert "1.2 epochs with draws_per_pair 1" in capsys.readouterr().err
+
+
+def test_an_epoch_is_what_its_batches_hold(capsys):
+    """Six pairs fill one batch of four: after two steps, not three, draws of two come again."""
+    shapes = ["8x8"] * 6
+    for accumulate, enough in ((1, 2), (2, 1)):
+        how = {"train_batch_size": 4, "gradient_accumulation_steps": accumulate}
+        for steps in (enough, enough + 1):
+            values = options("data", "run", draws_per_pair=2, max_train_steps=steps, **how)
+            warn_of_repeats(Config(**values), shapes)
+            said = capsys.readouterr().err
+            assert bool(said) == (steps > enough)
+        assert f"{steps * accumulate:.1f} epochs with draws_per_pair 2: later epochs repeat" in said
 
 
 def test_the_same_command_goes_on_after_sigterm(pairs, tmp_path):
