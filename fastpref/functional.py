@@ -87,6 +87,8 @@ def _check_tensor(function: str, name: str, value: Any, device: torch.device | N
             f"{function}: {name} must be a float32, bfloat16, float16 or float64 tensor,"
             f" got {_describe(value)}"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be a dense tensor, got {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{function}: {name} must be on {device}, got {_describe(value)}")
     _check_tangent(function, name, value)

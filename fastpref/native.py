@@ -77,10 +77,10 @@ def last(device: torch.device) -> int:
 
 def _launch(launcher, device: torch.device, *arguments) -> None:
     """Call the core on the tensors' device: tensors as addresses, None as 0, dtypes as numbers."""
-    alive, plain = [], []  # contiguous tensors must live until the core returns
+    alive, plain = [], []  # what is read must lie in memory as it is, until the core returns
     for argument in arguments:
         if isinstance(argument, Tensor):
-            alive.append(argument.contiguous())
+            alive.append(argument.resolve_neg().contiguous())
             plain.append(alive[-1].data_ptr())
         else:
             plain.append(0 if argument is None else DTYPES.get(argument, argument))

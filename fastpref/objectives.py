@@ -1,7 +1,7 @@
 """The seven objectives as frozen, validated settings, and the beta conventions."""
 
 import difflib
-import math
+import sys
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -47,7 +47,7 @@ class Objective:
                     raise TypeError(
                         f"{self.name}: {option} must be a number {expected}, got {value!r}"
                     )
-                if not (math.isfinite(value) and valid(value)):
+                if not (abs(value) <= sys.float_info.max and valid(value)):
                     raise ValueError(
                         f"{self.name}: {option} must be finite and {expected}, got {value}"
                     )
@@ -195,10 +195,10 @@ def convert_beta(beta: float, convention: str = "half_mean", elements: int | Non
         )
     factor = 1.0 if convention.startswith("half") else 2.0
     if convention.endswith("sum"):
-        if elements is None or elements < 1:
+        if type(elements) is not int or elements < 1:
             raise ValueError(
                 f"beta_convention {convention!r} needs elements, the number of elements of one"
-                f" sample, >= 1, got {elements}"
+                f" sample, an integer >= 1, got {elements!r}"
             )
         factor *= elements
     return factor * beta

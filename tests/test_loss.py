@@ -323,6 +323,8 @@ def test_layout_and_alignment_do_not_matter():
     plain = fastpref.preference_loss(*(x.clone().contiguous() for x in (pred, target, ref)), obj)
     viewed = fastpref.preference_loss(pred, target, ref, obj)
     assert not pred.is_contiguous() and torch.equal(plain.pair_loss, viewed.pair_loss)
+    negated = fastpref.preference_loss(*(torch._neg_view(-x) for x in (pred, target, ref)), obj)
+    assert torch.equal(plain.pair_loss, negated.pair_loss)
     storage = torch.randn(4 * 33 + 3)
     for offset in range(3):
         odd = storage[offset : offset + 132].view(4, 33)

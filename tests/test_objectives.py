@@ -73,6 +73,8 @@ def test_frozen():
         ("ipo", {"beta": 1, "beta_convention": "half_mean"}, "ipo has its own scale of beta"),
         ("dpo", {"beta": 1, "beta_convention": "avg"}, "must be one of half_mean, mean, half_sum"),
         ("dpo", {"beta": 1, "beta_convention": "sum"}, "'sum' needs elements"),
+        ("dpo", {"beta": 1, "beta_convention": "sum", "elements": 2.5}, "integer >= 1, got 2.5"),
+        ("dpo", {"beta": 10**400}, "beta must be finite and > 0"),
         ("dpo", {"beta": -1, "beta_convention": "mean"}, "beta must be finite and > 0, got -1"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import fastpref
 from fastpref import native as core
 from fastpref import objective, ops, oracle
+from fastpref.objectives import OBJECTIVES
 
 
 def made(x0: Tensor, seed: int, pair_id, index, p, q) -> Tensor:
@@ -241,7 +242,9 @@ BAD_CALLS = {
     "target must not require a gradient": lambda: OP.pair_error(
         TARGET, TARGET.clone().requires_grad_(), *NO_DRAWS
     ),
-    "objective must be": lambda: OP.loss_epilogue(ERRORS, ERRORS, HYPER, None, None, 7),
+    "objective must be": lambda: OP.loss_epilogue(
+        ERRORS, ERRORS, HYPER, None, None, len(OBJECTIVES)
+    ),
 }
 
 
