@@ -79,11 +79,15 @@ def _launch(launcher, device: torch.device, *arguments) -> None:
     """Call the core on the tensors' device: tensors as addresses, None as 0, dtypes as numbers."""
     alive, plain = [], []  # what is read must lie in memory as it is, until the core returns
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            alive.append(argument.resolve_neg().contiguous())
-            plain.append(alive[-1].data_ptr())
+        if argument is None:
+            plain.append(0)
+        elif isinstance(argument, Tensor):
+            if argument.is_neg() or not argument.is_contiguous():
+                argument = argument.resolve_neg().contiguous()
+            alive.append(argument)
+            plain.append(argument.data_ptr())
         else:
-            plain.append(0 if argument is None else DTYPES.get(argument, argument))
+            plain.append(DTYPES[argument] if isinstance(argument, torch.dtype) else argument)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         with torch.cuda.device(device):
             return launcher(*plain, last(device))
@@ -185,16 +189,22 @@ def pair_error(pred, target, seed, pair_id, index, p, q):
 
 
 def pair_loss(
-    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q
-):
-    pairs, odd = divmod(target.shape[0], 2)
-    if odd:
-        _fail("pair_loss", "the target's batch", "even, winners first", target.shape[0])
-    shape = _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
-    if (ref is None) == (ref_err is None):
-        _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
-    if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
-        _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
+    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q,
+    *, checked=False,
+):  # fmt: skip
+    """checked: called past the dispatcher, by who has looked at everything that pointers follow."""
+    rows = target.shape[0]
+    pairs = rows // 2
+    if not checked:
+        if rows % 2:
+            _fail("pair_loss", "the target's batch", "even, winners first", rows)
+        _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
+        if (ref is None) == (ref_err is None):
+            _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
+        if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
+            _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
+        _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
+    shape = rows, pairs, pred.shape[0], target.numel() // rows
     native = launchers(pred.device, pred.dtype, target.dtype)
     native = native if _known("pair_loss", objective) else None
     if ref is not None and (native is None or ref.dtype != pred.dtype):
@@ -203,10 +213,14 @@ def pair_loss(
         err = pair_error(pred, target, seed, pair_id, index, p, q)
         loss, *rest = loss_epilogue(err, ref_err, hyper, gain, weight, objective)
         return loss, rest[0], err, ref_err.clone(), *rest[1:]
-    _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
     ref_err = empty(pred, 2 * pairs) if ref is not None else ref_err.clone()
-    loss, pair_loss, margin = empty(pred), empty(pred, pairs), empty(pred, pairs)
-    err, importance, coef = (empty(pred, 2 * pairs) for _ in range(3))
+    loss = empty(pred)
+    sizes = [pairs, pairs, rows, rows, rows]
+    if checked:  # one allocation; its pieces are no views, each has a version counter of its own
+        numbers = empty(pred, sum(sizes)).unsafe_split_with_sizes(sizes)
+    else:  # an operator's outputs share no memory
+        numbers = [empty(pred, size) for size in sizes]
+    pair_loss, margin, err, importance, coef = numbers
     workspace = workspace_of(native, shape, ref is not None, pred.device)
     _launch(
         native.pair_loss, pred.device, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
@@ -240,10 +254,12 @@ def loss_epilogue(err, ref_err, hyper, gain, weight, objective):
     return loss, pair_loss, margin, importance, coef
 
 
-def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
-    shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
-    _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
-    _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
+def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q, *, shape=None):
+    """shape: (rows, pairs, pred_rows, elements), where the caller has looked at everything."""
+    if shape is None:
+        shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
+        _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
+        _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
     native = launchers(pred.device, pred.dtype, target.dtype)
     if native is None:
         y = _regenerated(target, seed, pair_id, index, p, q)

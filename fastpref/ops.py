@@ -101,9 +101,7 @@ def _backward_pair_loss(ctx, grad, *_):
         return (None,) * 13
     pred, target, coef, *draws = ctx.saved_tensors
     scale = 2.0 / target.shape[0]
-    short = _unwatched(pred) and not torch.is_grad_enabled()
-    pair_grad = native.pair_grad if short else torch.ops.fastpref.pair_grad
-    grad_pred = pair_grad(pred, target, coef, grad, scale, ctx.seed, *draws)
+    grad_pred = torch.ops.fastpref.pair_grad(pred, target, coef, grad, scale, ctx.seed, *draws)
     return grad_pred, *[None] * 12
 
 
@@ -169,25 +167,31 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, inputs, rest):
-        loss, *others = native.pair_loss(pred, *inputs)
+        loss, *others = native.pair_loss(pred, *inputs, checked=True)
         rest += others
         target, *_, ctx.seed, pair_id, index, p, q = inputs
+        rows = target.shape[0]
+        ctx.shape = rows, rows // 2, pred.shape[0], target.numel() // rows
         ctx.save_for_backward(pred, target, others[-1], pair_id, index, p, q)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward_pair_loss(ctx, grad)[0], None, None
+        pred, target, coef, *draws = ctx.saved_tensors
+        rest = (pred, target, coef, grad, 2.0 / ctx.shape[0], ctx.seed, *draws)
+        if torch.is_grad_enabled() or not _unwatched(pred):
+            return torch.ops.fastpref.pair_grad(*rest), None, None
+        return native.pair_grad(*rest, shape=ctx.shape), None, None
 
 
 def pair_loss(pred: Tensor, *inputs) -> tuple[Tensor, ...]:
-    """torch.ops.fastpref.pair_loss, by the shortest way that gives the same."""
+    """torch.ops.fastpref.pair_loss of checked inputs, by the shortest way that gives the same."""
     recorded = torch.is_grad_enabled()
     refused = recorded and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     if refused or not _unwatched(pred):
         return torch.ops.fastpref.pair_loss(pred, *inputs)
     if not (recorded and pred.requires_grad):
-        return native.pair_loss(pred, *inputs)
+        return native.pair_loss(pred, *inputs, checked=True)
     rest: list[Tensor] = []
     loss = _PairLoss.apply(pred, inputs, rest)
     return loss, *rest
