@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +199,7 @@ def test_rows_are_written_where_output_says_alone(results, tmp_path, monkeypatch
 def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert results.run(*QUICK) == 0
     rows = results()
-    assert list(rows) == list(step.CPU)
+    assert set(rows) == set(step.CPU)
     for name, row in rows.items():
         assert row["gradient_off"] < 1e-4, name
         assert row["s_per_pair"] > 0 and len(row["s_per_pair_quartiles"]) == 2
@@ -210,6 +212,8 @@ def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert 0 < held[0] / held[1] <= 0.6
     said = capsys.readouterr().out
     assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
+    table = [line.split()[0] for line in said[said.index("variant  ") :].splitlines()[1:]]
+    assert table[: len(rows)] == sorted(step.CPU), "baselines, then ours before what adds to them"
 
 
 @pytest.fixture
@@ -334,11 +338,55 @@ def test_what_a_gpu_does_not_record_is_left_out():
     assert said == "the optimiser was not recorded: it waits"
 
 
-def test_time_that_runs_out_is_recorded(results):
-    assert results.run(*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001") == 0
+def test_time_that_runs_out_is_recorded_and_is_no_success(results, monkeypatch):
+    short = [*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001"]
+    assert results.run(*short) == 3
     rows = results()
     assert rows["B1"]["s_per_pair"] > 0
     assert all("no time left" in rows[name]["left_out"] for name in ("B0", "joint/none"))
+    planted(monkeypatch, Usual, 3, BROKEN)
+    assert results.run(*short) == 1, "a mistake is one, also where time ran out"
+
+
+def test_a_row_is_written_as_soon_as_it_is_final(results, monkeypatch):
+    right, there = Ours.__init__, {}
+
+    def looking(self, name, setting):
+        if name == "joint/full":
+            raise BROKEN
+        there.update(results())
+        right(self, name, setting)
+
+    monkeypatch.setattr(Ours, "__init__", looking)
+    assert results.run(*QUICK, "--variants", "joint/full", "joint/none") == 1
+    assert list(there) == ["joint/full"]
+    lines = results.path.read_text().splitlines()
+    assert len(lines) == len(results()) == 3, "each once"
+
+
+@pytest.mark.parametrize("call, rounds", [(1, 0), (3, 0), (5, 0), (6, 2), (8, 4)])
+def test_sigterm_leaves_the_rounds_that_are_complete(call, rounds, results, monkeypatch):
+    """In preparation, while Adam's states are made, in the second round, in the third, the last."""
+    right, calls, before = Ours.gradient, [], signal.getsignal(signal.SIGTERM)
+
+    def gradient(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        right(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ours, "gradient", gradient)
+    code = results.run(*QUICK, "--rounds", "5", "--variants", "joint/full", "B0")
+    assert code == (0 if rounds else 3)
+    rows = results()
+    assert set(rows) == {"B0", "B1", "joint/full"}
+    for row in rows.values():
+        if rounds:
+            assert row["rounds"] == rounds and row["s_per_pair"] > 0
+            assert row["times_faster_than_B1"] > 0
+        else:
+            assert row["left_out"] == "no time left: ended by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])
@@ -354,11 +402,13 @@ def test_an_unknown_variant_is_one_line(results, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
 
 
+# ---- Each variant is what its name says
+
+
 def setting(family: str) -> Setting:
     shape = ARCHITECTURES[family].small[0]
-    return Setting(
-        Namespace(family=family, shape=shape, pairs=1, attention="native", dtype=None), CPU
-    )
+    options = {"pairs": 1, "attention": "native", "dtype": None}
+    return Setting(Namespace(family=family, shape=shape, **options), CPU)
 
 
 @pytest.mark.parametrize("family", ["tiny", "cogvideox-2b"])
