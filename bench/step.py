@@ -2,13 +2,16 @@
 
     python -m bench.step --family wan --shape 81x480x832         Wan2.1-1.3B, true architecture
     python -m bench.step --family wan --shape 17x256x256         where launches take the time
+    python -m bench.step --adapters half                         all variants, what B1 is too
     python -m bench.step --device cpu                            a tiny model: the plumbing
 
 Variants: the baselines B0, B1, B4, B5 (bench/baselines.py) and ours, written MODE/CHECKPOINTING and
 what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph. Every
 variant's gradient is compared with B1's on the same draws before anything is timed; then all take
 turns in one process. A variant that does not fit in memory, that fails, or whose graph cannot be
-recorded, is left out with the reason in its row.
+recorded, is left out with the reason in its row. --adapters half puts them on the upper half of the
+blocks in every variant, the baselines too: what ours then gain is the shared prefix's, the lower
+half that policy and reference run once (cached variants have nothing to share).
 
 One call stays within --minutes: name the --variants in the order they are prepared in, the most
 telling first (B1 is always before them), or call more than once. A row goes to --output as soon as
@@ -18,7 +21,7 @@ memory or time; 3: nothing is wrong, but there was no time for a variant.
 
 Columns: s/pair and its quartiles; x B1, the median of the rounds' ratios; reference, forward and
 optimiser (backward is the rest, with the loss and what is recomputed); peak memory of a run that
-had this variant alone; MFU on useful FLOPs (nothing recomputed)
+had this variant alone; MFU on useful FLOPs (nothing recomputed, adapters on all blocks alone)
 against 989 TFLOP/s; pairs per kWh. All steps read the same latents: what waiting for data costs is
 measured where there is a loader, by `fastpref train` (perf/data_wait_fraction).
 """
@@ -124,6 +127,7 @@ class Table:
             "bench": "step",
             "family": args.family,
             "shape": setting.shape,
+            "adapters": args.adapters,
             "tokens": arch.tokens(setting.shape),
             "pairs": setting.pairs,
             "dtype": str(setting.dtype).removeprefix("torch."),
@@ -309,7 +313,8 @@ def describe(
         split["backward"] = max(0.0, taken.median - sum(split.values()))
     flops = setting.arch.pair_flops(setting.shape, online=not variant.cached)
     low, high = taken.quartiles
-    mfu = flops * pairs / taken.median / PEAK if setting.device.type == "cuda" else None
+    counted = setting.device.type == "cuda" and setting.adapters == "all"
+    mfu = flops * pairs / taken.median / PEAK if counted else None
     without = [graph.why_not for graph in variant.graphs if graph.why_not]
     return {
         "what": without[0] if without else variant.what,
@@ -343,7 +348,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
     first = rows[0]
     print(
         f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pair(s) a"
-        f" step, {first['dtype']}; attention {first['attention']}"
+        f" step, {first['dtype']}; adapters {first['adapters']}; attention {first['attention']}"
         f" {first.get('attention_kernel', '')}\n{first['device']}, {first['threads']} threads,"
         f" torch {first['torch']}, commit {first['commit']}"
     )
@@ -377,6 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=list(ARCHITECTURES), help="default: wan, tiny on a CPU")
     parser.add_argument("--shape", help="FRAMESxHEIGHTxWIDTH; default: the family's own")
     parser.add_argument("--variants", nargs="+", help="default: by device and tokens")
+    parser.add_argument("--adapters", choices=["all", "half"], default="all")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from argparse import Namespace
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from bench import meters, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
+from bench.baselines import BASELINES
 from bench.meters import Clock, SavedBytes
 from bench.variants import Ours, Setting, Usual
 from fastpref import compiling
@@ -405,10 +407,51 @@ def test_an_unknown_variant_is_one_line(results, capsys):
 # ---- Each variant is what its name says
 
 
-def setting(family: str) -> Setting:
+def setting(family: str, adapters: str = "all") -> Setting:
     shape = ARCHITECTURES[family].small[0]
-    options = {"pairs": 1, "attention": "native", "dtype": None}
+    options = {"pairs": 1, "adapters": adapters, "attention": "native", "dtype": None}
     return Setting(Namespace(family=family, shape=shape, **options), CPU)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Setting]:
+    return {adapters: setting("tiny", adapters) for adapters in ("all", "half")}
+
+
+def make(name: str, setting: Setting) -> Usual | Ours:
+    return (Usual if name in BASELINES else Ours)(name, setting)
+
+
+def test_half_of_the_blocks_have_adapters_in_every_variant(tiny):
+    """The upper ones, with as many targets each; B1 learns the very same tensors as ours."""
+    names = {
+        adapters: {name for name, p in there.model.named_parameters() if p.requires_grad}
+        for adapters, there in tiny.items()
+    }
+    upper = {name for name in names["all"] if re.match(r"blocks\.[23]\.", name)}
+    assert names["half"] == upper and 2 * len(upper) == len(names["all"])
+    learned = [
+        {id(p) for p in make(name, tiny["half"]).model.parameters() if p.requires_grad}
+        for name in ("B1", "deferred/none")
+    ]
+    assert learned[0] == learned[1] == {id(p) for p in tiny["half"].parameters}
+
+
+def test_half_is_said_in_rows_and_table(results, capsys):
+    names = ["--adapters", "half", "--variants", "B0", "deferred/attention", "joint/none+cached"]
+    assert results.run(*QUICK, *names) == 0
+    rows = results()
+    assert all(row["adapters"] == "half" and row["gradient_off"] < 1e-4 for row in rows.values())
+    assert "; adapters half; " in capsys.readouterr().out
+
+
+def test_a_baseline_draws_its_times_beforehand(tiny, monkeypatch):
+    """Our process's arithmetic on the host is no part of the loops users write."""
+    variant = make("B1", tiny["all"])
+    expected = tiny["all"].times(tiny["all"].draws(2)).float()
+    assert torch.equal(torch.stack(variant.times[2]), expected)
+    monkeypatch.setattr(Setting, "times", lambda *_: pytest.fail("times are drawn in the step"))
+    variant.gradient(2)
 
 
 @pytest.mark.parametrize("family", ["tiny", "cogvideox-2b"])
