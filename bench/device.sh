@@ -1,24 +1,34 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of under ten minutes: build, tests, sanitizers, benchmarks.
 #
-#   bash bench/device.sh            every part that has not passed on this commit yet
-#   bash bench/device.sh PART...    these parts: build test step_wan pair_loss memcheck racecheck
-#                                   synccheck step_wan_more step_small step_small_more
-#                                   step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu
+#   bash bench/device.sh            every part that has not passed on these sources yet
+#   bash bench/device.sh PART...    these parts, see PARTS below
 #
-# Writes $OUT (default bench/results): a log per part, the benchmarks' JSON lines, and device.jsonl
-# with a line per part. Ends with 1 if a part failed; a part that cannot run here is said to be skipped.
+# Writes $OUT (default bench/results): device.log, the benchmarks' JSON lines, and device.jsonl with a
+# line per part: passed, failed, skipped (it cannot run here) or cut (there was no time for all of it).
+# Exit code 1: a part failed; 3: none did, and the same command goes on with what is left.
+#
+# On a machine that is lent for some minutes a call, gives back what is in $OUT and empties it before
+# the next: the same command again and again, the most telling parts come first. After each call what
+# came back is appended to bench/results, which travels along and says what has passed:
+#
+#   FASTPREF_SECONDS=580 FASTPREF_COMMIT=0123456789 bash bench/device.sh            there
+#   cd CAME_BACK && for file in *; do cat "$file" >>REPOSITORY/bench/results/"$file"; done    here
 #
 #   PYTHON            the interpreter that has PyTorch (default python3)
 #   FASTPREF_WHEELS   a folder of wheels that this interpreter lacks; nothing is downloaded
 #   FASTPREF_COMMIT   what the results are of, where the sources lie without their history
+#   FASTPREF_SECONDS  how long the whole call may take (default: as long as the parts do)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=(build test step_wan pair_loss memcheck racecheck synccheck step_wan_more step_small
-  step_small_more step_cogvideox_2b step_cogvideox_5b step_attention overhead ncu)
+PARTS=(build test step_wan pair_loss step_wan_more step_cogvideox_2b step_cogvideox_5b memcheck
+  step_wan_half step_small_256 step_small_480 step_small_17 step_toy step_frames_1 step_frames_17
+  step_frames_49 step_frames_161 racecheck synccheck step_cogvideox_2b_more step_cogvideox_5b_more
+  step_attention ncu overhead)
 export OUT=${OUT:-bench/results} PYTHON=${PYTHON:-python3}
-SKIPPED=77 # a part's exit code when it cannot run here
+SKIPPED=77 CUT=75 # a part's exit codes when it cannot run here, and when there was no time for it
+MOST=590          # seconds of a part
 WAN=16,21,60,104
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
@@ -39,7 +49,7 @@ need_gpu() {
 need_kernels() {
   need_gpu
   "$PYTHON" -W ignore -c 'import sys, fastpref; sys.exit(not fastpref.build_info()["cuda"])' ||
-    part_build
+    part_build || exit 1
 }
 
 # Test files that import what is not installed here are named and left out; never test_cuda.py.
@@ -81,28 +91,65 @@ bench() {
 part_pair_loss() { bench pair_loss && bench pair_loss --objective sdpo --pairs 4; }
 part_overhead() { bench overhead; }
 
-OURS=(deferred/none+compile deferred/none+compile+cached)
-part_step_wan() { bench step --family wan --variants B1 B4 "${OURS[@]}" --rounds 3; }
-part_step_wan_more() {
-  bench step --family wan --rounds 3 \
-    --variants B0 B5 joint/full deferred/full deferred/attention deferred/attention+compile
+# What a card holds of a sample's activations: all of them on large cards (a CogVideoX-5B sample's
+# are predicted at 80 GB), else what the attention kernels gave.
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+if ((${memory:-0} > 100000)); then kept=none other=attention; else kept=attention other=none; fi
+
+# step ARGUMENTS...: a table in what is left of the part's time, less the start and the end.
+step() {
+  need_kernels
+  local left=$((FASTPREF_PART - SECONDS - 40))
+  if ((left < 60)); then
+    echo "no time left for a table"
+    return $CUT
+  fi
+  PYTORCH_ALLOC_CONF=expandable_segments:True "$PYTHON" -m bench.step "$@" \
+    --minutes "$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))" --output "$OUT/step.jsonl"
+  case $? in
+    0) ;;
+    3) return $CUT ;; # without a variant
+    *) return 1 ;;
+  esac
 }
-part_step_small() {
-  bench step --family wan --shape 1x256x256 --minutes 4 && # 256 tokens
-    bench step --family wan --shape 1x480x832 --minutes 4
+
+# Prepared in this order: the numbers that count are there if time runs out.
+headline() {
+  step --rounds 3 "$@" \
+    --variants B1 "deferred/$kept+compile+cached" "deferred/$kept+compile" B4 B5
 }
-part_step_small_more() {
-  bench step --family wan --shape 17x256x256 --minutes 4 && bench step --family toy --minutes 4
+rung_by_rung() {
+  step --rounds 3 "$@" \
+    --variants B1 B0 "deferred/$other+compile" deferred/attention deferred/full joint/full
+}
+part_step_wan() { headline --family wan; }
+part_step_wan_more() { rung_by_rung --family wan; }
+part_step_cogvideox_2b() { headline --family cogvideox-2b; }
+part_step_cogvideox_2b_more() { rung_by_rung --family cogvideox-2b; }
+part_step_cogvideox_5b() { headline --family cogvideox-5b; }
+part_step_cogvideox_5b_more() { rung_by_rung --family cogvideox-5b; }
+
+# The shared prefix: adapters on the upper half of the blocks in every variant, B1 included.
+part_step_wan_half() {
+  step --rounds 3 --family wan --adapters half --variants B1 "deferred/$kept+compile" B4 B5
 }
 part_step_attention() {
-  bench step --family wan --attention auto --variants "${OURS[@]}" --rounds 3
+  step --rounds 3 --family wan --attention auto \
+    --variants B1 "deferred/$kept+compile+cached" "deferred/$kept+compile"
 }
-part_step_cogvideox_2b() {
-  bench step --family cogvideox-2b --variants B1 B4 "${OURS[@]}" --rounds 3
+part_step_small_256() { step --family wan --shape 1x256x256; } # 256 tokens
+part_step_small_480() { step --family wan --shape 1x480x832; }
+part_step_small_17() { step --family wan --shape 17x256x256; }
+part_step_toy() { step --family toy; }
+
+# Seconds a pair against frames, one variant at all lengths; 81 frames stand in the tables of wan.
+frames() {
+  step --rounds 3 --family wan --shape "$1x480x832" --variants B1 deferred/attention+compile
 }
-part_step_cogvideox_5b() {
-  bench step --family cogvideox-5b --variants B1 B4 "${OURS[@]}" --rounds 3
-}
+part_step_frames_1() { frames 1; }
+part_step_frames_17() { frames 17; }
+part_step_frames_49() { frames 49; }
+part_step_frames_161() { frames 161; }
 
 # Hardware counters of each kernel, once, with cold caches: a JSON line per launch.
 part_ncu() {
@@ -158,11 +205,14 @@ PROGRAM
 # ---- running them ----
 
 if [[ ${1-} == --run ]]; then # one part, in a process that timeout can end
+  trap : TERM                 # what it runs is ended too, and has the last word
   "part_$2"
   exit
 fi
 
 mkdir -p "$OUT"
+say() { echo "$*" | tee -a "$OUT/device.log"; }
+
 if [[ -n ${FASTPREF_WHEELS-} ]]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
@@ -171,53 +221,93 @@ if [[ -n ${FASTPREF_WHEELS-} ]]; then
   export PYTHONPATH=$PYTHONPATH:$site
 fi
 
+# The last commit of something else than results: those are committed between two calls.
+sources=(. ':!bench/results')
 commit=${FASTPREF_COMMIT-}
-if [[ -z $commit ]]; then
-  commit=$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)
-  git diff --quiet HEAD -- . ':!bench/results' 2>/dev/null || commit+=-dirty
+if [[ -z $commit ]] && commit=$(git log -1 --format=%h --abbrev=10 -- "${sources[@]}" 2>/dev/null); then
+  git diff --quiet HEAD -- "${sources[@]}" || commit+=-dirty
 fi
+remembered=1 # what has passed
+case ${commit:=unknown} in
+  unknown)
+    say "the commit is unknown (no git history, FASTPREF_COMMIT is not set): every part runs"
+    remembered=0
+    ;;
+  *-dirty)
+    say "the sources are not those of a commit ($commit): every part runs"
+    remembered=0
+    ;;
+esac
+[[ $commit == unknown ]] || export FASTPREF_COMMIT=$commit # in the benchmarks' rows too
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
-passed_here() {
-  [[ $commit != *-dirty ]] &&
-    grep -qs "\"part\": \"$1\", \"result\": \"passed\".*\"commit\": \"$commit\", \"device\": \"$device\"" \
-      "$OUT/device.jsonl"
+
+# times PART RESULT: how often that came out on these sources and such a device, by the lines of this
+# folder and of those that earlier calls left.
+times() {
+  local row="\"part\": \"$1\", \"result\": \"$2\""
+  row+=".*\"commit\": \"$commit\", \"device\": \"$device\""
+  ((remembered)) || row='no line'
+  cat "$OUT/device.jsonl" bench/results/device.jsonl 2>/dev/null | sort -u | grep -c "$row"
 }
 
 wanted=("$@")
 if ((!${#wanted[@]})); then
+  last=()
   for part in "${PARTS[@]}"; do
     # The build lies in the working tree: it is made again where the tree is fresh.
-    if [[ $part != build ]] && passed_here "$part"; then
-      echo "$part: passed on $commit before"
+    if [[ $part != build ]] && (($(times "$part" passed))); then
+      say "$part: passed on $commit before"
+    elif (($(times "$part" failed) || $(times "$part" cut) > 1)); then
+      last+=("$part") # after those that were never tried
     else
       wanted+=("$part")
     fi
   done
+  wanted+=("${last[@]}")
 fi
 
-failed=() skipped=()
+failed=() skipped=() cut=()
 for part in "${wanted[@]}"; do
   if ! declare -F "part_$part" >/dev/null; then
     echo "bench/device.sh: unknown part $part, expected one of: ${PARTS[*]}" >&2
     exit 2
   fi
-  echo "=== $part"
+  most=$MOST
+  if [[ -n ${FASTPREF_SECONDS-} ]]; then
+    left=$((FASTPREF_SECONDS - SECONDS))
+    if ((left < 60)); then
+      cut+=("$part")
+      continue
+    fi
+    ((left - 10 < most)) && most=$((left - 10))
+  fi
+  say "=== $part"
   start=$SECONDS
-  timeout -k 10 590 bash bench/device.sh --run "$part" 2>&1 | tee "$OUT/$part.log"
+  FASTPREF_PART=$most timeout -k 10 "$most" bash bench/device.sh --run "$part" 2>&1 |
+    tee -a "$OUT/device.log"
   code=${PIPESTATUS[0]}
   case $code in
     0) result=passed ;;
     "$SKIPPED") result=skipped skipped+=("$part") ;;
+    "$CUT") result=cut cut+=("$part") ;;
+    124 | 137) # by timeout: a part that has all of its time and needs more is a mistake
+      if ((most < MOST)); then result=cut cut+=("$part"); else result=failed failed+=("$part"); fi
+      ;;
     *) result=failed failed+=("$part") ;;
   esac
-  echo "=== $part: $result after $((SECONDS - start)) s (exit code $code)"
-  printf '{"part": "%s", "result": "%s", "seconds": %d, "commit": "%s", "device": "%s"}\n' \
-    "$part" "$result" $((SECONDS - start)) "$commit" "$device" >>"$OUT/device.jsonl"
+  say "=== $part: $result after $((SECONDS - start)) s (exit code $code)"
+  row='{"part": "%s", "result": "%s", "seconds": %d, "commit": "%s", "device": "%s", "time": "%s"}\n'
+  printf "$row" "$part" "$result" $((SECONDS - start)) "$commit" "$device" "$(date -u +%FT%TZ)" \
+    >>"$OUT/device.jsonl"
 done
 
-((${#skipped[@]})) && echo "skipped here: ${skipped[*]}"
-if ((${#failed[@]})); then
-  echo "FAILED: ${failed[*]}"
-  exit 1
+((${#skipped[@]})) && say "skipped here: ${skipped[*]}"
+if ((${#failed[@]})); then say "FAILED: ${failed[*]}"; else say "no part failed"; fi
+if ((${#cut[@]})); then
+  next="the same command goes on with them"
+  (($# || !remembered)) && next="name them in the next call"
+  say "no time for ${cut[*]}: $next"
 fi
-echo "no part failed"
+if ((${#failed[@]})); then exit 1; fi
+if ((${#cut[@]})); then exit 3; fi
+exit 0

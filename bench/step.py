@@ -2,26 +2,37 @@
 
     python -m bench.step --family wan --shape 81x480x832         Wan2.1-1.3B, true architecture
     python -m bench.step --family wan --shape 17x256x256         where launches take the time
+    python -m bench.step --adapters half                         all variants, what B1 is too
     python -m bench.step --device cpu                            a tiny model: the plumbing
 
 Variants: the baselines B0, B1, B4, B5 (bench/baselines.py) and ours, written MODE/CHECKPOINTING and
 what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph. Every
 variant's gradient is compared with B1's on the same draws before anything is timed; then all take
 turns in one process. A variant that does not fit in memory, that fails, or whose graph cannot be
-recorded, is left out with the reason in its row. One call stays within --minutes: name the
---variants, in the order they are prepared in, to have the table in parts (B1 is always the first).
-Exit code 1: a variant is left out for another reason than memory or time.
+recorded, is left out with the reason in its row. --adapters half puts them on the upper half of the
+blocks in every variant, the baselines too: what ours then gain is the shared prefix's, the lower
+half that policy and reference run once (cached variants have nothing to share).
+
+One call stays within --minutes: name the --variants in the order they are prepared in, the most
+telling first (B1 is always before them), or call more than once. A row goes to --output as soon as
+nothing in it can change, and on SIGTERM the rounds that are complete are a variant's time. The
+table stands in the order of names. Exit code 1: a variant is left out for another reason than
+memory or time; 3: nothing is wrong, but there was no time for a variant.
 
 Columns: s/pair and its quartiles; x B1, the median of the rounds' ratios; reference, forward and
 optimiser (backward is the rest, with the loss and what is recomputed); peak memory of a run that
-had this variant alone; MFU on useful FLOPs (nothing recomputed) against 989 TFLOP/s; pairs per kWh.
+had this variant alone; MFU on useful FLOPs (nothing recomputed, adapters on all blocks alone)
+against 989 TFLOP/s; pairs per kWh. All steps read the same latents: what waiting for data costs is
+measured where there is a loader, by `fastpref train` (perf/data_wait_fraction).
 """
 
 import argparse
 import gc
 import math
+import signal
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from itertools import count
 
 import torch
@@ -96,115 +107,179 @@ def activation_bytes(variant: Ours, setting: Setting) -> int:
     return saved.most
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """Rows of the table, B1's gradient before anything else."""
-    for name in args.variants or ():
-        if name not in BASELINES:
-            rungs(name)  # so that a mistake is told before anything is made
-    deadline = time.perf_counter() + 60 * args.minutes
-    setting, power = Setting(args, device), Power(device)
-    shape, arch = setting.shape, setting.arch
-    wanted = args.variants or default_variants(setting)
-    names = list(dict.fromkeys(["B1", *wanted]))
-    facts = {
-        "bench": "step",
-        "family": args.family,
-        "shape": shape,
-        "tokens": arch.tokens(shape),
-        "pairs": setting.pairs,
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "attention": str(setting.attention),
-        "driver": power.driver,
-        **timing.environment(device),
-    }
-    if device.type == "cuda":
-        facts["attention_kernel"] = attention_kernel(setting.calls[0], setting.attention.name)
-    rows = {name: {**facts, "variant": name} for name in names}
-    variants, expected = {}, None
+class Ended(BaseException):
+    """SIGTERM came: no error that leaves out one variant."""
 
-    def leave_out(name: str, why: str) -> None:
-        rows[name]["left_out"] = why
-        variants.pop(name, None)
-        print(f"{name}: {why}", flush=True)
 
-    late = f"{NO_TIME} of --minutes {args.minutes:g}"
-    for name, row in rows.items():
-        begin = time.perf_counter()
-        if variants and deadline - begin < 30 * args.minutes:  # half of the time is for timing
-            leave_out(name, late)
-            continue
-        if name != "B1" and expected is None:
-            leave_out(name, "nothing to compare with: B1 is left out")
-            continue
-        try:
-            variant, known = prepare(name, setting, expected)
-        except Exception as error:  # out of memory, a compiler's: the others go on
-            leave_out(name, failure(error))
-        else:
-            row |= known
-            variants[name] = variant
-            if name == "B1":
-                expected = [p.grad.clone() for p in setting.parameters]
-            if not known["gradient_off"] <= TOLERANCE[setting.dtype]:
-                leave_out(name, f"gradient is off B1's by {known['gradient_off']:.2%}")
-            elif why := not_recorded(variant, device):
-                leave_out(name, why)
-            if device.type == "cpu" and name in ("joint/none", "deferred/none"):
-                row["activation_bytes"] = activation_bytes(variant, setting)
-        print(f"{name}: prepared in {time.perf_counter() - begin:.1f} s", flush=True)
-        gc.collect()
+class Table:
+    """The rows of one call: variants are prepared one after the other, then take turns."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        for name in args.variants or ():
+            if name not in BASELINES:
+                rungs(name)  # so that a mistake is told before anything is made
+        self.minutes, self.rounds, self.output = args.minutes, args.rounds, args.output
+        self.deadline = time.perf_counter() + 60 * args.minutes
+        self.late = f"{NO_TIME} of --minutes {args.minutes:g}"
+        self.setting, self.power, self.device = Setting(args, device), Power(device), device
+        setting, arch = self.setting, self.setting.arch
+        facts = {
+            "bench": "step",
+            "family": args.family,
+            "shape": setting.shape,
+            "adapters": args.adapters,
+            "tokens": arch.tokens(setting.shape),
+            "pairs": setting.pairs,
+            "dtype": str(setting.dtype).removeprefix("torch."),
+            "attention": str(setting.attention),
+            "driver": self.power.driver,
+            **timing.environment(device),
+        }
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            facts["attention_kernel"] = attention_kernel(setting.calls[0], setting.attention.name)
+        names = dict.fromkeys(["B1", *(args.variants or default_variants(setting))])
+        self.rows = {name: {**facts, "variant": name} for name in names}
+        self.open = list(names)  # whose rows are not written yet
+        self.variants: dict[str, Usual | Ours] = {}
+        self.samples: dict[str, list[float]] = {}
 
-    for name, variant in list(variants.items()):  # with the optimisers' states and graphs
-        try:
-            for _ in range(5 if variant.graphs else 1):
-                variant.gradient(0)
-                variant.update()
-            if why := not_recorded(variant, device):
-                leave_out(name, why)
-        except Exception as error:
-            leave_out(name, failure(error))
-    left = 0.8 * (deadline - time.perf_counter())
-    while len(variants) > 1 and 2 * seconds(variants, rows) > left:  # two rounds are the least
-        leave_out(list(variants)[-1], late)
-    if not variants:
-        return list(rows.values())
-    rounds = max(2, min(args.rounds, int(left / seconds(variants, rows))))
+    def leave_out(self, name: str, why: str) -> None:
+        self.rows[name]["left_out"] = why
+        self.variants.pop(name, None)
+        print(f"{name}: {why}", flush=True)
+        self.write(name)
 
-    def turn(name: str) -> Callable[[], None]:
+    def write(self, name: str) -> None:
+        self.open.remove(name)
+        with redirect_stdout(None):  # that rows are appended is said once, below the table
+            timing.append(self.output, [self.rows[name]])
+
+    def prepare(self) -> None:
+        """Makes the variants, B1's gradient before anything else."""
+        expected = None
+        for name in self.rows:
+            begin = time.perf_counter()
+            # Half of the time is for timing.
+            if self.variants and self.deadline - begin < 30 * self.minutes:
+                self.leave_out(name, self.late)
+                continue
+            if name != "B1" and expected is None:
+                self.leave_out(name, "nothing to compare with: B1 is left out")
+                continue
+            try:
+                variant, known = prepare(name, self.setting, expected)
+            except Exception as error:  # out of memory, a compiler's: the others go on
+                self.leave_out(name, failure(error))
+            else:
+                self.rows[name] |= known
+                if name == "B1":
+                    expected = [p.grad.clone() for p in self.setting.parameters]
+                if self.device.type == "cpu" and name in ("joint/none", "deferred/none"):
+                    self.rows[name]["activation_bytes"] = activation_bytes(variant, self.setting)
+                if not known["gradient_off"] <= TOLERANCE[self.setting.dtype]:
+                    self.leave_out(name, f"gradient is off B1's by {known['gradient_off']:.2%}")
+                elif why := not_recorded(variant, self.device):
+                    self.leave_out(name, why)
+                else:
+                    self.variants[name] = variant
+            print(f"{name}: prepared in {time.perf_counter() - begin:.1f} s", flush=True)
+            variant = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def time(self) -> None:
+        """The rounds, as many as there is time for; what is left out of them is written."""
+        for name, variant in list(self.variants.items()):  # the optimisers' states and graphs
+            try:
+                for _ in range(5 if variant.graphs else 1):
+                    variant.gradient(0)
+                    variant.update()
+                if why := not_recorded(variant, self.device):
+                    self.leave_out(name, why)
+            except Exception as error:
+                self.leave_out(name, failure(error))
+        left = 0.8 * (self.deadline - time.perf_counter())
+        while len(self.variants) > 1 and 2 * self.seconds() > left:  # two rounds are the least
+            self.leave_out(list(self.variants)[-1], self.late)
+        if not self.variants:
+            return
+        rounds = max(2, min(self.rounds, int(left / self.seconds())))
+        self.samples = {name: [] for name in self.variants}
+        orders = timing._orders(list(self.variants))
+        turns = {name: self.turn(name) for name in self.variants}
+        for _ in range(rounds):  # one by one: a round that is broken off takes none along
+            order = {name: turns[name] for name in next(orders)}
+            taken = timing.interleave(order, self.device, rounds=1, warmup=0)
+            for name, timed in taken.items():
+                self.samples[name] += timed.samples
+        for name in list(self.variants):
+            spent = None
+            if self.power.joules() is not None and time.perf_counter() < self.deadline:
+                median = timing.Timing(tuple(self.samples[name])).median
+                spent = energy(turns[name], median, self.setting, self.power)
+            if name in self.variants:
+                self.describe(name, spent)
+
+    def seconds(self) -> float:
+        """Of one round."""
+        return sum(self.rows[name]["s_first"] for name in self.variants)
+
+    def turn(self, name: str) -> Callable[[], None]:
         counter = count()
 
         def call() -> None:
-            if name not in variants:  # since it failed: the others go on
+            if name not in self.variants:  # since it failed: the others go on
                 return
-            variant = variants[name]
+            variant = self.variants[name]
             if not variant.graphs:  # one launch has no parts
                 variant.clock.begin()
             try:
                 variant.gradient(next(counter) % DRAWS)
                 variant.update()
             except Exception as error:
-                leave_out(name, failure(error))
+                self.leave_out(name, failure(error))
 
         return call
 
-    turns = {name: turn(name) for name in variants}
-    timings = timing.interleave(turns, device, rounds=rounds, warmup=0)
-    first = timings["B1"] if "B1" in variants else None
-    for name, variant in list(variants.items()):
-        taken = timings[name]
-        rows[name] |= describe(variant, taken, first, setting)
-        rows[name] |= {"rounds": rounds, "pairs_per_kwh": None}
-        if power.joules() is not None and time.perf_counter() < deadline:
-            spent = energy(turns[name], taken.median, setting, power)
-            rows[name]["pairs_per_kwh"] = spent if name in variants else None
-    return sorted(rows.values(), key=lambda row: (*wanted, "B1").index(row["variant"]))
+    def describe(self, name: str, spent: float | None = None) -> None:
+        """Writes the row of a variant that was timed; spent: its pairs per kWh."""
+        first = self.samples["B1"] if "B1" in self.variants else None
+        taken = timing.Timing(tuple(self.samples[name]))
+        against = first and timing.Timing(tuple(first))
+        self.rows[name] |= describe(self.variants[name], taken, against, self.setting)
+        self.rows[name] |= {"rounds": len(taken.samples), "pairs_per_kwh": spent}
+        self.write(name)
+
+    def end(self) -> None:
+        """After SIGTERM: the complete rounds are a time, two at the least; the rest had no time."""
+        for name in list(self.open):
+            if name in self.variants and len(self.samples.get(name, ())) > 1:
+                self.describe(name)
+            else:
+                self.leave_out(name, f"{NO_TIME}: ended by SIGTERM")
 
 
-def seconds(variants: dict, rows: dict[str, dict]) -> float:
-    """Of one round."""
-    return sum(rows[name]["s_first"] for name in variants)
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Rows of the table, in the order of names: baselines, then ours, each before what adds to it.
+
+    Meanwhile SIGTERM ends the measuring alone.
+    """
+
+    def ended(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is known is written first
+        raise Ended
+
+    table = Table(args, device)
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        table.prepare()
+        table.time()
+    except Ended:
+        table.end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return [table.rows[name] for name in sorted(table.rows)]
 
 
 def not_recorded(variant: Usual | Ours, device: torch.device) -> str | None:
@@ -238,7 +313,8 @@ def describe(
         split["backward"] = max(0.0, taken.median - sum(split.values()))
     flops = setting.arch.pair_flops(setting.shape, online=not variant.cached)
     low, high = taken.quartiles
-    mfu = flops * pairs / taken.median / PEAK if setting.device.type == "cuda" else None
+    counted = setting.device.type == "cuda" and setting.adapters == "all"
+    mfu = flops * pairs / taken.median / PEAK if counted else None
     without = [graph.why_not for graph in variant.graphs if graph.why_not]
     return {
         "what": without[0] if without else variant.what,
@@ -272,7 +348,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
     first = rows[0]
     print(
         f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pair(s) a"
-        f" step, {first['dtype']}; attention {first['attention']}"
+        f" step, {first['dtype']}; adapters {first['adapters']}; attention {first['attention']}"
         f" {first.get('attention_kernel', '')}\n{first['device']}, {first['threads']} threads,"
         f" torch {first['torch']}, commit {first['commit']}"
     )
@@ -306,6 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=list(ARCHITECTURES), help="default: wan, tiny on a CPU")
     parser.add_argument("--shape", help="FRAMESxHEIGHTxWIDTH; default: the family's own")
     parser.add_argument("--variants", nargs="+", help="default: by device and tokens")
+    parser.add_argument("--adapters", choices=["all", "half"], default="all")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
@@ -320,9 +397,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.step: {error}")
         return 1
     print_table(rows)
-    timing.append(args.output, rows)
+    timing.append(args.output, [])
     reasons = [row["left_out"] for row in rows if "left_out" in row]
-    return 0 if all(why.startswith((NO_MEMORY, NO_TIME)) for why in reasons) else 1
+    if not all(why.startswith((NO_MEMORY, NO_TIME)) for why in reasons):
+        return 1
+    return 3 if any(why.startswith(NO_TIME) for why in reasons) else 0
 
 
 if __name__ == "__main__":

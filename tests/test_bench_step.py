@@ -1,10 +1,19 @@
-"""bench.step: FLOPs by formula, true sizes, honest counting, and the whole command on a CPU."""
+"""bench.step: FLOPs by formula, true sizes, honest counting, variants that are what their names
+say, and the whole command on a CPU; bench/device.sh: what it goes on with.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +22,7 @@ from torch import nn
 
 from bench import meters, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
+from bench.baselines import BASELINES
 from bench.meters import Clock, SavedBytes
 from bench.variants import Ours, Setting, Usual
 from fastpref import compiling
@@ -197,7 +207,7 @@ def test_rows_are_written_where_output_says_alone(results, tmp_path, monkeypatch
 def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert results.run(*QUICK) == 0
     rows = results()
-    assert list(rows) == list(step.CPU)
+    assert set(rows) == set(step.CPU)
     for name, row in rows.items():
         assert row["gradient_off"] < 1e-4, name
         assert row["s_per_pair"] > 0 and len(row["s_per_pair_quartiles"]) == 2
@@ -210,6 +220,8 @@ def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert 0 < held[0] / held[1] <= 0.6
     said = capsys.readouterr().out
     assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
+    table = [line.split()[0] for line in said[said.index("variant  ") :].splitlines()[1:]]
+    assert table[: len(rows)] == sorted(step.CPU), "baselines, then ours before what adds to them"
 
 
 @pytest.fixture
@@ -334,11 +346,55 @@ def test_what_a_gpu_does_not_record_is_left_out():
     assert said == "the optimiser was not recorded: it waits"
 
 
-def test_time_that_runs_out_is_recorded(results):
-    assert results.run(*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001") == 0
+def test_time_that_runs_out_is_recorded_and_is_no_success(results, monkeypatch):
+    short = [*QUICK, "--variants", "B0", "joint/none", "--minutes", "0.00001"]
+    assert results.run(*short) == 3
     rows = results()
     assert rows["B1"]["s_per_pair"] > 0
     assert all("no time left" in rows[name]["left_out"] for name in ("B0", "joint/none"))
+    planted(monkeypatch, Usual, 3, BROKEN)
+    assert results.run(*short) == 1, "a mistake is one, also where time ran out"
+
+
+def test_a_row_is_written_as_soon_as_it_is_final(results, monkeypatch):
+    right, there = Ours.__init__, {}
+
+    def looking(self, name, setting):
+        if name == "joint/full":
+            raise BROKEN
+        there.update(results())
+        right(self, name, setting)
+
+    monkeypatch.setattr(Ours, "__init__", looking)
+    assert results.run(*QUICK, "--variants", "joint/full", "joint/none") == 1
+    assert list(there) == ["joint/full"]
+    lines = results.path.read_text().splitlines()
+    assert len(lines) == len(results()) == 3, "each once"
+
+
+@pytest.mark.parametrize("call, rounds", [(1, 0), (3, 0), (5, 0), (6, 2), (8, 4)])
+def test_sigterm_leaves_the_rounds_that_are_complete(call, rounds, results, monkeypatch):
+    """In preparation, while Adam's states are made, in the second round, in the third, the last."""
+    right, calls, before = Ours.gradient, [], signal.getsignal(signal.SIGTERM)
+
+    def gradient(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        right(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ours, "gradient", gradient)
+    code = results.run(*QUICK, "--rounds", "5", "--variants", "joint/full", "B0")
+    assert code == (0 if rounds else 3)
+    rows = results()
+    assert set(rows) == {"B0", "B1", "joint/full"}
+    for row in rows.values():
+        if rounds:
+            assert row["rounds"] == rounds and row["s_per_pair"] > 0
+            assert row["times_faster_than_B1"] > 0
+        else:
+            assert row["left_out"] == "no time left: ended by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])
@@ -354,11 +410,150 @@ def test_an_unknown_variant_is_one_line(results, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
 
 
-def setting(family: str) -> Setting:
+# ---- Each variant is what its name says
+
+
+def setting(family: str, adapters: str = "all") -> Setting:
     shape = ARCHITECTURES[family].small[0]
-    return Setting(
-        Namespace(family=family, shape=shape, pairs=1, attention="native", dtype=None), CPU
-    )
+    options = {"pairs": 1, "adapters": adapters, "attention": "native", "dtype": None}
+    return Setting(Namespace(family=family, shape=shape, **options), CPU)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Setting]:
+    return {adapters: setting("tiny", adapters) for adapters in ("all", "half")}
+
+
+def runs(variant: Usual | Ours) -> dict[str, int]:
+    """Kernels and compiled blocks that run in a step, the second: the first checks the prefix."""
+    from torch.profiler import ProfilerActivity, profile
+
+    variant.gradient(0)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        variant.gradient(1)
+    found = {"attention": 0, "gelu": 0, "compiled": 0}
+    for event in trace.events():
+        inside = {child.name for child in event.cpu_children}
+        if event.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+            # Under selective checkpointing a call that is answered from what was kept has none.
+            found["attention"] += "aten::transpose" in inside
+        elif event.name == "aten::gelu":
+            found["gelu"] += "PythonDispatchMode" not in inside  # whose inner call is the kernel's
+        elif event.name.startswith("Torch-Compiled Region"):
+            found["compiled"] += 1
+    return found
+
+
+def make(name: str, setting: Setting) -> Usual | Ours:
+    return (Usual if name in BASELINES else Ours)(name, setting)
+
+
+# Of a pair on four blocks of two attentions (self, cross) and one gelu each, and one gelu for the
+# text below them. A pass over both members is 8 and 5: B1 is reference, policy and the blocks
+# again. Ours have the text once, and deferred ones one member at a time, so twice as many.
+RUNS = {
+    "B0": (24, 14),
+    "B1": (24, 14),
+    "joint/full": (24, 13),
+    "joint/attention": (16, 13),
+    "joint/none": (16, 9),
+    "joint/none+cached": (8, 5),
+    "deferred/full": (48, 26),
+    "deferred/attention": (32, 26),
+    "deferred/none": (32, 18),
+    "deferred/full+cached": (32, 18),
+    "deferred/none+cached": (16, 10),
+}
+# Where two blocks have adapters: B1 runs two again, and of ours the policy runs two alone.
+HALF_RUNS = {
+    "B1": (20, 12),
+    "joint/full": (16, 9),
+    "joint/none": (12, 7),
+    "deferred/none": (24, 14),
+    "joint/none+cached": (8, 5),
+}
+
+
+@pytest.mark.parametrize(
+    "adapters, name",
+    [*(("all", name) for name in RUNS), *(("half", name) for name in HALF_RUNS)],
+)
+def test_a_variant_runs_as_many_blocks_as_its_name_says(adapters, name, tiny):
+    expected = (RUNS if adapters == "all" else HALF_RUNS)[name]
+    found = runs(make(name, tiny[adapters]))
+    assert (found["attention"], found["gelu"], found["compiled"]) == (*expected, 0)
+
+
+# Attentions that run, compiled blocks that run (a baseline's run again from outside, ours within),
+# and compilations: adapters off, first block, the others.
+COMPILED = {
+    "B4": (24, 12, 3),
+    "B5": (16, 8, 3),
+    "joint/full+compile": (24, 8, 3),
+    "deferred/attention+compile": (32, 16, 3),
+    "deferred/none+compile": (32, 16, 3),
+    "deferred/none+compile+cached": (16, 8, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_variant_compiles_and_runs_what_its_name_says(name, tiny, monkeypatch):
+    """With a backend that only traces: what is run again is decided before it."""
+    plain, backend = nn.Module.compile, {"backend": "aot_eager"}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: plain(self, **given, **backend))
+    monkeypatch.setattr(compiling, "compile_blocks", partial(compiling.compile_blocks, **backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    variant = make(name, tiny["all"])
+    found = runs(variant)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (found["attention"], found["compiled"], graphs) == COMPILED[name]
+    if name not in BASELINES:  # 0.9 MB a member, or a block's inputs and its attentions' outputs
+        held = step.activation_bytes(variant, tiny["all"])
+        assert held > 0.7e6 if "/none" in name else held < 0.3e6
+
+
+def test_a_step_and_its_optimiser_go_through_the_graphs(tiny):
+    """Each has one record of the inputs it was called with: on a GPU that is replayed."""
+    variant = make("joint/none+graph", tiny["all"])
+    assert [len(graph.records) for graph in variant.graphs] == [0, 0]
+    variant.gradient(0)
+    variant.update()
+    assert [len(graph.records) for graph in variant.graphs] == [1, 1]
+    assert not make("joint/none", tiny["all"]).graphs
+
+
+def test_half_of_the_blocks_have_adapters_in_every_variant(tiny):
+    """The upper ones, with as many targets each; B1 learns the very same tensors as ours."""
+    names = {
+        adapters: {name for name, p in there.model.named_parameters() if p.requires_grad}
+        for adapters, there in tiny.items()
+    }
+    upper = {name for name in names["all"] if re.match(r"blocks\.[23]\.", name)}
+    assert names["half"] == upper and 2 * len(upper) == len(names["all"])
+    learned = [
+        {id(p) for p in make(name, tiny["half"]).model.parameters() if p.requires_grad}
+        for name in ("B1", "deferred/none")
+    ]
+    assert learned[0] == learned[1] == {id(p) for p in tiny["half"].parameters}
+
+
+def test_half_is_said_in_rows_and_table(results, capsys):
+    names = ["--adapters", "half", "--variants", "B0", "deferred/attention", "joint/none+cached"]
+    assert results.run(*QUICK, *names) == 0
+    rows = results()
+    assert all(row["adapters"] == "half" and row["gradient_off"] < 1e-4 for row in rows.values())
+    assert "; adapters half; " in capsys.readouterr().out
+
+
+def test_a_baseline_draws_its_times_beforehand(tiny, monkeypatch):
+    """Our process's arithmetic on the host is no part of the loops users write."""
+    variant = make("B1", tiny["all"])
+    expected = tiny["all"].times(tiny["all"].draws(2)).float()
+    assert torch.equal(torch.stack(variant.times[2]), expected)
+    monkeypatch.setattr(Setting, "times", lambda *_: pytest.fail("times are drawn in the step"))
+    variant.gradient(2)
 
 
 @pytest.mark.parametrize("family", ["tiny", "cogvideox-2b"])
@@ -421,3 +616,228 @@ def test_on_a_gpu_small_shapes_are_recorded_as_graphs(results):
     assert rows["joint/none+graph"]["what"] == "ours", "the graph was recorded"
     faster = rows["joint/none"]["s_per_pair"] / rows["joint/none+graph"]["s_per_pair"]
     assert faster > 2
+
+
+# ---- bench/device.sh
+
+SCRIPT = Path(step.__file__).with_name("device.sh")
+PARTS = re.search(r"^PARTS=\(([^)]*)\)", SCRIPT.read_text(), re.M).group(1).split()
+PYTHON = """
+case "$*" in
+  *is_available*) echo True ;;
+  *"-m bench."*) echo "$*" >>"$CALLS"; for file; do :; done; echo "{}" >>"$file" ;;
+  "- "*.csv*) touch "$3" ;;
+esac
+"""
+GPU = 'case "$1" in *memory*) echo 143771 ;; *) echo "A card (80GB)" ;; esac'
+# Instead of coreutils' timeout: how the parts of RESULTS end (PART=CODE ...), the others well.
+ENDS = """
+part=${@: -1}
+echo "$part $3" >>"$CALLS"
+for one in $RESULTS; do [[ $one == "$part="* ]] && exit "${one#*=}"; done
+exit 0
+"""
+
+
+class Device:
+    """The script in a tree of its own, on a machine whose programs are stand-ins."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.out, self.kept = root, root / "out", root / "bench" / "results"
+        self.kept.mkdir(parents=True)
+        shutil.copy(SCRIPT, root / "bench")
+        self.calls, self.bin = root / "calls", root / "bin"
+        for name in ("nvcc", "ncu", "compute-sanitizer"):
+            self.program(name, "exit 0")
+        self.program("nvidia-smi", GPU)
+        self.program("python", PYTHON)
+        self.environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PYTHON": str(self.bin / "python"),
+            "OUT": str(self.out),
+            "CALLS": str(self.calls),
+            "FASTPREF_COMMIT": "0123456789",
+            "GIT_CEILING_DIRECTORIES": str(root.parent),
+        }
+
+    def program(self, name: str, text: str) -> None:
+        self.bin.mkdir(exist_ok=True)
+        (self.bin / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (self.bin / name).chmod(0o755)
+
+    def run(self, *parts: str, **environment: str) -> tuple[int, list[str]]:
+        """(exit code, lines); what the machine ran is in `ran` and `called`."""
+        self.calls.write_text("")
+        done = subprocess.run(
+            ["bash", "bench/device.sh", *parts],
+            cwd=self.root,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert not done.stderr
+        return done.returncode, done.stdout.splitlines()
+
+    @property
+    def ran(self) -> list[str]:
+        """The parts, of the stand-in for timeout."""
+        return [line.split()[0] for line in self.calls.read_text().splitlines()]
+
+    def results(self) -> dict[str, str]:
+        """What the last call says of each part."""
+        lines = (self.out / "device.jsonl").read_text().splitlines()
+        return {row["part"]: row["result"] for row in map(json.loads, lines)}
+
+    def bring_back(self) -> None:
+        """What came back goes to bench/results; the machine empties its folder."""
+        with (self.kept / "device.jsonl").open("a") as file:
+            file.write((self.out / "device.jsonl").read_text())
+        shutil.rmtree(self.out)
+
+
+@pytest.fixture
+def machine(tmp_path) -> Device:
+    return Device(tmp_path / "tree")
+
+
+def test_every_part_runs_and_leaves_at_most_eight_files(machine):
+    code, said = machine.run()
+    assert code == 0 and said[-1] == "no part failed"
+    assert machine.results() == dict.fromkeys(PARTS, "passed")
+    files = sorted(file.name for file in machine.out.iterdir())
+    assert len(files) <= 8 and {"device.log", "device.jsonl", "step.jsonl"} <= set(files)
+    log = (machine.out / "device.log").read_text()
+    assert all(f"=== {part}: passed" in log for part in PARTS)
+    tables = [line for line in machine.calls.read_text().splitlines() if "bench.step" in line]
+    assert len(tables) == sum(part.startswith("step_") for part in PARTS)
+    for line in tables:
+        assert 8.5 < float(re.search(r"--minutes (\S+)", line).group(1)) < 590 / 60
+        assert line.endswith(f"--output {machine.out}/step.jsonl")
+    first = "B1 deferred/none+compile+cached deferred/none+compile B4 B5"
+    assert f"-m bench.step --rounds 3 --family wan --variants {first} " in tables[0]
+    assert sum("--adapters half" in line for line in tables) == 1
+
+
+def test_cards_of_80_gb_get_variants_that_fit(machine):
+    machine.program("nvidia-smi", GPU.replace("143771", "81559"))
+    machine.run("step_cogvideox_5b")
+    assert "B1 deferred/attention+compile+cached deferred/attention+compile B4" in (
+        machine.calls.read_text()
+    )
+
+
+def test_calls_go_on_where_the_folder_is_emptied(machine):
+    machine.program("timeout", ENDS)
+    assert machine.run(RESULTS="step_wan=75 ncu=77")[0] == 3
+    assert machine.ran == PARTS
+    machine.bring_back()
+    code, said = machine.run()
+    assert code == 0 and machine.ran == ["build", "step_wan", "ncu"]
+    assert "test: passed on 0123456789 before" in said
+    machine.bring_back()
+    machine.run()
+    assert machine.ran == ["build"]
+    machine.run(FASTPREF_COMMIT="9876543210")
+    assert machine.ran == PARTS, "other sources"
+    machine.program("nvidia-smi", GPU.replace("A card", "B card"))
+    machine.run()
+    assert machine.ran == PARTS, "another device"
+
+
+def test_what_failed_or_was_cut_twice_goes_last(machine):
+    machine.program("timeout", ENDS)
+    few, rest = PARTS[:4], PARTS[4:]
+    for first in (few, ["build", "test", "step_wan"]):
+        machine.run(*first, RESULTS="test=1 step_wan=75")
+        machine.bring_back()
+        code, _ = machine.run(RESULTS=" ".join(f"{part}=77" for part in PARTS))
+        late = ["test"] if first == few else ["test", "step_wan"]
+        early = [part for part in ("build", "test", "step_wan", *rest) if part not in late]
+        assert code == 0 and machine.ran == early + late
+        shutil.rmtree(machine.out)
+
+
+def test_results_committed_between_calls_are_no_other_sources(machine):
+    """Without FASTPREF_COMMIT, by the history; a change of something else is said."""
+    machine.program("timeout", ENDS)
+    (machine.root / ".gitignore").write_text("/out\n/calls\n/bin\n")
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *identity, *arguments], cwd=machine.root, check=True)
+
+    def commit() -> None:
+        git("add", "-A")
+        git("commit", "-qm", "x")
+
+    git("init", "-q")
+    commit()
+    machine.run(FASTPREF_COMMIT="")
+    machine.bring_back()
+    commit()
+    machine.run(FASTPREF_COMMIT="")
+    assert machine.ran == ["build"]
+    with (machine.root / "bench" / "device.sh").open("a") as file:
+        file.write("# changed\n")
+    _, said = machine.run(FASTPREF_COMMIT="")
+    assert machine.ran == PARTS
+    assert re.match(r"the sources are not those of a commit \(\w+-dirty\): every part", said[0])
+
+
+def test_without_a_commit_every_part_runs_and_it_is_said(machine):
+    machine.program("timeout", ENDS)
+    for _ in range(2):
+        code, said = machine.run(FASTPREF_COMMIT="", RESULTS="overhead=75")
+        assert code == 3 and machine.ran == PARTS
+        assert said[0].startswith("the commit is unknown (no git history, FASTPREF_COMMIT is not")
+        assert said[-1] == "no time for overhead: name them in the next call"
+
+
+def test_a_budget_ends_the_call_in_time(machine):
+    """No part begins in the last minute, a part's time is what is left, and a cut is no failure."""
+    machine.program("timeout", ENDS)
+    code, said = machine.run(FASTPREF_SECONDS="50")
+    assert code == 3 and machine.ran == []
+    assert said[-1] == f"no time for {' '.join(PARTS)}: the same command goes on with them"
+    code, said = machine.run(FASTPREF_SECONDS="300", RESULTS="test=124 step_wan=137")
+    limits = {int(line.split()[1]) for line in machine.calls.read_text().splitlines()}
+    assert code == 3 and machine.ran == PARTS and limits <= set(range(270, 291))
+    assert said[-1] == "no time for test step_wan: the same command goes on with them"
+    assert [machine.results()[part] for part in ("test", "step_wan")] == ["cut", "cut"]
+    code, said = machine.run("test", FASTPREF_SECONDS="5000", RESULTS="test=124")
+    assert code == 1 and said[-1] == "FAILED: test" and machine.calls.read_text() == "test 590\n"
+
+
+def test_without_kernels_nothing_is_timed(machine):
+    """A build that fails in a benchmark's part: pure PyTorch would run in their place."""
+    fails = '[[ "$*" != *build_info* && "$*" != *setup.py* ]] || exit 1'
+    machine.program("python", PYTHON + fails)
+    assert machine.run("step_wan", "overhead")[0] == 1
+    assert machine.results() == {"step_wan": "failed", "overhead": "failed"}
+    assert not machine.calls.read_text()
+
+
+@pytest.mark.parametrize(
+    "code, result, ended", [(3, "cut", 3), (1, "failed", 1), (75, "failed", 1)]
+)
+def test_a_table_without_a_variant_is_cut(code, result, ended, machine):
+    machine.program("python", PYTHON + f'[[ "$*" != *bench.step* ]] || exit {code}')
+    assert machine.run("step_wan")[0] == ended
+    assert machine.results() == {"step_wan": result}
+
+
+def test_a_part_that_is_ended_has_the_last_word(machine):
+    """timeout ends the shell and what it runs alike: the table is written before both are gone."""
+    program = 'trap "sleep 1; echo the table; exit 0" TERM\nfor i in {1..99}; do sleep 0.1; done'
+    machine.program("python", f'{PYTHON}\n[[ "$*" == *bench.step* ]] || exit 0\n{program}')
+    begin, said = time.monotonic(), machine.root / "said"
+    with said.open("w") as file:  # whose end nobody waits for
+        done = subprocess.run(
+            ["timeout", "-k", "10", "3", "bash", "bench/device.sh", "--run", "step_wan"],
+            cwd=machine.root,
+            env=machine.environment | {"FASTPREF_PART": "200"},
+            stdout=file,
+        )
+    assert done.returncode == 124 and said.read_text().endswith("the table\n")
+    assert 3.5 < time.monotonic() - begin < 9
