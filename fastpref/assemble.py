@@ -371,10 +371,7 @@ def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str])
     for parameter in checkpoint.trainable(model).values():
         parameter.data = parameter.data.float()
     if config.mixed_precision == "bf16":
-        # peft would widen every input to the adapter's float32 and keep it, only for autocast to
-        # make bfloat16 of it again.
-        for layer in reference.adapter_layers(model):
-            layer.cast_input_dtype_enabled = False
+        reference.leave_inputs_narrow(model)
 
 
 def make_process(config: Config, family: Any) -> Any:

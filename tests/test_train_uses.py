@@ -166,7 +166,8 @@ class Reads(TorchFunctionMode):
         self.functions, self.calls = {getattr(torch.Tensor, n) for n in self.NAMES}, 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.calls += function in self.functions and args[0].dtype != torch.int64
+        if function in self.functions:
+            self.calls += args[0].dtype not in (torch.int32, torch.int64)
         return function(*args, **(kwargs or {}))
 
 
