@@ -297,7 +297,7 @@ for part in "${wanted[@]}"; do
   esac
   say "=== $part: $result after $((SECONDS - start)) s (exit code $code)"
   row='{"part": "%s", "result": "%s", "seconds": %d, "commit": "%s", "device": "%s", "time": "%s"}\n'
-  printf "$row" "$part" "$result" $((SECONDS - start)) "$commit" "$device" "$(date -u +%FT%TZ)" \
+  printf "$row" "$part" "$result" $((SECONDS - start)) "$commit" "$device" "$(date -u +%FT%T.%3NZ)" \
     >>"$OUT/device.jsonl"
 done
 
