@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import differences, model_identity
+from .files import differences, locked, mark, model_identity
 from .functional import Draws
 from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
@@ -26,28 +25,15 @@ from .oracle import PROMPT_DROPOUT, uniform
 
 def claim(folder: Path) -> Path:
     """Makes `folder` a run's own (by its .fastpref); ValueError where something else is in it."""
-    mark = folder / ".fastpref"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file: choose another one")
-    if not mark.exists() and folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not (folder / ".fastpref").exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir {folder} holds something else: choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
-        mark.touch()
-    return mark
+    return mark(folder)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """No other process trains into `folder` meanwhile."""
-    with claim(folder).open() as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"output_dir {folder}: another fastpref is writing there; wait for it, or choose "
-                "another one"
-            ) from None
+    with locked(claim(folder)):
         yield
 
 

@@ -1,10 +1,14 @@
-"""Files: a write that happens whole or not at all, and an identity of what files hold."""
+"""Files: a write that happens whole or not at all, a folder that one process writes into, and an
+identity of what files hold.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,31 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def mark(folder: Path) -> Path:
+    """`folder`'s file .fastpref, which says that the folder is ours; both are made if need be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".fastpref"
+    if not path.exists():
+        path.touch()
+    return path
+
+
+@contextmanager
+def locked(marked: Path) -> Iterator[None]:
+    """No other process writes into the folder of `marked`, its .fastpref, meanwhile."""
+    with marked.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"output_dir {marked.parent}: another fastpref is writing there; wait for it, or "
+                "choose another one"
+            ) from None
+        yield
 
 
 def model_identity(model: str | Path) -> str:
