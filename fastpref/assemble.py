@@ -23,17 +23,19 @@ from .models.folder import encoders_of, scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
 
 
-def claim(folder: Path) -> Path:
-    """Makes `folder` a run's own (by its .fastpref); ValueError where something else is in it."""
+def claim(folder: Path, kind: str = "train") -> Path:
+    """Makes `folder` the output of `fastpref KIND` (by its .fastpref); ValueError where another
+    command's or something else is in it.
+    """
     if folder.is_dir() and not (folder / ".fastpref").exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir {folder} holds something else: choose another one")
-    return mark(folder)
+    return mark(folder, kind)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No other process trains into `folder` meanwhile."""
-    with locked(claim(folder)):
+def alone(folder: Path, kind: str = "train") -> Iterator[None]:
+    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile."""
+    with locked(claim(folder, kind)):
         yield
 
 
@@ -111,7 +113,6 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name} has no effect: data {path} is already encoded; remove it")
     else:
-        claim(folder)
         path = encode.encode(
             config.family,
             config.model,
@@ -254,10 +255,13 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             f"cache-reference fills what reference cached reads, got reference {config.reference}: "
             "set reference: cached, here and in training"
         )
-    if world > 1 and not (Path(config.data) / "index.parquet").exists():
-        raise ValueError(
-            f"data {config.data}: several ranks need a set made by fastpref encode; run it first"
-        )
+    if not (Path(config.data) / "index.parquet").exists():
+        if world > 1:
+            raise ValueError(
+                f"data {config.data}: several ranks need a set made by fastpref encode; run it "
+                "first"
+            )
+        claim(Path(config.output_dir))  # the run's folder, where its encoded set will be
     device, dtype = place(config)
     family = models.family(config.family)
     dataset = open_data(config, Path(config.output_dir))

@@ -104,7 +104,7 @@ def encode(
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
 
-    with locked(mark(folder)):
+    with locked(mark(folder, "encode")):
         claim(folder, now, rows.root)
         with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
             for item in prepared(rows, sampling, folder, num_workers):

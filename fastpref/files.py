@@ -43,14 +43,22 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def mark(folder: Path) -> Path:
-    """`folder`'s file .fastpref, which says that the folder is ours; both are made if need be."""
+def mark(folder: Path, kind: str) -> Path:
+    """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
+    need be. ValueError: another command's folder. (Empty, as it once was: any command's.)
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file: choose another one")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".fastpref"
     if not path.exists():
-        path.touch()
+        path.write_text(f"{kind}\n")  # in place: another name renamed to it would have another lock
+    before = path.read_text(errors="replace").strip()
+    if before not in ("", kind):
+        raise ValueError(
+            f"output_dir {folder} is one of fastpref {before}, expected one of fastpref {kind}: "
+            "choose another one"
+        )
     return path
 
 

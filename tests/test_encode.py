@@ -393,7 +393,10 @@ def test_damaged_fingerprints_are_named(text, pairs, tmp_path):
 def test_one_encoding_at_a_time(pairs, tmp_path):
     """Two that start together would mix their files: nothing is bound before the first pair."""
     folder = tmp_path / "set"
-    with locked(mark(folder)), pytest.raises(ValueError, match="another fastpref is writing there"):
+    with (
+        locked(mark(folder, "encode")),
+        pytest.raises(ValueError, match="another fastpref is writing there"),
+    ):
         encoded(pairs, folder, dtype="bfloat16")
     assert [path.name for path in folder.iterdir()] == [".fastpref"]
     assert len(encoded(pairs, folder)) == 10

@@ -9,7 +9,7 @@ import torch
 from pairs import arguments, encoded, fails, options
 from safetensors.torch import load_file, save_file
 
-from fastpref.assemble import alone
+from fastpref.assemble import alone, claim
 from fastpref.data import pair_file
 from fastpref.encode import encode
 from fastpref.process import Diffusion, from_config
@@ -93,3 +93,26 @@ def test_one_demo_at_a_time(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [".fastpref"]
     (tmp_path / "config.yaml").touch()  # a run's folder is no demo's
     assert "something else" in fails(capsys, "demo", "--output_dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["demo", "sweep", "sample", "encode"])
+def test_another_commands_folder_is_refused(kind, pairs, tmp_path, capsys):
+    claim(tmp_path / kind, kind)
+    said = fails(capsys, "train", *arguments(options(pairs, tmp_path / kind)))
+    assert said == (
+        f"fastpref train: output_dir {tmp_path / kind} is one of fastpref {kind}, expected one of "
+        "fastpref train: choose another one\n"
+    )
+    assert [path.name for path in (tmp_path / kind).iterdir()] == [".fastpref"]
+
+
+def test_a_folder_from_before_its_kind_was_written_is_any_commands(tmp_path):
+    (tmp_path / ".fastpref").touch()
+    for kind in ("train", "sweep"):
+        claim(tmp_path, kind)
+
+
+def test_no_run_goes_into_an_encoded_set(pairs, tmp_path, capsys):
+    data = encoded(pairs, tmp_path / "set").folder
+    said = fails(capsys, "train", *arguments(options(data, data)))
+    assert "is one of fastpref encode, expected one of fastpref train" in said
