@@ -63,8 +63,14 @@ def open_run(config: Config, folder: Path) -> tuple[Path | None, dict[str, Any] 
     result = read_record(done) if done.exists() else None
     if result is not None:
         artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
-        if result.get("global_step", 0) >= config.max_train_steps and artifact.exists():
-            return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+        if result.get("global_step", 0) >= config.max_train_steps:
+            if checkpoint.whole(artifact):
+                return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+            print(
+                f"warning: {artifact} is missing or damaged: writing it again from the last "
+                "checkpoint",
+                file=sys.stderr,
+            )
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]

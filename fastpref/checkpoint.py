@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -209,6 +209,18 @@ def export(folder: Path, model: nn.Module) -> Path:
     return path
 
 
+def whole(artifact: Path) -> bool:
+    """Whether the files of what `export` wrote are there and as long as they say of themselves."""
+    files = list(artifact.glob("*.safetensors")) if artifact.is_dir() else [artifact]
+    try:
+        for file in files:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return bool(files)
+
+
 def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> str:
     """README.md of what `export` wrote: base model, data, objective, beta with its convention."""
     lora = config["tuning"] == "lora"
@@ -241,7 +253,6 @@ def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> 
 def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
     """Puts an exported adapter file (or the folder that holds it) into a base model, in place."""
     import peft
-    from safetensors import safe_open
 
     path = Path(path)
     path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path

@@ -6,7 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 from pairs import BASE, arguments, options, write_pairs
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from fastpref import attention
 from fastpref.checkpoint import fault
@@ -76,6 +76,28 @@ def test_a_finished_run_keeps_its_result_until_it_goes_on(pairs, tmp_path, capsy
         run(pairs, tmp_path)
     assert (tmp_path / "result.json").read_bytes() == record
     assert run(pairs, tmp_path, max_train_steps=2) == first
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
+    change = {"max_train_steps": 2, "tuning": tuning}
+    change |= {"lora_rank": None, "learning_rate": 1e-5} if tuning == "full" else {}
+    run(pairs, tmp_path, **change)
+    (file,) = (tmp_path / ARTIFACT, *(tmp_path / "transformer").glob("*.safetensors"))[-1:]
+    before = file.read_bytes()
+    values = load(before)
+    for left in (b"", before[:8], before[:-1]):
+        file.write_bytes(left)
+        capsys.readouterr()
+        assert run(pairs, tmp_path, **change)["global_step"] == 2
+        said = capsys.readouterr()
+        assert "is missing or damaged: writing it again" in said.err
+        assert f"resumed from {tmp_path / 'checkpoint-2'}" in said.out
+        again = load(file.read_bytes())  # not mapped: it is cut off next
+        assert again.keys() == values.keys()
+        assert all((again[name] == value).all() for name, value in values.items())
+    run(pairs, tmp_path, **change)
+    assert "already trained to step 2" in capsys.readouterr().out
 
 
 def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
