@@ -60,6 +60,7 @@ def open_run(config: Config, folder: Path) -> tuple[Path | None, dict[str, Any] 
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
+    checkpoint.clean(folder)
     result = read_record(done) if done.exists() else None
     if result is not None:
         artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved

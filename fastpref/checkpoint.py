@@ -90,6 +90,12 @@ def folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name[len(PREFIX) :]))
 
 
+def clean(folder: Path) -> None:
+    """Removes checkpoints that a killed process had not finished; no other one may be writing."""
+    for unfinished in folder.glob(f".{PREFIX}[0-9]*.tmp"):
+        shutil.rmtree(unfinished)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

@@ -100,6 +100,14 @@ def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
     assert "already trained to step 2" in capsys.readouterr().out
 
 
+def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
+    run(pairs, tmp_path, max_train_steps=1)
+    for step in (3, 40):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
+    run(pairs, tmp_path, max_train_steps=2)
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
 def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
     change = {"validation_prompts": ["a red disc moves right"], "validation_steps": 2}
     change |= {"validation_sampling_steps": 2, "max_train_steps": 2}
