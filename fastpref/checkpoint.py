@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 PREFIX = "checkpoint-"
 TENSORS = ("parameters", "optimizer", "generators")
+STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
 FILES = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
 # What an adapter file says of itself, written and read.
 LORA_SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias")
@@ -148,6 +149,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
         ) from None
+    state = json.loads((checkpoint / "state.json").read_text())
+    lacking = [name for name in STATE if name not in state]
+    if lacking:
+        raise ValueError(
+            f"{checkpoint}: state.json expected {', '.join(STATE)}, got no {', '.join(lacking)}: "
+            "it is another version's; go on with that version, or choose another output_dir"
+        )
     parameters = trainable(model)
     if parameters.keys() != values.keys():
         odd = sorted(parameters.keys() ^ values.keys())[0]
@@ -178,7 +186,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
-    return json.loads((checkpoint / "state.json").read_text())
+    return state
 
 
 def export(folder: Path, model: nn.Module) -> Path:

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from hashlib import blake2b
 
 import pyarrow.parquet as pq
 import pytest
-from pairs import BASE, arguments, options, write_pairs
+from pairs import BASE, arguments, fails, options, write_pairs
 from safetensors.torch import load, load_file, save_file
 
 from fastpref import attention
@@ -106,6 +107,22 @@ def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
     run(pairs, tmp_path, max_train_steps=2)
     assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_a_checkpoint_of_an_older_version_is_named(pairs, tmp_path, capsys):
+    run(pairs, tmp_path, max_train_steps=1)
+    folder = tmp_path / "checkpoint-1"
+    state = json.loads((folder / "state.json").read_text())
+    del state["meter"], state["made_of"]
+    text = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = [len(text), blake2b(text).hexdigest()[:32]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    said = fails(capsys, "train", *arguments(options(pairs, tmp_path)))
+    assert f"{folder}: state.json expected step, margin_noise, made_of, " in said
+    assert "got no made_of, meter: it is another version's" in said
 
 
 def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
