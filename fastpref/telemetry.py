@@ -157,6 +157,7 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
     scale = -0.5 * objective.beta
     margin = scale * ((err_w - ref_w) - (err_l - ref_l))
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    right = right.masked_fill(margin.isnan(), math.nan)  # neither right nor wrong
     values |= {
         "rewards/chosen": scale * (err_w - ref_w),
         "rewards/rejected": scale * (err_l - ref_l),
