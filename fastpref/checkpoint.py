@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import writing
+
 PREFIX = "checkpoint-"
 TENSORS = ("parameters", "optimizer", "generators")
 STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
@@ -62,23 +64,24 @@ def save(
         generators["cuda"] = torch.cuda.get_rng_state()
     final = folder / f"{PREFIX}{step}"
     temporary = folder / f".{PREFIX}{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(
-        {k: p.detach().contiguous() for k, p in parameters.items()},
-        temporary / "parameters.safetensors",
-    )
-    save_file(moments, temporary / "optimizer.safetensors")
-    save_file(generators, temporary / "generators.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(folder)
+    with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(
+            {k: p.detach().contiguous() for k, p in parameters.items()},
+            temporary / "parameters.safetensors",
+        )
+        save_file(moments, temporary / "optimizer.safetensors")
+        save_file(generators, temporary / "generators.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
     saved = folders(folder)
     for old in saved[saved.index(final) + keep :]:
         shutil.rmtree(old)
@@ -197,7 +200,8 @@ def export(folder: Path, model: nn.Module) -> Path:
     """
     component = component_of(model)
     if not getattr(model, "peft_config", None):
-        model.save_pretrained(folder / component)
+        with writing(folder / component):
+            model.save_pretrained(folder / component)
         return folder / component
     import peft
 
@@ -210,16 +214,18 @@ def export(folder: Path, model: nn.Module) -> Path:
         for k, v in config.items()
         if k in LORA_SETTINGS
     }
+    said = json.dumps(metadata, sort_keys=True)
     path = folder / "pytorch_lora_weights.safetensors"
     temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {f"{component}.{k}": v.detach().contiguous() for k, v in values.items()},
-        temporary,
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
-    )
-    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
-    _flush(temporary)
-    temporary.replace(path)
+    with writing(path):
+        save_file(
+            {f"{component}.{k}": v.detach().contiguous() for k, v in values.items()},
+            temporary,
+            metadata={"format": "pt", "lora_adapter_metadata": said},
+        )
+        temporary.chmod(0o644)  # safetensors makes files that only their owner reads
+        _flush(temporary)
+        temporary.replace(path)
     return path
 
 

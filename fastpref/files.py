@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 # Of a large file its size, head and tail and evenly spaced windows between them are hashed.
 EDGE, WINDOW, WINDOWS = 4 << 20, 64 << 10, 256
 MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
@@ -25,22 +27,35 @@ def differences(
     return ", ".join(f"{n} ({before.get(n)} there, {now.get(n)} here)" for n in names)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error in writing `path` names it: neither a full disk's nor safetensors' own does."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{path} cannot be written ({reason}): mend that, and run the same command again"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` beside `path`, flushes it to the disk and renames it over `path`.
 
     Of two processes that write at once each has its own temporary file; the last rename stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def mark(folder: Path, kind: str) -> Path:

@@ -1,7 +1,9 @@
 """Going on: what a run finds changed or damaged, what it keeps, what it has finished already."""
 
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from fastpref.checkpoint import fault
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.guard import Diverged
+from fastpref.telemetry import Log
 from fastpref.train import train
 
 ARTIFACT = "pytorch_lora_weights.safetensors"
@@ -123,6 +126,40 @@ def test_a_checkpoint_of_an_older_version_is_named(pairs, tmp_path, capsys):
     said = fails(capsys, "train", *arguments(options(pairs, tmp_path)))
     assert f"{folder}: state.json expected step, margin_noise, made_of, " in said
     assert "got no made_of, meter: it is another version's" in said
+
+
+@contextmanager
+def room(size):
+    """No file can grow beyond `size`, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_does_not_fit_on_the_disk_is_named(pairs, tmp_path, capsys):
+    flags = arguments(options(pairs, tmp_path))
+    parameters = "checkpoint-2/parameters.safetensors"
+    for size, name in ((100, "config.yaml"), (8000, "checkpoint-2")):
+        with room(size):
+            assert main(["train", *flags]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"fastpref train: {tmp_path / name} cannot be written (")
+        assert said.endswith("): mend that, and run the same command again")
+        assert "file too large" in said.lower()
+    assert main(["train", *flags]) == 0 and not list(tmp_path.glob(".checkpoint-*"))
+    assert (tmp_path / parameters).stat().st_size > 8000
+
+
+def test_a_log_that_does_not_fit_is_named(tmp_path):
+    log = Log(tmp_path, [], {}, 0)
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        for step in range(9):
+            log.write({"global_step": step, "loss": 0.5})
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        log.close()
 
 
 def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
