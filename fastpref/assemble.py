@@ -144,13 +144,24 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
             "again with this model, or train the one it was encoded with"
         )
-    if dataset.fingerprint["model"] != model_identity(config.model):
+    return dataset
+
+
+def warn_of_another_model(config: Config) -> None:
+    """Of a set that was encoded with another model, whose encoders may be the same nonetheless.
+
+    Families without encoders have none to be different.
+    """
+    path = Path(config.data)
+    if not (path / "index.parquet").exists():
+        return  # media, encoded with the run's own model
+    before = data.read_fingerprint(path)
+    if before.get("encoders") and before["model"] != model_identity(config.model):
         print(
             f"warning: data {path} was encoded with another model than {config.model}: its VAE "
             "and text encoders must be the same",
             file=sys.stderr,
         )
-    return dataset
 
 
 def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> reference.Predict:
@@ -324,7 +335,9 @@ def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The family's model on the device, its weights in what the run keeps them in."""
-    return family.load(config.model, weights_dtype(config, dtype)).to(device)
+    model = family.load(config.model, weights_dtype(config, dtype)).to(device)
+    warn_of_another_model(config)  # not earlier: a model that cannot be loaded is the real mistake
+    return model
 
 
 def device_of(name: str) -> torch.device:

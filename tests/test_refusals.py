@@ -112,6 +112,12 @@ def test_a_folder_from_before_its_kind_was_written_is_any_commands(tmp_path):
         claim(tmp_path, kind)
 
 
+def test_a_model_that_is_not_there_is_the_one_thing_said(pairs, tmp_path, capsys):
+    data = encoded(pairs, tmp_path / "set").folder
+    said = fails(capsys, "train", *arguments(options(data, tmp_path / "run", model="nope")))
+    assert said.startswith("fastpref train: model nope")
+
+
 def test_no_run_goes_into_an_encoded_set(pairs, tmp_path, capsys):
     data = encoded(pairs, tmp_path / "set").folder
     said = fails(capsys, "train", *arguments(options(data, data)))
