@@ -62,6 +62,11 @@ def mark(folder: Path, kind: str) -> Path:
     """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
     need be. ValueError: another command's folder. (Empty, as it once was: any command's.)
     """
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"output_dir {folder} is a link to {folder.readlink()}, which is not there: make that "
+            "folder, or choose another one"
+        )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file: choose another one")
     folder.mkdir(parents=True, exist_ok=True)

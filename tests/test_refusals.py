@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from pairs import arguments, encoded, fails, options
+from pairs import BASE, arguments, encoded, fails, options
 from safetensors.torch import load_file, save_file
 
 from fastpref.assemble import alone, claim
@@ -116,6 +116,16 @@ def test_a_model_that_is_not_there_is_the_one_thing_said(pairs, tmp_path, capsys
     data = encoded(pairs, tmp_path / "set").folder
     said = fails(capsys, "train", *arguments(options(data, tmp_path / "run", model="nope")))
     assert said.startswith("fastpref train: model nope")
+
+
+def test_a_link_to_nothing_is_no_folder(pairs, tmp_path, capsys):
+    link = tmp_path / "brk"
+    link.symlink_to("gone")
+    says = f"output_dir {link} is a link to gone, which is not there: make that folder, or choose"
+    assert says in fails(capsys, "train", *arguments(options(pairs, link)))
+    model = ["--family", "toy", "--model", str(BASE)]
+    said = fails(capsys, "encode", *model, "--data", str(pairs), "--output_dir", str(link))
+    assert says in said and link.is_symlink()
 
 
 def test_no_run_goes_into_an_encoded_set(pairs, tmp_path, capsys):
