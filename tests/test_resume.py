@@ -1,6 +1,7 @@
 """Going on: what a run finds changed or damaged, what it keeps, what it has finished already."""
 
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -8,11 +9,12 @@ from hashlib import blake2b
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pairs import BASE, arguments, fails, options, write_pairs
 from safetensors.torch import load, load_file, save_file
 
 from fastpref import attention
-from fastpref.checkpoint import fault
+from fastpref.checkpoint import fault, whole
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.guard import Diverged
@@ -90,7 +92,7 @@ def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
     (file,) = (tmp_path / ARTIFACT, *(tmp_path / "transformer").glob("*.safetensors"))[-1:]
     before = file.read_bytes()
     values = load(before)
-    for left in (b"", before[:8], before[:-1]):
+    for left in (b"", before[:8], b"\xff" * 8 + before[8:], before[:-1]):
         file.write_bytes(left)
         capsys.readouterr()
         assert run(pairs, tmp_path, **change)["global_step"] == 2
@@ -102,6 +104,12 @@ def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
         assert all((again[name] == value).all() for name, value in values.items())
     run(pairs, tmp_path, **change)
     assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_result_is_whole_under_a_name_that_is_no_text(tmp_path):
+    """Which safetensors' own reader does not take."""
+    save_file({"a": torch.zeros(3)}, tmp_path / ARTIFACT)
+    assert whole((tmp_path / ARTIFACT).rename(tmp_path / os.fsdecode(b"\xff")))
 
 
 def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
