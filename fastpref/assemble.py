@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
@@ -17,37 +16,26 @@ from torch import Tensor
 
 from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import differences, model_identity
+from .files import differences, locked, mark, model_identity
 from .functional import Draws
 from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
 
 
-def claim(folder: Path) -> Path:
-    """Makes `folder` a run's own (by its .fastpref); ValueError where something else is in it."""
-    mark = folder / ".fastpref"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file: choose another one")
-    if not mark.exists() and folder.is_dir() and any(folder.iterdir()):
+def claim(folder: Path, kind: str = "train") -> Path:
+    """Makes `folder` the output of `fastpref KIND` (by its .fastpref); ValueError where another
+    command's or something else is in it.
+    """
+    if folder.is_dir() and not (folder / ".fastpref").exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir {folder} holds something else: choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
-        mark.touch()
-    return mark
+    return mark(folder, kind)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No other process trains into `folder` meanwhile."""
-    with claim(folder).open() as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"output_dir {folder}: another fastpref is writing there; wait for it, or choose "
-                "another one"
-            ) from None
+def alone(folder: Path, kind: str = "train") -> Iterator[None]:
+    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile."""
+    with locked(claim(folder, kind)):
         yield
 
 
@@ -72,11 +60,18 @@ def open_run(config: Config, folder: Path) -> tuple[Path | None, dict[str, Any] 
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
+    checkpoint.clean(folder)
     result = read_record(done) if done.exists() else None
     if result is not None:
         artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
-        if result.get("global_step", 0) >= config.max_train_steps and artifact.exists():
-            return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+        if result.get("global_step", 0) >= config.max_train_steps:
+            if checkpoint.whole(artifact):
+                return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+            print(
+                f"warning: {artifact} is missing or damaged: writing it again from the last "
+                "checkpoint",
+                file=sys.stderr,
+            )
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]
@@ -125,7 +120,6 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name} has no effect: data {path} is already encoded; remove it")
     else:
-        claim(folder)
         path = encode.encode(
             config.family,
             config.model,
@@ -150,13 +144,24 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
             "again with this model, or train the one it was encoded with"
         )
-    if dataset.fingerprint["model"] != model_identity(config.model):
+    return dataset
+
+
+def warn_of_another_model(config: Config) -> None:
+    """Of a set that was encoded with another model, whose encoders may be the same nonetheless.
+
+    Families without encoders have none to be different.
+    """
+    path = Path(config.data)
+    if not (path / "index.parquet").exists():
+        return  # media, encoded with the run's own model
+    before = data.read_fingerprint(path)
+    if before.get("encoders") and before["model"] != model_identity(config.model):
         print(
             f"warning: data {path} was encoded with another model than {config.model}: its VAE "
             "and text encoders must be the same",
             file=sys.stderr,
         )
-    return dataset
 
 
 def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> reference.Predict:
@@ -268,10 +273,13 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             f"cache-reference fills what reference cached reads, got reference {config.reference}: "
             "set reference: cached, here and in training"
         )
-    if world > 1 and not (Path(config.data) / "index.parquet").exists():
-        raise ValueError(
-            f"data {config.data}: several ranks need a set made by fastpref encode; run it first"
-        )
+    if not (Path(config.data) / "index.parquet").exists():
+        if world > 1:
+            raise ValueError(
+                f"data {config.data}: several ranks need a set made by fastpref encode; run it "
+                "first"
+            )
+        claim(Path(config.output_dir))  # the run's folder, where its encoded set will be
     device, dtype = place(config)
     family = models.family(config.family)
     dataset = open_data(config, Path(config.output_dir))
@@ -327,7 +335,9 @@ def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The family's model on the device, its weights in what the run keeps them in."""
-    return family.load(config.model, weights_dtype(config, dtype)).to(device)
+    model = family.load(config.model, weights_dtype(config, dtype)).to(device)
+    warn_of_another_model(config)  # not earlier: a model that cannot be loaded is the real mistake
+    return model
 
 
 def device_of(name: str) -> torch.device:

@@ -21,8 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import writing
+
 PREFIX = "checkpoint-"
 TENSORS = ("parameters", "optimizer", "generators")
+STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
 FILES = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
 # What an adapter file says of itself, written and read.
 LORA_SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias")
@@ -61,23 +64,24 @@ def save(
         generators["cuda"] = torch.cuda.get_rng_state()
     final = folder / f"{PREFIX}{step}"
     temporary = folder / f".{PREFIX}{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(
-        {k: p.detach().contiguous() for k, p in parameters.items()},
-        temporary / "parameters.safetensors",
-    )
-    save_file(moments, temporary / "optimizer.safetensors")
-    save_file(generators, temporary / "generators.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(folder)
+    with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(
+            {k: p.detach().contiguous() for k, p in parameters.items()},
+            temporary / "parameters.safetensors",
+        )
+        save_file(moments, temporary / "optimizer.safetensors")
+        save_file(generators, temporary / "generators.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
     saved = folders(folder)
     for old in saved[saved.index(final) + keep :]:
         shutil.rmtree(old)
@@ -88,6 +92,12 @@ def folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
     return sorted(found, key=lambda p: -int(p.name[len(PREFIX) :]))
+
+
+def clean(folder: Path) -> None:
+    """Removes checkpoints that a killed process had not finished; no other one may be writing."""
+    for unfinished in folder.glob(f".{PREFIX}[0-9]*.tmp"):
+        shutil.rmtree(unfinished)
 
 
 def _digest(path: Path) -> str:
@@ -142,6 +152,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
         ) from None
+    state = json.loads((checkpoint / "state.json").read_text())
+    lacking = [name for name in STATE if name not in state]
+    if lacking:
+        raise ValueError(
+            f"{checkpoint}: state.json expected {', '.join(STATE)}, got no {', '.join(lacking)}: "
+            "it is another version's; go on with that version, or choose another output_dir"
+        )
     parameters = trainable(model)
     if parameters.keys() != values.keys():
         odd = sorted(parameters.keys() ^ values.keys())[0]
@@ -172,7 +189,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
-    return json.loads((checkpoint / "state.json").read_text())
+    return state
 
 
 def export(folder: Path, model: nn.Module) -> Path:
@@ -183,7 +200,8 @@ def export(folder: Path, model: nn.Module) -> Path:
     """
     component = component_of(model)
     if not getattr(model, "peft_config", None):
-        model.save_pretrained(folder / component)
+        with writing(folder / component):
+            model.save_pretrained(folder / component)
         return folder / component
     import peft
 
@@ -196,17 +214,41 @@ def export(folder: Path, model: nn.Module) -> Path:
         for k, v in config.items()
         if k in LORA_SETTINGS
     }
+    said = json.dumps(metadata, sort_keys=True)
     path = folder / "pytorch_lora_weights.safetensors"
     temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {f"{component}.{k}": v.detach().contiguous() for k, v in values.items()},
-        temporary,
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
-    )
-    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
-    _flush(temporary)
-    temporary.replace(path)
+    with writing(path):
+        save_file(
+            {f"{component}.{k}": v.detach().contiguous() for k, v in values.items()},
+            temporary,
+            metadata={"format": "pt", "lora_adapter_metadata": said},
+        )
+        temporary.chmod(0o644)  # safetensors makes files that only their owner reads
+        _flush(temporary)
+        temporary.replace(path)
     return path
+
+
+def whole(artifact: Path) -> bool:
+    """Whether the files of what `export` wrote are there and as long as they say of themselves."""
+    files = list(artifact.glob("*.safetensors")) if artifact.is_dir() else [artifact]
+    try:
+        return bool(files) and all(map(_whole, files))
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return False
+
+
+def _whole(file: Path) -> bool:
+    """Of one safetensors file: 8 bytes with the length of a JSON header, which has offsets, data.
+
+    Read here, as safetensors' own reader takes no path that is not UTF-8.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(length, size)))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends)
 
 
 def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> str:

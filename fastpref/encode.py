@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import models, oracle
 from .data import pair_file, read_fingerprint
-from .files import differences, identity, model_identity, write_atomic
+from .files import differences, identity, locked, mark, model_identity, write_atomic
 from .media import Sampling
 from .models.folder import check_path, encoders_of
 from .prepare import Prepared, finish, prepared, stored_shapes
@@ -86,7 +86,8 @@ def encode(
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
     pipe = module.pipeline(model, DTYPES[dtype])
-    claim(folder, fingerprint(module, model, rows, sampling, dtype, seed), rows.root)
+    now = fingerprint(module, model, rows, sampling, dtype, seed)
+    check(folder, now, rows.root)  # before anything is written there
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipe, "to"):
         pipe = pipe.to(device)
@@ -103,27 +104,29 @@ def encode(
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
 
-    with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
-        for item in prepared(rows, sampling, folder, num_workers):
-            if isinstance(item, BadRow):
-                bad.append(item)
-            elif item.clips is None:
-                before += 1
-                index.append(entry(item))
-            else:
-                waiting.append(item)
-            if len(waiting) == batch_size:
-                flush()
+    with locked(mark(folder, "encode")):
+        claim(folder, now, rows.root)
+        with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
+            for item in prepared(rows, sampling, folder, num_workers):
+                if isinstance(item, BadRow):
+                    bad.append(item)
+                elif item.clips is None:
+                    before += 1
+                    index.append(entry(item))
+                else:
+                    waiting.append(item)
+                if len(waiting) == batch_size:
+                    flush()
+                bar.update(rows.records - bar.n)
+                bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
+            flush()
             bar.update(rows.records - bar.n)
-            bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
-        flush()
-        bar.update(rows.records - bar.n)
-    counts = finish(folder, rows, len(index), bad, before)
-    empty = folder / "empty.safetensors"
-    if stored_shapes(empty) is None:
-        cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
-        write_tensors(empty, stored(cond, DTYPES[dtype]))
-    write_index(folder, index)
+        counts = finish(folder, rows, len(index), bad, before)
+        empty = folder / "empty.safetensors"
+        if stored_shapes(empty) is None:
+            cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
+            write_tensors(empty, stored(cond, DTYPES[dtype]))
+        write_index(folder, index)
     if progress:
         print(f"{folder}: {counts}")
     return folder
@@ -252,7 +255,7 @@ def fingerprint(
     dtype: str,
     seed: int | None,
 ) -> dict[str, Any]:
-    """What decides an encoded set's content, as compared by `claim`.
+    """What decides an encoded set's content, as compared by `check`.
 
     Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
     what training compares with the base it gets (`models.folder.encoders_of`).
@@ -271,16 +274,16 @@ def fingerprint(
     }
 
 
-def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
-    """Makes `folder` this encoding's own; ValueError names what differs if it is another's.
+def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
+    """Whether pairs of this encoding are in `folder` already; ValueError names what differs if it
+    is another's.
 
     A folder without pairs must be new or empty (but for LEFT_OVER, and a fingerprint binds nothing
     there: its model may since be mended), and none may be the folder of the `data` itself.
     """
     if folder.resolve() == data:
         raise ValueError(f"output_dir {folder}: is the data folder; choose another output_dir")
-    path = folder / "fingerprint.json"
-    if not path.exists() or not (folder / "pairs").exists():
+    if not (folder / "fingerprint.json").exists() or not (folder / "pairs").exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output_dir {folder}: is a file; choose another output_dir")
         there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
@@ -290,8 +293,7 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
                 f"output_dir {folder}: holds something else ({foreign[0]}): "
                 "choose another output_dir"
             )
-        write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
-        return
+        return False
     before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
     hidden = {"data"} if data else set()  # of files: two digests say nothing
     listed = differences(before, now, hidden)
@@ -305,6 +307,13 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
             f"output_dir {folder}: encoded with another {listed}; "
             "choose another output_dir, or the same values"
         )
+    return True
+
+
+def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
+    """Makes `folder` this encoding's own, by its fingerprint; ValueError as `check`."""
+    if not check(folder, now, data):
+        write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
 
 
 def write_index(folder: Path, index: list[dict[str, Any]]) -> None:

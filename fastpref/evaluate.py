@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import PairDataset, collate
+from .data import PairDataset, collate, pair_file
 from .functional import Draws, pair_error
 from .process import Diffusion, FlowMatching
 
@@ -74,6 +74,9 @@ def errors(
     """Mean errors `[pairs, 2]` (winner, loser) of `model` on draws fixed by `seed`, float64.
 
     Any two models called with one seed see the same timesteps and noise.
+
+    Raises:
+        ValueError: a pair's errors are not finite.
     """
     was_training = model.training
     model.eval()
@@ -93,6 +96,14 @@ def errors(
             pred = family.predict(model, noisy, t, batch.cond)
             result[rows] += pair_error(pred, target).cpu().view(2, -1).T
     model.train(was_training)
+    bad = (~result.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        winner, loser = (result[bad[0]] / draws_per_pair).tolist()
+        raise ValueError(
+            f"{pair_file(dataset.folder, dataset.pair_ids[bad[0]])}: errors expected finite, got "
+            f"{winner:g} (chosen), {loser:g} (rejected), and {len(bad)} of {len(dataset)} pairs "
+            "are so: of a few encode the pairs again, of all look at the model and its adapter"
+        )
     return result / draws_per_pair
 
 

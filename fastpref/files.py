@@ -1,12 +1,18 @@
-"""Files: a write that happens whole or not at all, and an identity of what files hold."""
+"""Files: a write that happens whole or not at all, a folder that one process writes into, and an
+identity of what files hold.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 # Of a large file its size, head and tail and evenly spaced windows between them are hashed.
 EDGE, WINDOW, WINDOWS = 4 << 20, 64 << 10, 256
@@ -21,22 +27,73 @@ def differences(
     return ", ".join(f"{n} ({before.get(n)} there, {now.get(n)} here)" for n in names)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error in writing `path` names it: neither a full disk's nor safetensors' own does."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{path} cannot be written ({reason}): mend that, and run the same command again"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` beside `path`, flushes it to the disk and renames it over `path`.
 
     Of two processes that write at once each has its own temporary file; the last rename stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def mark(folder: Path, kind: str) -> Path:
+    """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
+    need be. ValueError: another command's folder. (Empty, as it once was: any command's.)
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"output_dir {folder} is a link to {folder.readlink()}, which is not there: make that "
+            "folder, or choose another one"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".fastpref"
+    if not path.exists():
+        path.write_text(f"{kind}\n")  # in place: another name renamed to it would have another lock
+    before = path.read_text(errors="replace").strip()
+    if before not in ("", kind):
+        raise ValueError(
+            f"output_dir {folder} is one of fastpref {before}, expected one of fastpref {kind}: "
+            "choose another one"
+        )
+    return path
+
+
+@contextmanager
+def locked(marked: Path) -> Iterator[None]:
+    """No other process writes into the folder of `marked`, its .fastpref, meanwhile."""
+    with marked.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"output_dir {marked.parent}: another fastpref is writing there; wait for it, or "
+                "choose another one"
+            ) from None
+        yield
 
 
 def model_identity(model: str | Path) -> str:

@@ -261,6 +261,7 @@ class Page:
             f'<!doctype html><html lang="en">{head}<style>{STYLE}</style>'
             f"<body>{''.join(self.parts)}</body></html>\n",
             encoding="utf-8",
+            errors="backslashreplace",  # of a folder's name that is no UTF-8
         )
         return path
 

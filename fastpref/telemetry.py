@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_atomic
+from .files import write_atomic, writing
 from .functional import PairLoss
 from .objectives import SDPO, Objective
 
@@ -124,8 +124,9 @@ class Log:
             finite[key] = value
         if bad:
             finite["not_finite"] = bad
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
         scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
         if hasattr(self, "tensorboard"):
             for key, value in scalars.items():
@@ -134,7 +135,8 @@ class Log:
             writer.log(scalars, step=row["global_step"])
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.path):  # it tries once more to write what did not fit
+            self.file.close()
         if hasattr(self, "tensorboard"):
             self.tensorboard.close()
         for writer in self.writers:
@@ -157,6 +159,7 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
     scale = -0.5 * objective.beta
     margin = scale * ((err_w - ref_w) - (err_l - ref_l))
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    right = right.masked_fill(margin.isnan(), math.nan)  # neither right nor wrong
     values |= {
         "rewards/chosen": scale * (err_w - ref_w),
         "rewards/rejected": scale * (err_l - ref_l),

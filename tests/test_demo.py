@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -367,6 +368,13 @@ def test_a_report_survives_what_a_crash_leaves(tmp_path):
     path.mkdir()
     with pytest.raises(ValueError, match=r"metrics.jsonl not found: expected the output folder"):
         read_metrics(tmp_path)
+
+
+def test_a_folder_whose_name_is_no_text_has_its_report(tmp_path):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"global_step": 1, "loss": 0.5}\n')
+    assert "fastpref run run\\udcff" in run_report(folder).read_text(encoding="utf-8")
 
 
 def test_text_on_a_page_is_escaped(tmp_path):

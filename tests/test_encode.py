@@ -20,7 +20,7 @@ from pairs import BASE, encoded
 from fastpref import media, oracle
 from fastpref.data import PairDataset, pair_file
 from fastpref.encode import encode
-from fastpref.files import identity
+from fastpref.files import identity, locked, mark
 from fastpref.models import family, toy
 from fastpref.prepare import content_id
 from fastpref.rows import read_rows
@@ -78,7 +78,8 @@ def test_what_stands_in_the_folder(pairs, tmp_path):
     dataset = encoded(pairs, folder, num_frames=4, height=8, width=8, fps=4, dtype="bfloat16")
     assert dataset[0].latents_w.shape == (3, 4, 8, 8)
     assert dataset[0].latents_w.dtype == dataset[0].cond["text"].dtype == torch.bfloat16
-    names = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert (folder / ".fastpref").is_file()  # its lock
+    names = {path.suffix for path in folder.rglob("[!.]*") if path.is_file()}
     assert names == {".safetensors", ".parquet", ".json", ".jsonl"}  # nothing pickled, no .tmp left
     mark = dataset.fingerprint
     assert [mark[k] for k in ("num_frames", "height", "width", "fps")] == [4, 8, 8, 4]
@@ -387,6 +388,18 @@ def test_damaged_fingerprints_are_named(text, pairs, tmp_path):
     for use in (lambda: encoded(pairs, folder), lambda: PairDataset(folder)):
         with pytest.raises(ValueError, match=r"fingerprint.json: is damaged, expected the JSON"):
             use()
+
+
+def test_one_encoding_at_a_time(pairs, tmp_path):
+    """Two that start together would mix their files: nothing is bound before the first pair."""
+    folder = tmp_path / "set"
+    with (
+        locked(mark(folder, "encode")),
+        pytest.raises(ValueError, match="another fastpref is writing there"),
+    ):
+        encoded(pairs, folder, dtype="bfloat16")
+    assert [path.name for path in folder.iterdir()] == [".fastpref"]
+    assert len(encoded(pairs, folder)) == 10
 
 
 def test_writers_at_once_share_no_file(tmp_path):

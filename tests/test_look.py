@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from pairs import BASE, encoded, fails
+from safetensors.torch import load_file, save_file
 from tiny import adapt
 
 import fastpref
 from fastpref import checkpoint, evaluate
 from fastpref.cli import EVAL_SEED, main
+from fastpref.data import pair_file
 from fastpref.media import write_clip
 from fastpref.models import toy
 
@@ -100,6 +102,20 @@ def test_eval_prints_changes_on_draws_of_its_own(mixed, tmp_path, capsys):
     assert said[0].keys() == {
         "pairs", "implicit_acc", "chosen_error_change", "rejected_error_change"
     }  # fmt: skip
+
+
+def test_eval_names_a_pair_that_is_not_finite(mixed, tmp_path, capsys):
+    model = toy.load(BASE)
+    adapt(model, toy.LORA_TARGETS)
+    checkpoint.export(tmp_path, model)
+    broken = pair_file(mixed.folder, mixed.pair_ids[3])
+    tensors = load_file(broken)
+    tensors["latents_w"][0, 0, 0, 0] = torch.nan
+    save_file(tensors, broken)
+    where = ["--data", str(mixed.folder), "--lora", str(tmp_path), "--device", "cpu"]
+    said = fails(capsys, "eval", *MODEL, *where, "--draws_per_pair", "2")
+    assert said.startswith(f"fastpref eval: {broken}: errors expected finite, got nan (chosen), ")
+    assert "and 1 of 5 pairs" in said
 
 
 @pytest.mark.parametrize("why", ["", "no nvcc"])

@@ -164,6 +164,16 @@ def test_every_metric_by_hand():
     }
 
 
+def test_a_margin_that_is_not_a_number_is_not_wrong():
+    """One pair of NaN beside one that is right."""
+    err = torch.tensor([math.nan, 1.0, 2.0, 3.0]).double()
+    ref, zeros = torch.full((4,), 2.0).double(), torch.zeros(4).double()
+    out = PairLoss(zeros[0], zeros[:2], err, ref, zeros[:2], None, zeros)
+    values = pair_values(out, fastpref.objective("dpo", beta=4.0))
+    for name in ("rewards/margins", "rewards/accuracies", "implicit_acc"):
+        assert values[name][0].isnan() and values[name][1] > 0, name
+
+
 def test_the_posterior_step_is_rounded():
     """1000 / 7 = 142.86: from t to t - 143."""
     abar = torch.linspace(0.99, 0.2, 1000, dtype=torch.float64)

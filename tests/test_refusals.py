@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from pairs import arguments, encoded, fails, options
+from pairs import BASE, arguments, encoded, fails, options
 from safetensors.torch import load_file, save_file
 
-from fastpref.assemble import alone
+from fastpref.assemble import alone, claim
 from fastpref.data import pair_file
 from fastpref.encode import encode
 from fastpref.process import Diffusion, from_config
@@ -93,3 +93,42 @@ def test_one_demo_at_a_time(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [".fastpref"]
     (tmp_path / "config.yaml").touch()  # a run's folder is no demo's
     assert "something else" in fails(capsys, "demo", "--output_dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["demo", "sweep", "sample", "encode"])
+def test_another_commands_folder_is_refused(kind, pairs, tmp_path, capsys):
+    claim(tmp_path / kind, kind)
+    said = fails(capsys, "train", *arguments(options(pairs, tmp_path / kind)))
+    assert said == (
+        f"fastpref train: output_dir {tmp_path / kind} is one of fastpref {kind}, expected one of "
+        "fastpref train: choose another one\n"
+    )
+    assert [path.name for path in (tmp_path / kind).iterdir()] == [".fastpref"]
+
+
+def test_a_folder_from_before_its_kind_was_written_is_any_commands(tmp_path):
+    (tmp_path / ".fastpref").touch()
+    for kind in ("train", "sweep"):
+        claim(tmp_path, kind)
+
+
+def test_a_model_that_is_not_there_is_the_one_thing_said(pairs, tmp_path, capsys):
+    data = encoded(pairs, tmp_path / "set").folder
+    said = fails(capsys, "train", *arguments(options(data, tmp_path / "run", model="nope")))
+    assert said.startswith("fastpref train: model nope")
+
+
+def test_a_link_to_nothing_is_no_folder(pairs, tmp_path, capsys):
+    link = tmp_path / "brk"
+    link.symlink_to("gone")
+    says = f"output_dir {link} is a link to gone, which is not there: make that folder, or choose"
+    assert says in fails(capsys, "train", *arguments(options(pairs, link)))
+    model = ["--family", "toy", "--model", str(BASE)]
+    said = fails(capsys, "encode", *model, "--data", str(pairs), "--output_dir", str(link))
+    assert says in said and link.is_symlink()
+
+
+def test_no_run_goes_into_an_encoded_set(pairs, tmp_path, capsys):
+    data = encoded(pairs, tmp_path / "set").folder
+    said = fails(capsys, "train", *arguments(options(data, data)))
+    assert "is one of fastpref encode, expected one of fastpref train" in said

@@ -1,18 +1,24 @@
 """Going on: what a run finds changed or damaged, what it keeps, what it has finished already."""
 
 import json
+import os
+import resource
 import shutil
+from contextlib import contextmanager
+from hashlib import blake2b
 
 import pyarrow.parquet as pq
 import pytest
-from pairs import BASE, arguments, options, write_pairs
-from safetensors.torch import load_file, save_file
+import torch
+from pairs import BASE, arguments, fails, options, write_pairs
+from safetensors.torch import load, load_file, save_file
 
 from fastpref import attention
-from fastpref.checkpoint import fault
+from fastpref.checkpoint import fault, whole
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.guard import Diverged
+from fastpref.telemetry import Log
 from fastpref.train import train
 
 ARTIFACT = "pytorch_lora_weights.safetensors"
@@ -76,6 +82,92 @@ def test_a_finished_run_keeps_its_result_until_it_goes_on(pairs, tmp_path, capsy
         run(pairs, tmp_path)
     assert (tmp_path / "result.json").read_bytes() == record
     assert run(pairs, tmp_path, max_train_steps=2) == first
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
+    change = {"max_train_steps": 2, "tuning": tuning}
+    change |= {"lora_rank": None, "learning_rate": 1e-5} if tuning == "full" else {}
+    run(pairs, tmp_path, **change)
+    (file,) = (tmp_path / ARTIFACT, *(tmp_path / "transformer").glob("*.safetensors"))[-1:]
+    before = file.read_bytes()
+    values = load(before)
+    for left in (b"", before[:8], b"\xff" * 8 + before[8:], before[:-1]):
+        file.write_bytes(left)
+        capsys.readouterr()
+        assert run(pairs, tmp_path, **change)["global_step"] == 2
+        said = capsys.readouterr()
+        assert "is missing or damaged: writing it again" in said.err
+        assert f"resumed from {tmp_path / 'checkpoint-2'}" in said.out
+        again = load(file.read_bytes())  # not mapped: it is cut off next
+        assert again.keys() == values.keys()
+        assert all((again[name] == value).all() for name, value in values.items())
+    run(pairs, tmp_path, **change)
+    assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_result_is_whole_under_a_name_that_is_no_text(tmp_path):
+    """Which safetensors' own reader does not take."""
+    save_file({"a": torch.zeros(3)}, tmp_path / ARTIFACT)
+    assert whole((tmp_path / ARTIFACT).rename(tmp_path / os.fsdecode(b"\xff")))
+
+
+def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
+    run(pairs, tmp_path, max_train_steps=1)
+    for step in (3, 40):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
+    run(pairs, tmp_path, max_train_steps=2)
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_a_checkpoint_of_an_older_version_is_named(pairs, tmp_path, capsys):
+    run(pairs, tmp_path, max_train_steps=1)
+    folder = tmp_path / "checkpoint-1"
+    state = json.loads((folder / "state.json").read_text())
+    del state["meter"], state["made_of"]
+    text = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = [len(text), blake2b(text).hexdigest()[:32]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    said = fails(capsys, "train", *arguments(options(pairs, tmp_path)))
+    assert f"{folder}: state.json expected step, margin_noise, made_of, " in said
+    assert "got no made_of, meter: it is another version's" in said
+
+
+@contextmanager
+def room(size):
+    """No file can grow beyond `size`, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_does_not_fit_on_the_disk_is_named(pairs, tmp_path, capsys):
+    flags = arguments(options(pairs, tmp_path))
+    parameters = "checkpoint-2/parameters.safetensors"
+    for size, name in ((100, "config.yaml"), (8000, "checkpoint-2")):
+        with room(size):
+            assert main(["train", *flags]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"fastpref train: {tmp_path / name} cannot be written (")
+        assert said.endswith("): mend that, and run the same command again")
+        assert "file too large" in said.lower()
+    assert main(["train", *flags]) == 0 and not list(tmp_path.glob(".checkpoint-*"))
+    assert (tmp_path / parameters).stat().st_size > 8000
+
+
+def test_a_log_that_does_not_fit_is_named(tmp_path):
+    log = Log(tmp_path, [], {}, 0)
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        for step in range(9):
+            log.write({"global_step": step, "loss": 0.5})
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        log.close()
 
 
 def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
