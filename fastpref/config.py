@@ -200,6 +200,10 @@ class Config:
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:
+        # A YAML field left blank is None, which the parser takes for every type.
+        for field in dataclasses.fields(self):
+            if field.default is not None and getattr(self, field.name) is None:
+                raise ValueError(f"{field.name}: expected a value, got null: set or remove it")
         self.timestep_range = tuple(self.timestep_range)
         for name in ("family", "model", "data", "output_dir"):
             if not getattr(self, name):

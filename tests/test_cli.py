@@ -1,9 +1,12 @@
 """Flags and run files of `fastpref train`: each mistake is one line, and both say the same run."""
 
+import dataclasses
 import json
+from dataclasses import MISSING
 
 import pytest
 import torch
+import yaml
 from pairs import BASE, arguments, fails, options
 
 from fastpref.cli import main
@@ -58,6 +61,18 @@ def test_a_field_said_twice_in_yaml(pairs, tmp_path, capsys):
     file.write_text("beta: 1\nbeta: 2\n")
     said = fails(capsys, "train", "--config", str(file), *arguments(options(pairs, tmp_path / "r")))
     assert "line 2: beta stands there twice" in said
+
+
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(Config) if f.default not in (None, MISSING)]
+)
+def test_a_field_left_blank_in_yaml(field, tmp_path):
+    file = tmp_path / "run.yaml"
+    values = Config(**options(tmp_path, tmp_path)).to_dict()
+    del values[field]
+    file.write_text(f"{yaml.safe_dump(values)}{field}:\n")
+    with pytest.raises(ValueError, match=f"^{field}: expected a value, got null: set or remove it"):
+        parse(["--config", str(file)])
 
 
 def test_yaml_and_flags_agree(pairs, tmp_path):
