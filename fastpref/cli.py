@@ -181,10 +181,15 @@ def sweep(rest: list[str]) -> None:
     mine, rest = options.parse_known_args(rest)
     objectives = names("--objectives", mine.objectives, OFFLINE)
     strengths = betas("--betas", mine.betas)
-    values = config_values(rest, "fastpref sweep")
-    for name in ("beta", "resume_from_checkpoint"):
+    values = config_values(rest, "fastpref sweep", objective=None)
+    for name in ("objective", "beta", "resume_from_checkpoint"):
         if values[name] is not None:
             raise ValueError(f"--{name} has no effect in a sweep: remove it")
+    for name, value in values.items():
+        if value is not None and not any(belongs(name, objective) for objective in objectives):
+            raise ValueError(
+                f"{name} has no effect with objectives {','.join(objectives)}: remove it"
+            )
     folder = Path(values["output_dir"])
     runs = []
     for objective in objectives:

@@ -45,8 +45,11 @@ def betas(flag: str, text: str) -> list[float]:
     return found
 
 
-def config_values(arguments: Sequence[str], command: str) -> dict[str, Any]:
-    """`--config FILE --field value ...` to the fields of a Config, not yet checked together."""
+def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> dict[str, Any]:
+    """`--config FILE --field value ...` to the fields of a Config, not yet checked together.
+
+    defaults: of fields, in place of Config's own.
+    """
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
@@ -59,6 +62,7 @@ def config_values(arguments: Sequence[str], command: str) -> dict[str, Any]:
         "--config", action="config", help="YAML file of the same fields; flags win over it"
     )
     parser.add_class_arguments(Config, as_group=False)
+    parser.set_defaults(defaults)
     words = [word for a in arguments for word in (a.split("=", 1) if a[:9] == "--config=" else [a])]
     for flag, file in pairwise(words):
         if flag == "--config":
