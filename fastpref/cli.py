@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from .parsing import Parser
 
 USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
@@ -44,13 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
         return USER_ERROR
+    again = f"fastpref {name}: interrupted; run the same command to go on"
+
+    def leave(number: int, frame: Any) -> None:
+        print(again, file=sys.stderr)
+        os._exit(INTERRUPTED)
+
+    # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
+    on_signals(leave)
     from safetensors import SafetensorError
     from yaml import YAMLError
 
     from .guard import Diverged, Interrupted
 
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_signals(signal.default_int_handler)
     try:
         commands[name](rest)
     except (ValueError, TypeError, OSError, YAMLError, SafetensorError) as error:
@@ -65,9 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastpref {name}: interrupted: {error}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print(f"fastpref {name}: interrupted; run the same command to go on", file=sys.stderr)
+        print(again, file=sys.stderr)
         return INTERRUPTED
     return OK
+
+
+def on_signals(handler: Callable[[int, Any], None]) -> None:
+    """Sets what SIGTERM and SIGINT do; a SIGINT that is ignored (`fastpref ... &`) stays so."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, handler)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, handler)
 
 
 def parser(name: str, what: str) -> Parser:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import signal
 from dataclasses import MISSING
+from functools import partial
 
 import pytest
 import torch
 import yaml
-from pairs import BASE, arguments, fails, options
+from pairs import BASE, arguments, command, fails, options
 
 from fastpref.cli import main
 from fastpref.config import Config
@@ -112,3 +114,16 @@ def test_sample_finds_its_device(tmp_path, capsys):
     assert main(["sample", *where, *sizes, "--prompts", "a red disc moving left"]) == 0
     assert f"{tmp_path}/0000.mp4: a red disc" in capsys.readouterr().out
     assert decode((tmp_path / "0000.mp4").read_bytes(), Sampling()).frames.shape == (8, 12, 12, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_torch_is_imported(number, tmp_path):
+    """What a signal raises there is lost at times: numpy's import within torch's swallows it."""
+    kill = f"os.kill(os.getpid(), {number:d})"
+    lost = f"import os\ntry: {kill}\nexcept KeyboardInterrupt: pass\n"
+    (tmp_path / "torch.py").write_text(lost)
+    # Not ignored, as it is where these tests run in the background.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command("train", cwd=tmp_path, preexec_fn=heeded)
+    said = "fastpref train: interrupted; run the same command to go on\n"
+    assert process.communicate() == ("", said) and process.returncode == 75
