@@ -113,6 +113,7 @@ def train(rest: list[str]) -> None:
 
 def encode(rest: list[str]) -> None:
     from .assemble import device_of
+    from .config import check_device
     from .encode import DTYPES, POSTERIORS
     from .encode import encode as run
 
@@ -142,6 +143,7 @@ def encode(rest: list[str]) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
     if found["device"]:
+        check_device(found["device"])
         device_of(found["device"])
     run(**found)
 
@@ -256,9 +258,12 @@ def load(options: argparse.Namespace) -> tuple:
 
     from . import checkpoint, models
     from .assemble import device_of
+    from .config import check_device
     from .models.folder import scheduler_config
 
-    device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    device = device_of(name)
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:

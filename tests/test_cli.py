@@ -44,6 +44,7 @@ from fastpref.parsing import parse
         ({"report_to": "paper"}, "report_to"),
         ({"report_to": "trackio"}, "pip install fastpref[trackio]"),
         ({"device": "gpu"}, "device: expected cpu, cuda or cuda:N, got gpu"),
+        ({"device": "cpu:7"}, "device: expected cpu, cuda or cuda:N, got cpu:7"),
         ({"device": "cuda:7"}, "device cuda:7"),
         ({"output_dir": ""}, "output_dir: expected a value"),
         ({"adam_beta1": 1.5}, "adam_beta1"),
@@ -55,6 +56,18 @@ from fastpref.parsing import parse
 )
 def test_mistakes_are_one_line(change, says, pairs, tmp_path, capsys):
     assert says in fails(capsys, "train", *arguments(options(pairs, tmp_path) | change))
+
+
+@pytest.mark.parametrize("command", ["encode", "sample", "eval"])
+def test_no_device_of_the_cpu_but_itself(command, pairs, tmp_path, capsys):
+    size = ["--num_frames", "8", "--height", "12", "--width", "12", "--prompts", "a disc"]
+    own = {
+        "encode": ["--data", str(pairs), "--output_dir", str(tmp_path / "set")],
+        "sample": ["--output_dir", str(tmp_path / "clips"), *size],
+        "eval": ["--data", str(pairs), "--lora", str(tmp_path)],
+    }
+    where = ["--family", "toy", "--model", str(BASE), "--device", "cpu:7", *own[command]]
+    assert "device: expected cpu, cuda or cuda:N, got cpu:7" in fails(capsys, command, *where)
 
 
 def test_unknown_field_in_yaml(pairs, tmp_path, capsys):
