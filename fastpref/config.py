@@ -245,9 +245,8 @@ class Config:
                 f"reference_cache has no effect with reference {self.reference}: remove it, or set "
                 "reference cached"
             )
-        if self.skip_zeros and (
-            self.objective not in ("dpo_cm", "sdpo", "hinge") or self.sft_weight
-        ):
+        rule = OBJECTIVES.get(self.objective)  # None: sft
+        if self.skip_zeros and (rule is None or not rule.has_zeros or self.sft_weight):
             why = "sft_weight" if self.sft_weight else f"objective {self.objective}"
             raise ValueError(f"skip_zeros has no effect with {why}: no gradient is zero; remove it")
         defaults = {"steps": 100, "sampling_steps": 20, "guidance_scale": 1.0}
