@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from .parsing import Parser
 
 USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
@@ -44,13 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in commands:
         print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
         return USER_ERROR
+    again = f"fastpref {name}: interrupted; run the same command to go on"
+
+    def leave(number: int, frame: Any) -> None:
+        print(again, file=sys.stderr)
+        os._exit(INTERRUPTED)
+
+    # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
+    on_signals(leave)
     from safetensors import SafetensorError
     from yaml import YAMLError
 
     from .guard import Diverged, Interrupted
 
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_signals(signal.default_int_handler)
     try:
         commands[name](rest)
     except (ValueError, TypeError, OSError, YAMLError, SafetensorError) as error:
@@ -65,9 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastpref {name}: interrupted: {error}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print(f"fastpref {name}: interrupted; run the same command to go on", file=sys.stderr)
+        print(again, file=sys.stderr)
         return INTERRUPTED
     return OK
+
+
+def on_signals(handler: Callable[[int, Any], None]) -> None:
+    """Sets what SIGTERM and SIGINT do; a SIGINT that is ignored (`fastpref ... &`) stays so."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, handler)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, handler)
 
 
 def parser(name: str, what: str) -> Parser:
@@ -96,6 +113,7 @@ def train(rest: list[str]) -> None:
 
 def encode(rest: list[str]) -> None:
     from .assemble import device_of
+    from .config import check_device
     from .encode import DTYPES, POSTERIORS
     from .encode import encode as run
 
@@ -125,6 +143,7 @@ def encode(rest: list[str]) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
     if found["device"]:
+        check_device(found["device"])
         device_of(found["device"])
     run(**found)
 
@@ -181,10 +200,15 @@ def sweep(rest: list[str]) -> None:
     mine, rest = options.parse_known_args(rest)
     objectives = names("--objectives", mine.objectives, OFFLINE)
     strengths = betas("--betas", mine.betas)
-    values = config_values(rest, "fastpref sweep")
-    for name in ("beta", "resume_from_checkpoint"):
+    values = config_values(rest, "fastpref sweep", objective=None)
+    for name in ("objective", "beta", "resume_from_checkpoint"):
         if values[name] is not None:
             raise ValueError(f"--{name} has no effect in a sweep: remove it")
+    for name, value in values.items():
+        if value is not None and not any(belongs(name, objective) for objective in objectives):
+            raise ValueError(
+                f"{name} has no effect with objectives {','.join(objectives)}: remove it"
+            )
     folder = Path(values["output_dir"])
     runs = []
     for objective in objectives:
@@ -234,9 +258,12 @@ def load(options: argparse.Namespace) -> tuple:
 
     from . import checkpoint, models
     from .assemble import device_of
+    from .config import check_device
     from .models.folder import scheduler_config
 
-    device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    device = device_of(name)
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,12 @@ def belongs(field: str, objective: str) -> bool:
     return objective in OBJECTIVES and field in {
         f.name for f in dataclasses.fields(OBJECTIVES[objective])
     }
+
+
+def check_device(name: str) -> None:
+    """ValueError: no name of a device that fastpref knows; torch takes more, cpu:7 too."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
 
 
 @dataclass(kw_only=True)
@@ -200,6 +207,10 @@ class Config:
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:
+        # A YAML field left blank is None, which the parser takes for every type.
+        for field in dataclasses.fields(self):
+            if field.default is not None and getattr(self, field.name) is None:
+                raise ValueError(f"{field.name}: expected a value, got null: set or remove it")
         self.timestep_range = tuple(self.timestep_range)
         for name in ("family", "model", "data", "output_dir"):
             if not getattr(self, name):
@@ -234,9 +245,8 @@ class Config:
                 f"reference_cache has no effect with reference {self.reference}: remove it, or set "
                 "reference cached"
             )
-        if self.skip_zeros and (
-            self.objective not in ("dpo_cm", "sdpo", "hinge") or self.sft_weight
-        ):
+        rule = OBJECTIVES.get(self.objective)  # None: sft
+        if self.skip_zeros and (rule is None or not rule.has_zeros or self.sft_weight):
             why = "sft_weight" if self.sft_weight else f"objective {self.objective}"
             raise ValueError(f"skip_zeros has no effect with {why}: no gradient is zero; remove it")
         defaults = {"steps": 100, "sampling_steps": 20, "guidance_scale": 1.0}
@@ -246,6 +256,8 @@ class Config:
                     setattr(self, f"validation_{name}", default)
             elif not self.validation_prompts:
                 raise ValueError(f"validation_{name} has no effect without validation_prompts")
+        if self.device is not None:
+            check_device(self.device)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
         for name, most in (("num_workers", 256), ("lora_rank", 8192), ("draws_per_pair", 2**28)):

@@ -34,6 +34,7 @@ class Objective:
     name: ClassVar[str]
     needs_gain: ClassVar[bool] = False  # takes a gain [B]: g of the importance weight, or k of SPO
     has_importance: ClassVar[bool] = False  # the gain makes an importance weight per member
+    has_zeros: ClassVar[bool] = False  # L's gradient is exactly 0 on whole ranges of errors
 
     beta: float
     sft_weight: float = 0.0
@@ -114,6 +115,7 @@ class Hinge(Objective):
     """L = max(0, 1 - m): the hinge of SLiC (arXiv 2305.10425)."""
 
     name: ClassVar[str] = "hinge"
+    has_zeros: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ class DPOCM(Objective):
     name: ClassVar[str] = "dpo_cm"
     needs_gain: ClassVar[bool] = True
     has_importance: ClassVar[bool] = True
+    has_zeros: ClassVar[bool] = True
     label_smoothing: float = 0.0
     clip: float = 0.1
     mask_threshold: float = 0.9
@@ -157,6 +160,7 @@ class SDPO(Objective):
     name: ClassVar[str] = "sdpo"
     needs_gain: ClassVar[bool] = True
     has_importance: ClassVar[bool] = True
+    has_zeros: ClassVar[bool] = True
     label_smoothing: float = 0.0
     clip: float = 0.1
     mask_threshold: float = 0.9
@@ -174,6 +178,7 @@ class SPO(Objective):
 
     name: ClassVar[str] = "spo"
     needs_gain: ClassVar[bool] = True
+    has_zeros: ClassVar[bool] = True
     clip: float = 0.1
 
 

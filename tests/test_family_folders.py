@@ -1,6 +1,7 @@
 """Folders that the families load: parts when first used, variants, and mistakes in one line."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -94,6 +95,18 @@ def test_a_scheduler_config_that_is_no_object_is_named(text, tmp_path):
     with pytest.raises(ValueError, match=r"scheduler: scheduler_config.json cannot be read") as e:
         model_folder.scheduler_config(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", ["shift", "flow_shift"])
+@pytest.mark.parametrize("value", ["a", -1, 0, None, True, math.nan, math.inf])
+def test_a_timestep_shift_that_is_no_number_above_0_is_named(key, value, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", key: value}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        model_folder.scheduler_config(tmp_path)
+    said = f"model {tmp_path}/scheduler: {key} in scheduler_config.json expected a number above 0, "
+    assert str(error.value).startswith(f"{said}got {value!r}; ")
 
 
 @pytest.mark.parametrize("name", ["Nope", "UNet2DConditionModel", "utils", None, 5])

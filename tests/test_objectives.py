@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastpref import oracle
 from fastpref.objectives import OBJECTIVES, SDPO, SPO, convert_beta, objective
 
 
@@ -30,6 +31,17 @@ def test_order_is_that_of_the_kernels():
     numbers = dict(zip(struct, full.hyper(), strict=True))
     expected = dataclasses.asdict(full) | {"combine": 2.0, "inverse_weight": 1.0, "alpha": 0.0}
     assert numbers == expected
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_with_gradients_of_zero_say_so(name):
+    """`skip_zeros` asks them: a wrong word refuses it for a false reason, or lets it do nothing."""
+    rule, generator = objective(name, beta=2.0), torch.Generator().manual_seed(0)
+    err, ref_err = torch.rand(2, 2000, generator=generator, dtype=torch.float64)
+    gain = torch.ones(1000, dtype=torch.float64)
+    coef = oracle.epilogue(rule.number, rule.hyper_tensor(err.device), err, ref_err, gain, None)[-1]
+    zeros = (coef.view(2, -1) == 0).all(0).double().mean().item()
+    assert (zeros > 0) == rule.has_zeros and zeros < 1
 
 
 def test_hyper_tensor_is_made_once():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fastpref.assemble import alone, claim
 from fastpref.data import pair_file
 from fastpref.encode import encode
+from fastpref.parsing import config_values
 from fastpref.process import Diffusion, from_config
 
 
@@ -22,6 +23,11 @@ from fastpref.process import Diffusion, from_config
         ("beta: 1\nbeta: 2\n", "line 2: beta stands there twice"),
         ("beta: " + "[" * 5000, "maximum recursion depth exceeded"),
         (None, "run.yaml: no such file or directory\n"),
+        ("alpha: 1\n? [beta,\n   clip]\n: 3", "line 2: expected the name of a field before the "),
+        ("? [beta,\n   clip]\n: 3", "before the colon, got [beta, clip]\n"),
+        ("{a: 1}: 3", "line 1: expected the name of a field before the colon, got {a: 1}\n"),
+        ("3: 4", "line 1: expected the name of a field before the colon, got 3\n"),
+        ("no: 4", "line 1: expected the name of a field before the colon, got no\n"),
     ],
 )
 def test_config_files(text, says, joined, pairs, tmp_path, capsys):
@@ -31,6 +37,36 @@ def test_config_files(text, says, joined, pairs, tmp_path, capsys):
     config = [f"--config={file}"] if joined else ["--config", str(file)]
     said = fails(capsys, "train", *config, *arguments(options(pairs, tmp_path / "r")))
     assert said.startswith(f"fastpref train: --config {file}") and says in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "mixed_precision: no",
+            "mixed_precision: expected one of no, bf16, got False; YAML reads yes, on, no and off "
+            "so: put quotes around the word\n",
+        ),
+        ("reference_cache: on", "reference_cache: expected text (a number in quotes), got True; "),
+        ("reference_cache: 7", "reference_cache: expected text (a number in quotes), got 7\n"),
+        ("lora_targets: [[to_q],\n  to_v]", "lora_targets: expected a list of texts such as "),
+        ("alpha: [a,\n  b]", "alpha: expected a number, got ['a', 'b']\n"),
+    ],
+)
+def test_types_in_config_files(line, says, pairs, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(line)
+    given = arguments(options(pairs, tmp_path / "run"))
+    assert f"fastpref train: {says}" in fails(capsys, "train", "--config", str(file), *given)
+
+
+def test_the_shared_lines_of_a_config_file(pairs, tmp_path):
+    """YAML's merge key is no field."""
+    file = tmp_path / "run.yaml"
+    file.write_text("<<: {alpha: 0.1}\nclip: 0.2\n")
+    given = arguments(options(pairs, tmp_path / "run"))
+    values = config_values(["--config", str(file), *given], "fastpref train")
+    assert (values["alpha"], values["clip"]) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ safetensors alone, a folder on disk or a hub id alike; Python code in a folder i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -73,7 +74,7 @@ def scheduler_config(path: str | Path) -> dict[str, Any]:
     """The scheduler_config.json of a folder or hub id, of whatever class of diffusers.
 
     Raises:
-        ValueError: there is none, or its class is unknown.
+        ValueError: there is none, its class is unknown, or its timestep shift no number above 0.
     """
     import diffusers
 
@@ -85,6 +86,13 @@ def scheduler_config(path: str | Path) -> dict[str, Any]:
             f"model {path}/scheduler: _class_name expected a scheduler of diffusers, got {name}; "
             "copy the scheduler folder of the original model"
         )
+    for key in ("shift", "flow_shift"):
+        value = config.get(key, 1.0)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"model {path}/scheduler: {key} in scheduler_config.json expected a number above "
+                f"0, got {value!r:.80}; copy the scheduler folder of the original model"
+            )
     return config
 
 
