@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -342,12 +343,9 @@ def load_model(config: Config, family: Any, device: torch.device, dtype: torch.d
 
 def device_of(name: str) -> torch.device:
     """A device this process can use; ValueError says why not."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):  # torch takes more, cpu:7 too
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name}: {torch.cuda.device_count()} CUDA devices are there")
     return device
@@ -391,7 +389,11 @@ def make_process(config: Config, family: Any) -> Any:
     (`Process.unmasked`), except with sft_weight, as a mask removes no SFT term, and with a cached
     reference: its errors belong to the draws, and one cache serves every objective.
     """
-    process = family.process(scheduler_config(config.model))
+    try:
+        process = family.process(scheduler_config(config.model))
+    except ValueError as error:
+        file = f"model {config.model}/scheduler"
+        raise ValueError(error if file in str(error) else f"{file}: {error}") from None
     changes: dict[str, Any] = {"timestep_range": config.timestep_range}
     for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
         if getattr(config, field) is not None:

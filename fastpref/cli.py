@@ -113,7 +113,6 @@ def train(rest: list[str]) -> None:
 
 def encode(rest: list[str]) -> None:
     from .assemble import device_of
-    from .config import check_device
     from .encode import DTYPES, POSTERIORS
     from .encode import encode as run
 
@@ -143,7 +142,6 @@ def encode(rest: list[str]) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
     if found["device"]:
-        check_device(found["device"])
         device_of(found["device"])
     run(**found)
 
@@ -258,12 +256,9 @@ def load(options: argparse.Namespace) -> tuple:
 
     from . import checkpoint, models
     from .assemble import device_of
-    from .config import check_device
     from .models.folder import scheduler_config
 
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(name)
-    device = device_of(name)
+    device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:

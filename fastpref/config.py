@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,12 +44,6 @@ def belongs(field: str, objective: str) -> bool:
     return objective in OBJECTIVES and field in {
         f.name for f in dataclasses.fields(OBJECTIVES[objective])
     }
-
-
-def check_device(name: str) -> None:
-    """ValueError: no name of a device that fastpref knows; torch takes more, cpu:7 too."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
 
 
 @dataclass(kw_only=True)
@@ -256,8 +249,6 @@ class Config:
                     setattr(self, f"validation_{name}", default)
             elif not self.validation_prompts:
                 raise ValueError(f"validation_{name} has no effect without validation_prompts")
-        if self.device is not None:
-            check_device(self.device)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
         for name, most in (("num_workers", 256), ("lora_rank", 8192), ("draws_per_pair", 2**28)):
