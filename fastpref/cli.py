@@ -214,7 +214,7 @@ def sweep(rest: list[str]) -> None:
         for beta in strengths:
             where = str(folder / f"{objective}-beta{beta:g}")
             runs.append(Config(**own | {"objective": objective, "beta": beta, "output_dir": where}))
-    with alone(folder):
+    with alone(folder, "sweep"):
         data = open_data(runs[0], folder).folder
         for config in runs:
             if config.data != str(data):  # encoded now: its size is that of the set
@@ -287,7 +287,7 @@ def sample(rest: list[str]) -> None:
     from .validation import Prompts
 
     folder = Path(options.output_dir)
-    claim(folder)  # clips overwrite those of an earlier sample, never a user's own
+    claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
     family, process, model = load(options)
     prompts = Prompts(
         family,

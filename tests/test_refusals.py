@@ -122,7 +122,7 @@ def test_a_model_mended_before_the_first_pair_is_taken(pairs, tmp_path):
 
 
 def test_one_demo_at_a_time(tmp_path, capsys):
-    with alone(tmp_path):
+    with alone(tmp_path, "demo"):
         assert "another fastpref is writing there" in fails(
             capsys, "demo", "--output_dir", str(tmp_path)
         )
@@ -168,3 +168,17 @@ def test_no_run_goes_into_an_encoded_set(pairs, tmp_path, capsys):
     data = encoded(pairs, tmp_path / "set").folder
     said = fails(capsys, "train", *arguments(options(data, data)))
     assert "is one of fastpref encode, expected one of fastpref train" in said
+
+
+def test_every_command_says_its_kind(pairs, tmp_path, capsys):
+    claim(tmp_path, "train")
+    model = ["--family", "toy", "--model", str(BASE)]
+    size = ["--num_frames", "8", "--height", "12", "--width", "12"]
+    flags = {
+        "demo": [],
+        "sample": [*model, *size, "--prompts", "a red disc"],
+        "sweep": [*model, "--data", str(pairs), "--objectives", "dpo", "--betas", "1"],
+    }
+    for name, given in flags.items():
+        said = fails(capsys, name, *given, "--output_dir", str(tmp_path))
+        assert f"is one of fastpref train, expected one of fastpref {name}: choose another" in said

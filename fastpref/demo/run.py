@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] = ()) -> list[Row]:
     start = time.perf_counter()
     names = ", ".join(options.objectives)
     say(f"fastpref demo: {names} and three controls, into {options.output_dir}")
-    with alone(options.output_dir):
+    with alone(options.output_dir, "demo"):
         demo = Demo(options)
         # The controls stand beside the first beta only.
         wanted = [(name, beta) for name in options.objectives for beta in options.betas]
