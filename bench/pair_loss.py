@@ -33,6 +33,7 @@ from fastpref.objectives import OBJECTIVES, Objective
 SHAPES = {"wan": (16, 21, 60, 104), "cogvideox": (13, 16, 60, 90)}
 HYPER = {"dpo": {"beta": 2000.0}, "spo": {"beta": 10.0}}
 DEFAULT_HYPER = {"beta": 500.0}
+ROUNDS = 120  # all orders of five variants
 GAIN = 0.1  # keeps dpo_cm and sdpo below the mask and spo inside its clamp
 
 
@@ -263,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--objective", default="dpo", choices=list(OBJECTIVES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=72)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(arguments)
     rows = [row for shape in args.shapes for row in measure(args, shape)]
     first = rows[0]

@@ -206,13 +206,12 @@ class Table:
             return
         rounds = max(2, min(self.rounds, int(left / self.seconds())))
         self.samples = {name: [] for name in self.variants}
-        orders = timing._orders(list(self.variants))
+        orders = timing.orders(list(self.variants))
         turns = {name: self.turn(name) for name in self.variants}
-        for _ in range(rounds):  # one by one: a round that is broken off takes none along
-            order = {name: turns[name] for name in next(orders)}
-            taken = timing.interleave(order, self.device, rounds=1, warmup=0)
-            for name, timed in taken.items():
-                self.samples[name] += timed.samples
+        for _ in range(rounds):
+            taken = {name: timing.once(turns[name], self.device) for name in next(orders)}
+            for name, seconds in taken.items():  # a round that is broken off adds nothing
+                self.samples[name].append(seconds)
         for name in list(self.variants):
             spent = None
             if self.power.joules() is not None and time.perf_counter() < self.deadline:

@@ -51,13 +51,12 @@ class Timing:
         return median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
-def _on_cpu(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _on_gpu(call: Callable[[], object], ahead: int = 0) -> float:
+def once(call: Callable[[], object], device: torch.device, ahead: int = 0) -> float:
+    """Seconds of one call, of a GPU's by events; ahead: cycles that the GPU sleeps before."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if ahead:
         torch.cuda._sleep(ahead)
@@ -68,7 +67,7 @@ def _on_gpu(call: Callable[[], object], ahead: int = 0) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _orders(names: list[str]) -> Iterator[list[str]]:
+def orders(names: list[str]) -> Iterator[list[str]]:
     """All orders of the names, shuffled, over and over; random ones where there are too many."""
     shuffled = random.Random(0)
     while True:
@@ -90,17 +89,18 @@ def interleave(
     The GPU is idle when a call begins, so launching it counts. busy: it sleeps 4 million cycles
     (some 2 ms) first, in which the host queues the whole call: what is left is the GPU's own time.
 
-    Every order comes up equally often (up to chance above five variants), so that what the
-    variant before leaves in the caches falls on all alike.
+    In as many rounds as there are orders (120 of five variants; up to chance above) each comes up
+    once, so that what the variants before leave in the caches, one turn back and also two, falls on
+    all alike.
     """
-    orders = _orders(list(variants))
-    measure = partial(_on_gpu, ahead=4_000_000 * busy) if device.type == "cuda" else _on_cpu
+    turns = orders(list(variants))
+    measure = partial(once, device=device, ahead=4_000_000 * busy)
     for call in variants.values():
         for _ in range(warmup):
             measure(call)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name in next(orders):
+        for name in next(turns):
             samples[name].append(measure(variants[name]))
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 

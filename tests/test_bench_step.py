@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,12 @@ def test_saved_bytes_counts_storages_once_and_the_most_at_a_time():
             del x, y, z
     assert saved.most == 2 * 4 * 8 * 4
     assert saved.now == 0
+
+
+def test_the_loss_is_timed_in_every_order_once():
+    """What a variant leaves in the caches tells on the next two."""
+    rounds = list(islice(timing.orders(list("abcde")), 120))
+    assert len(set(map(tuple, rounds))) == 120 == pair_loss.ROUNDS
 
 
 def test_clock_sums_the_parts_of_a_step():
