@@ -241,9 +241,9 @@ esac
 [[ $commit == unknown ]] || export FASTPREF_COMMIT=$commit # in the benchmarks' rows too
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 
-# times PART RESULT: how often that came out on these sources and such a device, by the lines of this
+# count_of PART RESULT: how often that came out on these sources and such a device, by the lines of this
 # folder and of those that earlier calls left.
-times() {
+count_of() {
   local row="\"part\": \"$1\", \"result\": \"$2\""
   row+=".*\"commit\": \"$commit\", \"device\": \"$device\""
   ((remembered)) || row='no line'
@@ -255,9 +255,9 @@ if ((!${#wanted[@]})); then
   last=()
   for part in "${PARTS[@]}"; do
     # The build lies in the working tree: it is made again where the tree is fresh.
-    if [[ $part != build ]] && (($(times "$part" passed))); then
+    if [[ $part != build ]] && (($(count_of "$part" passed))); then
       say "$part: passed on $commit before"
-    elif (($(times "$part" failed) || $(times "$part" cut) > 1)); then
+    elif (($(count_of "$part" failed) || $(count_of "$part" cut) > 1)); then
       last+=("$part") # after those that were never tried
     else
       wanted+=("$part")

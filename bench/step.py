@@ -150,9 +150,9 @@ class Table:
         self.write(name)
 
     def write(self, name: str) -> None:
-        self.open.remove(name)
         with redirect_stdout(None):  # that rows are appended is said once, below the table
             timing.append(self.output, [self.rows[name]])
+        self.open.remove(name)
 
     def prepare(self) -> None:
         """Makes the variants, B1's gradient before anything else."""
@@ -252,6 +252,8 @@ class Table:
 
     def end(self) -> None:
         """After SIGTERM: the complete rounds are a time, two at the least; the rest had no time."""
+        whole = min(map(len, self.samples.values()), default=0)
+        self.samples = {name: taken[:whole] for name, taken in self.samples.items()}
         for name in list(self.open):
             if name in self.variants and len(self.samples.get(name, ())) > 1:
                 self.describe(name)

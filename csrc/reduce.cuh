@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 16-byte loads and stores, the walk over pairs and chunks, residuals
+// What the CUDA kernels share: 16-byte loads and stores, the walk over pairs and pieces, residuals
 // against a stored or regenerated target, sums in a fixed order, and the launch.
 //
 // The unit of work is one piece of one pair: a chunk where there are sums, else whatever gives a wave of

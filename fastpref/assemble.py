@@ -343,7 +343,7 @@ def load_model(config: Config, family: Any, device: torch.device, dtype: torch.d
 
 def device_of(name: str) -> torch.device:
     """A device this process can use; ValueError says why not."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):  # torch takes more, cpu:7 too
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII):  # torch takes cpu:7 too
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -233,7 +233,10 @@ def whole(artifact: Path) -> bool:
     """Whether the files of what `export` wrote are there and as long as they say of themselves."""
     files = list(artifact.glob("*.safetensors")) if artifact.is_dir() else [artifact]
     try:
-        return bool(files) and all(map(_whole, files))
+        for index in artifact.glob("*.safetensors.index.json"):  # of a model in several files
+            files += [artifact / n for n in json.loads(index.read_text())["weight_map"].values()]
+        known = artifact.is_file() or (artifact / "config.json").exists()
+        return known and bool(files) and all(map(_whole, set(files)))
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return False
 

@@ -85,10 +85,10 @@ def mark(folder: Path, kind: str) -> Path:
 @contextmanager
 def locked(marked: Path) -> Iterator[None]:
     """No other process writes into the folder of `marked`, its .fastpref, meanwhile."""
-    with marked.open() as file:
+    with marked.open("r+") as file:  # NFS locks what is open for writing alone
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"output_dir {marked.parent}: another fastpref is writing there; wait for it, or "
                 "choose another one"

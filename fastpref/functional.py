@@ -232,7 +232,8 @@ def pair_error(pred: Tensor, target: Tensor | Target) -> Tensor:
     """err[r] = mean over elements of (pred[r] - y[r])^2, [rows] float64, differentiable in pred.
 
     pred [rows, ...], or half the target's rows where one prediction serves both members; target a
-    tensor y [rows, ...] or a `Target`. Summed in float64 over fp32 squares, in a fixed order.
+    tensor y [rows, ...] or a `Target`. Sums of a few squares in fp32, of these in float64, in a
+    fixed order.
     Raises TypeError or ValueError on a wrong dtype, shape or device.
     """
     unpacked = _unpack("pair_error", pred, target, False)
@@ -290,7 +291,7 @@ def preference_loss(
     hyper = objective.hyper_tensor(pred.device)
     data, *draws = unpacked
     pred = pred.contiguous()  # a model's permuted view is copied once, not again in the backward
-    loss, pair_loss, err, ref_err, margin, importance, coef = ops.pair_loss(
+    loss, pair_loss, err, ref_err, margin, importance, coef = ops.checked_pair_loss(
         pred, data, *refs, hyper, gain, weight, objective.number, *draws
     )
     wbar = importance if objective.has_importance else None

@@ -184,7 +184,7 @@ class _PairLoss(torch.autograd.Function):
         return native.pair_grad(*rest, shape=ctx.shape), None, None
 
 
-def pair_loss(pred: Tensor, *inputs) -> tuple[Tensor, ...]:
+def checked_pair_loss(pred: Tensor, *inputs) -> tuple[Tensor, ...]:
     """torch.ops.fastpref.pair_loss of checked inputs, by the shortest way that gives the same."""
     recorded = torch.is_grad_enabled()
     refused = recorded and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)

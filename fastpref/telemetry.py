@@ -135,12 +135,14 @@ class Log:
             writer.log(scalars, step=row["global_step"])
 
     def close(self) -> None:
-        with writing(self.path):  # it tries once more to write what did not fit
-            self.file.close()
-        if hasattr(self, "tensorboard"):
-            self.tensorboard.close()
-        for writer in self.writers:
-            writer.finish()
+        try:
+            with writing(self.path):  # it tries once more to write what did not fit
+                self.file.close()
+        finally:
+            if hasattr(self, "tensorboard"):
+                self.tensorboard.close()
+            for writer in self.writers:
+                writer.finish()
 
 
 def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]:

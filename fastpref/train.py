@@ -330,10 +330,10 @@ def train(config: Config) -> dict[str, Any]:
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )
     finally:
+        interrupted.restore()
         settings.close()
         progress.close()
         log.close()
-        interrupted.restore()
 
     if not all(p.isfinite().all() for p in parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")

@@ -45,6 +45,7 @@ from fastpref.parsing import parse
         ({"report_to": "trackio"}, "pip install fastpref[trackio]"),
         ({"device": "gpu"}, "device: expected cpu, cuda or cuda:N, got gpu"),
         ({"device": "cpu:7"}, "device: expected cpu, cuda or cuda:N, got cpu:7"),
+        ({"device": "cuda:01"}, "device: expected cpu, cuda or cuda:N, got cuda:01"),
         ({"device": "cuda:7"}, "device cuda:7"),
         ({"output_dir": ""}, "output_dir: expected a value"),
         ({"adam_beta1": 1.5}, "adam_beta1"),

@@ -150,9 +150,9 @@ def test_without_the_core_the_oracle_serves(name, monkeypatch):
 
 
 def test_the_short_way_is_the_operator():
-    """ops.pair_loss and the operator: the same bits, gradients, marks and refusals."""
+    """ops.checked_pair_loss and the operator: the same bits, gradients, marks and refusals."""
     arguments = calls()["pair_loss"]
-    for call in (ops.pair_loss, OP.pair_loss):
+    for call in (ops.checked_pair_loss, OP.pair_loss):
         out = call(*arguments)
         assert [x.requires_grad for x in out] == [True] + [False] * 6
         with pytest.raises(ValueError, match="target must not require a gradient"):
@@ -167,9 +167,9 @@ def test_the_short_way_is_the_operator():
         out = call(*arguments)
         return [*(x.detach() for x in out), *torch.autograd.grad(2 * out[0], arguments[0])]
 
-    assert same_bits(run(ops.pair_loss), run(OP.pair_loss))
+    assert same_bits(run(ops.checked_pair_loss), run(OP.pair_loss))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert isinstance(ops.pair_loss(*arguments)[0], torch._subclasses.FakeTensor)
+        assert isinstance(ops.checked_pair_loss(*arguments)[0], torch._subclasses.FakeTensor)
 
 
 def test_a_missing_core_is_said_once():

@@ -13,7 +13,7 @@ import torch
 from pairs import BASE, arguments, fails, options, write_pairs
 from safetensors.torch import load, load_file, save_file
 
-from fastpref import attention
+from fastpref import attention, models
 from fastpref.checkpoint import fault, whole
 from fastpref.cli import main
 from fastpref.config import Config
@@ -104,6 +104,19 @@ def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
         assert all((again[name] == value).all() for name, value in values.items())
     run(pairs, tmp_path, **change)
     assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_model_without_one_of_its_files_is_not_whole(tmp_path):
+    model = models.family("toy").load(BASE, torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    shards = sorted(tmp_path.glob("*-of-*.safetensors"))
+    assert len(shards) > 1 and whole(tmp_path)
+    for file in (shards[0], tmp_path / "config.json"):
+        kept = file.read_bytes()
+        file.unlink()
+        assert not whole(tmp_path), file.name
+        file.write_bytes(kept)
+    assert whole(tmp_path)
 
 
 def test_a_result_is_whole_under_a_name_that_is_no_text(tmp_path):

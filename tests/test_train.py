@@ -285,9 +285,11 @@ def test_prompt_dropout_and_window_change_the_run(pairs, unbroken, tmp_path):
         assert first["rewards/margins"] == 0
 
 
-def test_validation_pictures(pairs, tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_validation_pictures(precision, pairs, tmp_path):
     prompts = ["a red disc moving left", "a blue disc moving up"]
     change = {"validation_prompts": prompts, "validation_steps": 2, "validation_sampling_steps": 2}
+    change["mixed_precision"] = precision
     train(Config(**options(pairs, tmp_path, max_train_steps=3, **change)))
     made = sorted(path.name for path in (tmp_path / "validation").iterdir())
     assert made == ["base.safetensors", "step-000000.png", "step-000002.png"]
