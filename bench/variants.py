@@ -190,8 +190,6 @@ class Ours:
         self.cached, self.what = "cached" in added, "ours"
         self.pair_step = step.joint if mode == "joint" else step.deferred
         self.model = setting.twin()
-        if setting.dtype == torch.bfloat16:
-            reference.leave_inputs_narrow(self.model)
         setting.keep_attention(self.model, name=setting.attention.name)
         checkpointing.apply(self.model, setting.family.BLOCKS, kept)
         if "compile" in added:

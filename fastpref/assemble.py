@@ -378,8 +378,6 @@ def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str])
         ) from None
     for parameter in checkpoint.trainable(model).values():
         parameter.data = parameter.data.float()
-    if config.mixed_precision == "bf16":
-        reference.leave_inputs_narrow(model)
 
 
 def make_process(config: Config, family: Any) -> Any:

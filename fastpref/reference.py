@@ -32,14 +32,6 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def leave_inputs_narrow(model: nn.Module) -> None:
-    """For adapters under autocast: peft would widen every input to their float32, and keep it for
-    the backward, only for autocast to make bfloat16 of it again.
-    """
-    for layer in adapter_layers(model):
-        layer.cast_input_dtype_enabled = False
-
-
 @contextmanager
 def disabled(layers: list[nn.Module]) -> Iterator[None]:
     """The base model inside, the adapted one after.

@@ -33,7 +33,7 @@ class Prompts:
         guidance_scale: float = 1.0,
     ) -> None:
         self.family, self.process, self.guidance = family, process, guidance_scale
-        self.prompts, self.device, self.dtype = list(prompts), device, dtype
+        self.prompts, self.device = list(prompts), device
         *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         self.negative = None
@@ -54,19 +54,17 @@ class Prompts:
         self, model: nn.Module, shape: Sequence[int], steps: int, seeds: Sequence[int]
     ) -> list[Tensor]:
         """One clip per prompt and seed, uint8 [F, H, W, 3]."""
-        wide = self.dtype == torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=not wide):  # as in training
-            latents = sample(
-                model,
-                self.family,
-                self.process,
-                self.cond,
-                shape,
-                steps=steps,
-                seeds=seeds,
-                guidance_scale=self.guidance,
-                negative=self.negative,
-            )
+        latents = sample(
+            model,
+            self.family,
+            self.process,
+            self.cond,
+            shape,
+            steps=steps,
+            seeds=seeds,
+            guidance_scale=self.guidance,
+            negative=self.negative,
+        )
         return [self.family.decode(self.pipe, latent).cpu() for latent in latents]
 
 
