@@ -8,6 +8,7 @@ would, and `noise` takes them to the latents' device in one copy. Tables and tim
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Self
@@ -42,7 +43,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Process:
+class Process(ABC):
     """What both processes share.
 
     timestep_range: the window (lo, hi) on the noise level that times are drawn from (flow: sigma;
@@ -71,9 +72,9 @@ class Process:
         """The same process with other settings, e.g. `replace(timestep_range=(0.35, 1.0))`."""
         return replace(self, **changes)
 
+    @abstractmethod
     def _masked_below(self) -> float:
         """The noise level below which no reverse step is left (flow: nor at it)."""
-        raise NotImplementedError
 
     def unmasked(self) -> Self:
         """The same process, its window cut where no reverse step is left: t = 0, flow u <= 1e-3.
@@ -103,9 +104,9 @@ class Process:
         offset = oracle.words(draws.seed, draws.pair_id, zero, group, oracle.TIMESTEP)[0][:, 0]
         return ((draws.index + offset) % self.strata + u) / self.strata
 
+    @abstractmethod
     def times(self, draws: Draws) -> Times:
         """The draws' times and what follows from them, on the draws' device."""
-        raise NotImplementedError
 
     def level(self, draws: Draws) -> Tensor:
         """The noise level, [B] float64: sigma in [0, 1] (flow), t / T in [0, 1) (diffusion)."""
