@@ -1,5 +1,5 @@
 """Metrics: gathered on the device, written once per log interval to metrics.jsonl and the
-trackers.
+trackers; and what a run says on the screen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checkpoint
 from .files import write_atomic, writing
 from .functional import PairLoss
 from .objectives import SDPO, Objective
@@ -181,3 +182,34 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
             (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
         )
     return values
+
+
+def announce(config, model, dataset, objective, device, dtype, noise) -> None:
+    """What was picked, a line each."""
+    trained = sum(p.numel() for p in checkpoint.trainable(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
+    mode = auto if config.reference == "auto" else config.reference
+    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
+    per_step = config.train_batch_size * config.gradient_accumulation_steps
+    print(f"data       {len(dataset)} pairs, {per_step} per step")
+    print(f"objective  {objective or 'sft on the chosen clips'}")
+    print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
+    precision = str(dtype).removeprefix("torch.")
+    print(
+        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {config.checkpointing}"
+        + (", compiled blocks" if config.compile else "")
+        + (", CUDA graphs" if config.cuda_graphs else "")
+    )
+
+
+def postfix(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.4g}"]
+    if "rewards/margins" in metrics:
+        parts += [f"acc {metrics['implicit_acc']:.2f}", f"margin {metrics['rewards/margins']:.3g}"]
+    return ", ".join([*parts, f"{metrics['perf/seconds_per_pair']:.3g} s/pair"])

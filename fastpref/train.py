@@ -38,7 +38,7 @@ from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, Signals
 from .process import Times
 from .step import deferred, joint
-from .telemetry import Log, Meter, check_trackers, pair_values
+from .telemetry import Log, Meter, announce, check_trackers, pair_values, postfix
 from .validation import Prompts, write_sheet
 
 
@@ -432,34 +432,3 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
             "later epochs repeat the same timesteps and noise",
             file=sys.stderr,
         )
-
-
-def announce(config, model, dataset, objective, device, dtype, noise) -> None:
-    """What was picked, a line each."""
-    trained = sum(p.numel() for p in checkpoint.trainable(model).values())
-    total = sum(p.numel() for p in model.parameters())
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
-    mode = auto if config.reference == "auto" else config.reference
-    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
-    print(f"data       {len(dataset)} pairs, {per_step} per step")
-    print(f"objective  {objective or 'sft on the chosen clips'}")
-    print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
-    precision = str(dtype).removeprefix("torch.")
-    print(
-        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {config.checkpointing}"
-        + (", compiled blocks" if config.compile else "")
-        + (", CUDA graphs" if config.cuda_graphs else "")
-    )
-
-
-def postfix(metrics: dict[str, Any]) -> str:
-    parts = [f"loss {metrics['loss']:.4g}"]
-    if "rewards/margins" in metrics:
-        parts += [f"acc {metrics['implicit_acc']:.2f}", f"margin {metrics['rewards/margins']:.3g}"]
-    return ", ".join([*parts, f"{metrics['perf/seconds_per_pair']:.3g} s/pair"])
