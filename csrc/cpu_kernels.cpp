@@ -172,11 +172,13 @@ struct Sums {
   }
 };
 
-// The hardware's prefetchers stop at the end of a page. One touch a block, pages ahead, finds the page
-// and sets them going there.
+// Asks for the group that lies 2 KB behind this one: a core's own prefetchers start anew on every page,
+// and arithmetic on one line keeps it from asking for the next.
 template <class Scalar>
-inline void touch_ahead(Scalar const* block) {
-  __builtin_prefetch(reinterpret_cast<char const*>(block) + 16384);
+inline void ask_ahead(Scalar const* group) {
+  constexpr int kLine = 64;
+  for (int at = 0; at < kLanes * static_cast<int>(sizeof(Scalar)); at += kLine)
+    __builtin_prefetch(reinterpret_cast<char const*>(group) + 2048 + at);
 }
 
 // Calls strip(begin, end, first) for every strip of every block: steps `first` to first + kStrip of the
@@ -197,12 +199,12 @@ void error_loop(typename P::Scalar const* pred, typename P::Scalar const* ref,
                 typename T::Scalar const* target, int64_t n, double* lanes, double* ref_lanes) {
   int64_t const done = for_strips(n, [&](int64_t begin, int64_t end, int first) {
     Sums sums, ref_sums;
-    if (first == 0) {
-      touch_ahead(pred + begin);
-      touch_ahead(target + begin);
-      if (kRef) touch_ahead(ref + begin);
-    }
     for (int64_t i = begin; i < end; i += kLanes) {
+      if (first == 0) {
+        ask_ahead(pred + i);
+        ask_ahead(target + i);
+        if (kRef) ask_ahead(ref + i);
+      }
 #pragma GCC unroll 16
       for (int step = 0; step < kStrip; ++step) {
         int64_t const at = i + step * kStep;
@@ -239,11 +241,11 @@ void gradient_loop(typename P::Scalar const* pred, typename T::Scalar const* tar
   past = past && reinterpret_cast<uintptr_t>(out) % sizeof(U) == 0;
   int64_t const i = for_strips(n, [&](int64_t begin, int64_t end, int first) {
     Sums sums;
-    if (first == 0) {
-      touch_ahead(pred + begin);
-      touch_ahead(target + begin);
-    }
     for (int64_t group = begin; group < end; group += kLanes) {
+      if (first == 0) {
+        ask_ahead(pred + group);
+        ask_ahead(target + group);
+      }
 #pragma GCC unroll 16
       for (int step = 0; step < kStrip; ++step) {
         int64_t const at = group + step * kStep;

@@ -91,12 +91,13 @@ def _check_tensor(function: str, name: str, value: Any, device: torch.device | N
         raise TypeError(f"{function}: {name} must be a dense tensor, got {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{function}: {name} must be on {device}, got {_describe(value)}")
-    _check_tangent(function, name, value)
+    if forward_ad._current_level >= 0:
+        _check_tangent(function, name, value)
 
 
 def _check_tangent(function: str, name: str, value: Tensor) -> None:
     """Without this a forward-mode derivative would silently be zero."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+    if forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{function}: {name} has a forward-mode tangent, and there is no forward-mode"
             " derivative here: use backward, or detach it"
@@ -140,7 +141,8 @@ class _Unpacked(NamedTuple):
 def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> _Unpacked:
     """Checks pred against target (paired: rows are winners and losers) and takes it apart."""
     _check_tensor(function, "pred", pred, None)
-    if pred.dim() < 2 or pred.numel() == 0:
+    shape = pred.shape
+    if len(shape) < 2 or 0 in shape:
         raise ValueError(
             f"{function}: pred must be [rows, ...] with at least one element a row,"
             f" got {_describe(pred)}"
@@ -148,15 +150,16 @@ def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> _Unpacked
     made = isinstance(target, Target)
     name, data = ("target.x0", target.x0) if made else ("target", target)
     _check_tensor(function, name, data, pred.device)
-    rows = data.shape[0] if data.dim() else 0
+    data_shape = data.shape
+    rows = data_shape[0] if data_shape else 0
     if paired and rows % 2:
         raise ValueError(
             f"{function}: {name} must have an even number of rows, winners then losers, got {rows}"
         )
-    if data.shape[1:] != pred.shape[1:] or rows not in (len(pred), 2 * len(pred)):
+    if data_shape != shape and data_shape != (2 * shape[0], *shape[1:]):
         raise ValueError(
-            f"{function}: {name} must be shaped like pred, {list(pred.shape)} (or have twice its"
-            f" rows, where one prediction serves both members), got {list(data.shape)}"
+            f"{function}: {name} must be shaped like pred, {list(shape)} (or have twice its"
+            f" rows, where one prediction serves both members), got {list(data_shape)}"
         )
     if not made:
         return _Unpacked(data, 0, None, None, None, None)
@@ -266,30 +269,30 @@ def preference_loss(
     Raises TypeError or ValueError on a wrong dtype, shape or device, a missing or useless gain.
     """
     function = "preference_loss"
-    unpacked = _unpack(function, pred, target, True)
-    rows = unpacked.data.shape[0]
-    gain, weight = _per_pair(function, objective, gain, weight, rows // 2, pred.device)
-    if pred.shape[0] != rows and objective.name != "spo":
+    data, *draws = _unpack(function, pred, target, True)
+    rows, device, shape = data.shape[0], pred.device, pred.shape
+    gain, weight = _per_pair(function, objective, gain, weight, rows // 2, device)
+    if shape[0] != rows and objective.name != "spo":
         raise ValueError(
             f"{function}: pred must have {rows} rows like target, winners then losers, got"
-            f" {pred.shape[0]} (only in spo one prediction serves both members)"
+            f" {shape[0]} (only in spo one prediction serves both members)"
         )
-    _check_tensor(function, "ref", ref, pred.device)
-    if ref.shape == pred.shape:
+    _check_tensor(function, "ref", ref, device)
+    ref = ref.detach() if ref.requires_grad else ref
+    if ref.shape == shape:
         if ref.dtype != pred.dtype:
             raise TypeError(
                 f"{function}: ref must be in pred's dtype, {_describe(pred)}, got {_describe(ref)}"
             )
-        refs = (ref.detach(), None)
+        refs = (ref, None)
     elif ref.shape == (rows,):
-        refs = (None, ref.detach().double())
+        refs = (None, ref.double())
     else:
         raise ValueError(
-            f"{function}: ref must be predictions like pred, {list(pred.shape)}, or errors"
+            f"{function}: ref must be predictions like pred, {list(shape)}, or errors"
             f" [{rows}], got {_describe(ref)}"
         )
-    hyper = objective.hyper_tensor(pred.device)
-    data, *draws = unpacked
+    hyper = objective.hyper_tensor(device)
     pred = pred.contiguous()  # a model's permuted view is copied once, not again in the backward
     loss, pair_loss, err, ref_err, margin, importance, coef = ops.checked_pair_loss(
         pred, data, *refs, hyper, gain, weight, objective.number, *draws
@@ -318,7 +321,8 @@ def loss_from_errors(
             raise TypeError(
                 f"{function}: {name} must be a float64 tensor [2B], got {_describe(value)}"
             )
-        _check_tangent(function, name, value)
+        if forward_ad._current_level >= 0:
+            _check_tangent(function, name, value)
     if err.dim() != 1 or err.shape[0] % 2 or err.shape[0] == 0:
         raise ValueError(
             f"{function}: err must be [2B] with an even number of rows, winners then losers,"

@@ -49,10 +49,11 @@ def build_info() -> dict[str, object]:
 
 def launchers(device: torch.device, *dtypes: torch.dtype):
     """The launchers for these tensors, or None where the oracle has to serve."""
-    if device.type not in ("cpu", "cuda") or not all(dtype in DTYPES for dtype in dtypes):
-        return None
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return None
     native = getattr(_C, device.type, None)
-    if native is None and _C is not None:
+    if native is None and device.type == "cuda" and _C is not None:
         warnings.warn(
             "fastpref: the compiled core has no CUDA kernels"
             f" ({_C.build_info()['why_not_cuda']}): CUDA tensors run on slower PyTorch code",
@@ -61,10 +62,8 @@ def launchers(device: torch.device, *dtypes: torch.dtype):
     return native
 
 
-def _known(op: str, objective: int) -> bool:
+def known(objective: int) -> bool:
     """Whether the core has this objective; one that stands in the oracle alone is served there."""
-    if not 0 <= objective < len(oracle.OBJECTIVES):
-        _fail(op, "objective", f"a number from 0 to {len(oracle.OBJECTIVES) - 1}", objective)
     return _C is not None and objective < _C.objectives
 
 
@@ -81,13 +80,15 @@ def _launch(launcher, device: torch.device, *arguments) -> None:
     for argument in arguments:
         if argument is None:
             plain.append(0)
-        elif isinstance(argument, Tensor):
+        elif type(argument) in (int, float):
+            plain.append(argument)
+        elif type(argument) is torch.dtype:
+            plain.append(DTYPES[argument])
+        else:
             if argument.is_neg() or not argument.is_contiguous():
                 argument = argument.resolve_neg().contiguous()
-            alive.append(argument)
+                alive.append(argument)
             plain.append(argument.data_ptr())
-        else:
-            plain.append(DTYPES[argument] if isinstance(argument, torch.dtype) else argument)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         with torch.cuda.device(device):
             return launcher(*plain, last(device))
@@ -116,6 +117,11 @@ def _check_vector(
     if t is not None and (t.numel() != n or t.dtype != dtype or t.device != like.device):
         got = f"{t.dtype} {list(t.shape)} on {t.device}"
         _fail(op, name, f"{dtype} [{n}] on {like.device}", got)
+
+
+def _check_objective(op: str, objective: int) -> None:
+    if not 0 <= objective < len(oracle.OBJECTIVES):
+        _fail(op, "objective", f"a number from 0 to {len(oracle.OBJECTIVES) - 1}", objective)
 
 
 def _check_draws(op: str, pairs: int, like: Tensor, **vectors: Tensor) -> None:
@@ -189,38 +195,41 @@ def pair_error(pred, target, seed, pair_id, index, p, q):
 
 
 def pair_loss(
-    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q,
-    *, checked=False,
-):  # fmt: skip
-    """checked: called past the dispatcher, by who has looked at everything that pointers follow."""
+    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q
+):
     rows = target.shape[0]
     pairs = rows // 2
-    if not checked:
-        if rows % 2:
-            _fail("pair_loss", "the target's batch", "even, winners first", rows)
-        _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
-        if (ref is None) == (ref_err is None):
-            _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
-        if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
-            _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
-        _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
-    shape = rows, pairs, pred.shape[0], target.numel() // rows
-    native = launchers(pred.device, pred.dtype, target.dtype)
-    native = native if _known("pair_loss", objective) else None
+    if rows % 2:
+        _fail("pair_loss", "the target's batch", "even, winners first", rows)
+    shape = _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
+    if (ref is None) == (ref_err is None):
+        _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
+    if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
+        _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
+    _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
+    _check_objective("pair_loss", objective)
+    native = launchers(pred.device, pred.dtype, target.dtype) if known(objective) else None
     if ref is not None and (native is None or ref.dtype != pred.dtype):
         ref, ref_err = None, pair_error(ref, target, seed, pair_id, index, p, q)
     if native is None:
         err = pair_error(pred, target, seed, pair_id, index, p, q)
         loss, *rest = loss_epilogue(err, ref_err, hyper, gain, weight, objective)
         return loss, rest[0], err, ref_err.clone(), *rest[1:]
-    ref_err = empty(pred, 2 * pairs) if ref is not None else ref_err.clone()
-    loss = empty(pred)
-    sizes = [pairs, pairs, rows, rows, rows]
-    if checked:  # one allocation; its pieces are no views, each has a version counter of its own
-        numbers = empty(pred, sum(sizes)).unsafe_split_with_sizes(sizes)
-    else:  # an operator's outputs share no memory
-        numbers = [empty(pred, size) for size in sizes]
-    pair_loss, margin, err, importance, coef = numbers
+    return checked_pair_loss(
+        native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id,
+        index, p, q,
+    )  # fmt: skip
+
+
+def checked_pair_loss(
+    native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index,
+    p, q,
+):  # fmt: skip
+    """pair_loss by these launchers, of what has been checked; shape: as `_shape` gives it."""
+    rows, pairs, *_ = shape
+    loss, pair_loss, margin = empty(pred), empty(pred, pairs), empty(pred, pairs)
+    err, importance, coef = empty(pred, rows), empty(pred, rows), empty(pred, rows)
+    ref_err = ref_err.clone() if ref is None else empty(pred, rows)
     workspace = workspace_of(native, shape, ref is not None, pred.device)
     _launch(
         native.pair_loss, pred.device, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
@@ -242,7 +251,8 @@ def loss_epilogue(err, ref_err, hyper, gain, weight, objective):
     if odd or pairs == 0:
         _fail("loss_epilogue", "err", "[2B], winners first", list(err.shape))
     _check_scalars("loss_epilogue", pairs, err, hyper, gain, weight, err, ref_err)
-    native = launchers(err.device) if _known("loss_epilogue", objective) else None
+    _check_objective("loss_epilogue", objective)
+    native = launchers(err.device) if known(objective) else None
     if native is None:
         return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
     loss, pair_loss, margin = empty(err), empty(err, pairs), empty(err, pairs)
@@ -254,16 +264,21 @@ def loss_epilogue(err, ref_err, hyper, gain, weight, objective):
     return loss, pair_loss, margin, importance, coef
 
 
-def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q, *, shape=None):
-    """shape: (rows, pairs, pred_rows, elements), where the caller has looked at everything."""
-    if shape is None:
-        shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
-        _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
-        _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
+def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
+    shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
+    _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
+    _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
     native = launchers(pred.device, pred.dtype, target.dtype)
     if native is None:
         y = _regenerated(target, seed, pair_id, index, p, q)
         return oracle.pair_grad(pred, y, coef * scale * (1.0 if grad is None else grad))
+    return checked_pair_grad(
+        native, shape, pred, target, coef, grad, scale, seed, pair_id, index, p, q
+    )
+
+
+def checked_pair_grad(native, shape, pred, target, coef, grad, scale, seed, pair_id, index, p, q):
+    """pair_grad by these launchers, of what has been checked."""
     out = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     _launch(
         native.pair_grad, pred.device, *shape, pred, pred.dtype, target, target.dtype,

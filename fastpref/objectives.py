@@ -3,11 +3,12 @@
 import difflib
 import sys
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 COMBINE = ("max", "min", "mean")  # the place is the number csrc reads
 BETA_CONVENTIONS = ("half_mean", "mean", "half_sum", "sum")
@@ -59,7 +60,7 @@ class Objective:
             elif option == "inverse_weight" and not isinstance(value, bool):
                 raise TypeError(f"{self.name}: inverse_weight must be true or false, got {value!r}")
 
-    @property
+    @cached_property
     def number(self) -> int:
         """The objective's number in the kernels: its place in OBJECTIVES."""
         return list(OBJECTIVES).index(self.name)
@@ -78,18 +79,20 @@ class Objective:
         )
 
     def hyper_tensor(self, device: torch.device) -> Tensor:
-        """`hyper()` as a float64 tensor [8], made once per (objective, device)."""
-        # Under torch.compile the tensor is traced instead: a cached one would be a fake.
-        make = _hyper_tensor.__wrapped__ if torch.compiler.is_compiling() else _hyper_tensor
-        if device.type == "cuda" and device.index is None:  # one tensor, whatever it is called
-            device = torch.device("cuda", torch.cuda.current_device())
-        return make(self, device)
+        """`hyper()` as a float64 tensor [8], made once for each device."""
+        if is_dynamo_compiling():  # it is traced
+            return torch.tensor(self.hyper(), dtype=torch.float64, device=device)
+        tensor = self._tensors.get(device)
+        if tensor is None:
+            with torch.inference_mode(False):  # it may later be saved for a backward
+                tensor = torch.tensor(self.hyper(), dtype=torch.float64, device=device)
+            if type(tensor) is Tensor:  # no fake one
+                tensor = self._tensors.setdefault(tensor.device, tensor)
+        return tensor
 
-
-@lru_cache(maxsize=256)
-def _hyper_tensor(objective: Objective, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may later be saved for a backward
-        return torch.tensor(objective.hyper(), dtype=torch.float64, device=device)
+    @cached_property
+    def _tensors(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

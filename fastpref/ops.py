@@ -6,6 +6,9 @@ everything where the core was not built, which is said once.
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from fastpref import native
 from fastpref.native import empty
@@ -154,24 +157,23 @@ for _name in ("pair_error", "pair_loss", "pair_grad", "loss_epilogue"):
 def _unwatched(tensor: Tensor) -> bool:
     """Plain eager mode: nothing traces, fakes or transforms what is done to this tensor."""
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
+        not is_dynamo_compiling()
+        and type(tensor) in (Tensor, Parameter)
+        and (tensor.is_cpu or tensor.is_cuda)
+        and _len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
     )
 
 
 class _PairLoss(torch.autograd.Function):
-    """One tensor in, one out: autograd need not look at the others."""
+    """One tensor in, one out: autograd need not look at the others, which come in a tuple."""
 
     @staticmethod
-    def forward(ctx, pred, inputs, rest):
-        loss, *others = native.pair_loss(pred, *inputs, checked=True)
+    def forward(ctx, pred, core, shape, inputs, rest):
+        loss, *others = native.checked_pair_loss(core, shape, pred, *inputs)
         rest += others
         target, *_, ctx.seed, pair_id, index, p, q = inputs
-        rows = target.shape[0]
-        ctx.shape = rows, rows // 2, pred.shape[0], target.numel() // rows
+        ctx.core, ctx.shape = core, shape
         ctx.save_for_backward(pred, target, others[-1], pair_id, index, p, q)
         return loss
 
@@ -180,18 +182,30 @@ class _PairLoss(torch.autograd.Function):
         pred, target, coef, *draws = ctx.saved_tensors
         rest = (pred, target, coef, grad, 2.0 / ctx.shape[0], ctx.seed, *draws)
         if torch.is_grad_enabled() or not _unwatched(pred):
-            return torch.ops.fastpref.pair_grad(*rest), None, None
-        return native.pair_grad(*rest, shape=ctx.shape), None, None
+            return torch.ops.fastpref.pair_grad(*rest), None, None, None, None
+        return native.checked_pair_grad(ctx.core, ctx.shape, *rest), None, None, None, None
 
 
-def checked_pair_loss(pred: Tensor, *inputs) -> tuple[Tensor, ...]:
-    """torch.ops.fastpref.pair_loss of checked inputs, by the shortest way that gives the same."""
+# Function.apply itself first looks for tensors that outlived their torch.func transform, at length.
+_apply = super(torch.autograd.Function, _PairLoss).apply
+
+
+def checked_pair_loss(
+    pred: Tensor, target: Tensor, ref, ref_err, hyper, gain, weight, objective: int, *draws
+) -> tuple[Tensor, ...]:
+    """torch.ops.fastpref.pair_loss of checked inputs, by the shortest way that gives the same.
+
+    Of the tensors only pred and target may require a gradient.
+    """
+    inputs = target, ref, ref_err, hyper, gain, weight, objective, *draws
     recorded = torch.is_grad_enabled()
-    refused = recorded and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if refused or not _unwatched(pred):
+    core = native.launchers(pred.device, pred.dtype, target.dtype) if _unwatched(pred) else None
+    if core is None or not native.known(objective) or (recorded and target.requires_grad):
         return torch.ops.fastpref.pair_loss(pred, *inputs)
+    rows = target.shape[0]
+    shape = rows, rows // 2, pred.shape[0], target.numel() // rows
     if not (recorded and pred.requires_grad):
-        return native.pair_loss(pred, *inputs, checked=True)
+        return native.checked_pair_loss(core, shape, pred, *inputs)
     rest: list[Tensor] = []
-    loss = _PairLoss.apply(pred, inputs, rest)
+    loss = _apply(pred, core, shape, inputs, rest)
     return loss, *rest

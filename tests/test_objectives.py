@@ -46,7 +46,10 @@ def test_objectives_with_gradients_of_zero_say_so(name):
 
 def test_hyper_tensor_is_made_once():
     cpu = torch.device("cpu")
-    one, two = (objective("spo", beta=10.0).hyper_tensor(cpu) for _ in range(2))
+    spo = objective("spo", beta=10.0)
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(spo.hyper_tensor(cpu), torch._subclasses.FakeTensor)
+    one, two = (spo.hyper_tensor(cpu) for _ in range(2))
     assert one is two and one.dtype == torch.float64
     assert one.tolist() == [10.0, 0, 0, 0.1, 0, 0, 0, 0]
     assert objective("spo", beta=9.0).hyper_tensor(cpu)[0] == 9.0

@@ -205,6 +205,9 @@ def test_an_objective_of_the_oracle_alone_trains(monkeypatch):
     torch.testing.assert_close(out[-1], expected.detach(), rtol=1e-12, atol=0)
     out[0].backward()
     assert_gradient(pred.grad, gradient64(pred, target, out[-1] / 2), pred, target, out[-1] / 2)
+    public = objective("dpo", beta=1.0)
+    vars(public)["number"] = square
+    assert same_bits(fastpref.preference_loss(pred, target, ref_err, public).coef, out[-1])
 
 
 @pytest.mark.parametrize("name", ["pair_error", "pair_loss", "loss_epilogue"])
