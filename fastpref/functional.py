@@ -127,19 +127,12 @@ def _check_draws(function: str, draws: Any, x0: Tensor, pairs: int | None) -> No
         )
 
 
-class _Unpacked(NamedTuple):
-    """A target as the ops take it: y itself, or x0 and how to make y of it."""
+def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> tuple:
+    """Checks pred against target (paired: rows are winners and losers) and takes it apart.
 
-    data: Tensor
-    seed: int
-    pair_id: Tensor | None
-    index: Tensor | None
-    p: Tensor | None
-    q: Tensor | None
-
-
-def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> _Unpacked:
-    """Checks pred against target (paired: rows are winners and losers) and takes it apart."""
+    Returns (data, seed, pair_id, index, p, q) as the ops take them: data is y itself and there are
+    no draws, or it is x0 and the rest says how to make y of it.
+    """
     _check_tensor(function, "pred", pred, None)
     shape = pred.shape
     if len(shape) < 2 or 0 in shape:
@@ -162,14 +155,12 @@ def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> _Unpacked
             f" rows, where one prediction serves both members), got {list(data_shape)}"
         )
     if not made:
-        return _Unpacked(data, 0, None, None, None, None)
+        return data, 0, None, None, None, None
     _check_draws(function, target.draws, data, rows // 2 if paired else None)
     draws, pairs = target.draws, target.draws.pair_id.shape[0]
     _check_per_pair(function, "target.p", target.p, pairs, pred.device)
     _check_per_pair(function, "target.q", target.q, pairs, pred.device)
-    return _Unpacked(
-        data, draws.seed, draws.pair_id, draws.index, target.p.float(), target.q.float()
-    )
+    return data, draws.seed, draws.pair_id, draws.index, target.p.float(), target.q.float()
 
 
 def _per_pair(
@@ -352,13 +343,11 @@ def unit_seed(pred: Tensor, target: Tensor | Target) -> tuple[Tensor, Tensor, fl
     scale, a power of two near D, keeps fp16 from underflowing: divide the coefficient by it.
     Nothing here is differentiable. Raises as `pair_error` does.
     """
-    unpacked = _unpack("unit_seed", pred, target, False)
-    if unpacked.data.shape[0] != pred.shape[0]:
+    data, *draws = _unpack("unit_seed", pred, target, False)
+    if data.shape[0] != pred.shape[0]:
         raise ValueError(
-            f"unit_seed: pred must have the target's {unpacked.data.shape[0]} rows,"
-            f" got {pred.shape[0]}"
+            f"unit_seed: pred must have the target's {data.shape[0]} rows, got {pred.shape[0]}"
         )
     scale = 2.0 ** round(math.log2(pred[0].numel()))
-    data, *draws = unpacked
     err, seed = torch.ops.fastpref.unit_seed(pred.detach(), data, scale, *draws)
     return err, seed, scale
