@@ -58,13 +58,13 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
         "pair_loss: eager, recorded": lambda: eager(learned),
         "pair_loss: eager, backward": backward(eager),
     }
-    kernels = native.launchers(device, pred.dtype)
+    kernels = native.launchers(pred, pred.dtype)
     if kernels is not None:
-        workspace = native.workspace_of(kernels, (2, 2, 2, 64), False, device)
+        workspace = native.workspace_of(kernels, (2, 2, 2, 64), False, pred)
         place = 0 if workspace is None else workspace.data_ptr()
         calls["pair_error: direct"] = lambda: kernels.pair_error(
             2, 2, 2, 64, pred.data_ptr(), 0, 1, target.data_ptr(), 1, 0, 0, 0, 0, 0,
-            err.data_ptr(), 0, place, native.last(device),
+            err.data_ptr(), 0, place, native.last(pred),
         )  # fmt: skip
     return calls
 

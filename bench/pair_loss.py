@@ -170,13 +170,13 @@ def variants(device: torch.device) -> dict[str, dict[str, Callable]]:
 def bare(objective: Objective, i: Inputs) -> Callable[[], Tensor]:
     """The gradient by the two calls of the core in an autograd function, all else ready before."""
     pred, element = i.pred.detach(), native.DTYPES[i.pred.dtype]
-    core = native.launchers(pred.device, pred.dtype)
+    core = native.launchers(pred, pred.dtype)
     rows, pairs, pred_rows = len(i.y), len(i.sigma), len(pred)
     shape = (pairs, pred_rows, i.y[0].numel())
     hyper, grad = objective.hyper_tensor(pred.device), torch.empty_like(pred)
     loss, pair_loss, margin = (native.empty(pred, pairs) for _ in range(3))
     err, ref_err, importance, coef = (native.empty(pred, rows) for _ in range(4))
-    workspace = native.workspace_of(core, (rows, *shape), True, pred.device)
+    workspace = native.workspace_of(core, (rows, *shape), True, pred)
 
     def at(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
@@ -187,7 +187,7 @@ def bare(objective: Objective, i: Inputs) -> Callable[[], Tensor]:
             core.pair_loss(
                 *shape, at(pred), at(i.ref), element, at(i.y), element, 0, 0, 0, 0, 0, at(err),
                 at(ref_err), at(workspace), objective.number, at(hyper), at(i.gain), 0, at(loss),
-                at(pair_loss), at(margin), at(importance), at(coef), native.last(pred.device),
+                at(pair_loss), at(margin), at(importance), at(coef), native.last(pred),
             )  # fmt: skip
             return loss[0].clone()
 
@@ -195,7 +195,7 @@ def bare(objective: Objective, i: Inputs) -> Callable[[], Tensor]:
         def backward(ctx, _):
             core.pair_grad(
                 rows, *shape, at(pred), element, at(i.y), element, 0, 0, 0, 0, 0, at(coef), 0,
-                2.0 / rows, at(grad), native.last(pred.device),
+                2.0 / rows, at(grad), native.last(pred),
             )  # fmt: skip
             return grad
 

@@ -47,13 +47,13 @@ def build_info() -> dict[str, object]:
 # --- Calling the core ---
 
 
-def launchers(device: torch.device, *dtypes: torch.dtype):
-    """The launchers for these tensors, or None where the oracle has to serve."""
+def launchers(like: Tensor, *dtypes: torch.dtype):
+    """The launchers for these dtypes on the tensor's device, or None: the oracle has to serve."""
     for dtype in dtypes:
         if dtype not in DTYPES:
             return None
-    native = getattr(_C, device.type, None)
-    if native is None and device.type == "cuda" and _C is not None:
+    native = getattr(_C, "cpu" if like.is_cpu else like.device.type, None)
+    if native is None and like.is_cuda and _C is not None:
         warnings.warn(
             "fastpref: the compiled core has no CUDA kernels"
             f" ({_C.build_info()['why_not_cuda']}): CUDA tensors run on slower PyTorch code",
@@ -67,15 +67,15 @@ def known(objective: int) -> bool:
     return _C is not None and objective < _C.objectives
 
 
-def last(device: torch.device) -> int:
+def last(like: Tensor) -> int:
     """A launcher's last argument: the number of threads, or the current stream."""
-    if device.type == "cpu":
+    if like.is_cpu:
         return torch.get_num_threads()
-    return torch._C._cuda_getCurrentRawStream(device.index)
+    return torch._C._cuda_getCurrentRawStream(like.device.index)
 
 
-def _launch(launcher, device: torch.device, *arguments) -> None:
-    """Call the core on the tensors' device: tensors as addresses, None as 0, dtypes as numbers."""
+def _launch(launcher, like: Tensor, *arguments) -> None:
+    """Call the core on like's device: tensors as addresses, None as 0, dtypes as numbers."""
     alive, plain = [], []  # what is read must lie in memory as it is, until the core returns
     for argument in arguments:
         if argument is None:
@@ -89,21 +89,21 @@ def _launch(launcher, device: torch.device, *arguments) -> None:
                 argument = argument.resolve_neg().contiguous()
                 alive.append(argument)
             plain.append(argument.data_ptr())
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        with torch.cuda.device(device):
-            return launcher(*plain, last(device))
-    return launcher(*plain, last(device))
+    if like.is_cuda and torch.cuda.device_count() > 1:
+        with torch.cuda.device(like.device):
+            return launcher(*plain, last(like))
+    return launcher(*plain, last(like))
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
-def workspace_of(native, shape: tuple, with_ref: bool, device: torch.device) -> Tensor | None:
-    if device.type == "cpu":
+def workspace_of(native, shape: tuple, with_ref: bool, like: Tensor) -> Tensor | None:
+    if like.is_cpu:
         return None
     size = native.workspace_bytes(*shape, with_ref)
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def _fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -169,12 +169,12 @@ def add_noise(x0, pair_id, index, a, s, seed, dtype=None):
     if rows not in (pairs, 2 * pairs) or elements == 0 or rows == 0:
         _fail("add_noise", "x0", f"[{pairs} or {2 * pairs}, ...]", list(x0.shape))
     _check_draws("add_noise", pairs, x0, pair_id=pair_id, index=index, a=a, s=s)
-    native = launchers(x0.device, x0.dtype, dtype)
+    native = launchers(x0, x0.dtype, dtype)
     if native is None:
         return oracle.mix(x0, oracle.normal(seed, pair_id, index, elements), a, s).to(dtype)
     out = torch.empty(x0.shape, dtype=dtype, device=x0.device)
     _launch(
-        native.add_noise, x0.device, rows, pairs, elements, x0, x0.dtype, out, dtype,
+        native.add_noise, x0, rows, pairs, elements, x0, x0.dtype, out, dtype,
         seed, pair_id, index, a, s,
     )  # fmt: skip
     return out
@@ -182,13 +182,13 @@ def add_noise(x0, pair_id, index, a, s, seed, dtype=None):
 
 def pair_error(pred, target, seed, pair_id, index, p, q):
     shape = _shape("pair_error", pred, target, None, pair_id, index, p, q)
-    native = launchers(pred.device, pred.dtype, target.dtype)
+    native = launchers(pred, pred.dtype, target.dtype)
     if native is None:
         return oracle.pair_error(pred, _regenerated(target, seed, pair_id, index, p, q))
     err = empty(pred, shape[0])
-    workspace = workspace_of(native, shape, False, pred.device)
+    workspace = workspace_of(native, shape, False, pred)
     _launch(
-        native.pair_error, pred.device, *shape, pred, None, pred.dtype, target, target.dtype,
+        native.pair_error, pred, *shape, pred, None, pred.dtype, target, target.dtype,
         seed, pair_id, index, p, q, err, None, workspace,
     )  # fmt: skip
     return err
@@ -208,7 +208,7 @@ def pair_loss(
         _fail("pair_loss", "ref", f"{list(pred.shape)} on {pred.device}", list(ref.shape))
     _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
     _check_objective("pair_loss", objective)
-    native = launchers(pred.device, pred.dtype, target.dtype) if known(objective) else None
+    native = launchers(pred, pred.dtype, target.dtype) if known(objective) else None
     if ref is not None and (native is None or ref.dtype != pred.dtype):
         ref, ref_err = None, pair_error(ref, target, seed, pair_id, index, p, q)
     if native is None:
@@ -230,9 +230,9 @@ def checked_pair_loss(
     loss, pair_loss, margin = empty(pred), empty(pred, pairs), empty(pred, pairs)
     err, importance, coef = empty(pred, rows), empty(pred, rows), empty(pred, rows)
     ref_err = ref_err.clone() if ref is None else empty(pred, rows)
-    workspace = workspace_of(native, shape, ref is not None, pred.device)
+    workspace = workspace_of(native, shape, ref is not None, pred)
     _launch(
-        native.pair_loss, pred.device, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
+        native.pair_loss, pred, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
         seed, pair_id, index, p, q, err, ref_err, workspace, objective, hyper, gain, weight,
         loss, pair_loss, margin, importance, coef,
     )  # fmt: skip
@@ -252,13 +252,13 @@ def loss_epilogue(err, ref_err, hyper, gain, weight, objective):
         _fail("loss_epilogue", "err", "[2B], winners first", list(err.shape))
     _check_scalars("loss_epilogue", pairs, err, hyper, gain, weight, err, ref_err)
     _check_objective("loss_epilogue", objective)
-    native = launchers(err.device) if known(objective) else None
+    native = launchers(err) if known(objective) else None
     if native is None:
         return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
     loss, pair_loss, margin = empty(err), empty(err, pairs), empty(err, pairs)
     importance, coef = empty(err, 2 * pairs), empty(err, 2 * pairs)
     _launch(
-        native.loss_epilogue, err.device, pairs, objective, hyper, gain, weight, err, ref_err,
+        native.loss_epilogue, err, pairs, objective, hyper, gain, weight, err, ref_err,
         loss, pair_loss, margin, importance, coef,
     )  # fmt: skip
     return loss, pair_loss, margin, importance, coef
@@ -268,7 +268,7 @@ def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
     shape = _shape("pair_grad", pred, target, None, pair_id, index, p, q)
     _check_vector("pair_grad", "coef", coef, shape[0], torch.float64, pred)
     _check_vector("pair_grad", "grad", grad, 1, torch.float64, pred)
-    native = launchers(pred.device, pred.dtype, target.dtype)
+    native = launchers(pred, pred.dtype, target.dtype)
     if native is None:
         y = _regenerated(target, seed, pair_id, index, p, q)
         return oracle.pair_grad(pred, y, coef * scale * (1.0 if grad is None else grad))
@@ -279,9 +279,9 @@ def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
 
 def checked_pair_grad(native, shape, pred, target, coef, grad, scale, seed, pair_id, index, p, q):
     """pair_grad by these launchers, of what has been checked."""
-    out = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    out = torch.empty_like(pred, memory_format=torch.contiguous_format)
     _launch(
-        native.pair_grad, pred.device, *shape, pred, pred.dtype, target, target.dtype,
+        native.pair_grad, pred, *shape, pred, pred.dtype, target, target.dtype,
         seed, pair_id, index, p, q, coef, grad, scale, out,
     )  # fmt: skip
     return out
@@ -292,15 +292,15 @@ def unit_seed(pred, target, scale, seed, pair_id, index, p, q):
     rows, pairs, pred_rows, elements = shape
     if pred_rows != rows:
         _fail("unit_seed", "pred", f"of the target's {rows} rows", pred_rows)
-    native = launchers(pred.device, pred.dtype, target.dtype)
+    native = launchers(pred, pred.dtype, target.dtype)
     if native is None:
         y = _regenerated(target, seed, pair_id, index, p, q)
         factor = empty(pred, rows).fill_(scale)
         return oracle.pair_error(pred, y), oracle.pair_grad(pred, y, factor)
     err, out = empty(pred, rows), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    workspace = workspace_of(native, shape, False, pred.device)
+    workspace = workspace_of(native, shape, False, pred)
     _launch(
-        native.unit_seed, pred.device, rows, pairs, elements, pred, pred.dtype,
+        native.unit_seed, pred, rows, pairs, elements, pred, pred.dtype,
         target, target.dtype, seed, pair_id, index, p, q, err, workspace, scale, out,
     )  # fmt: skip
     return err, out

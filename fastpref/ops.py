@@ -199,7 +199,7 @@ def checked_pair_loss(
     """
     inputs = target, ref, ref_err, hyper, gain, weight, objective, *draws
     recorded = torch.is_grad_enabled()
-    core = native.launchers(pred.device, pred.dtype, target.dtype) if _unwatched(pred) else None
+    core = native.launchers(pred, pred.dtype, target.dtype) if _unwatched(pred) else None
     if core is None or not native.known(objective) or (recorded and target.requires_grad):
         return torch.ops.fastpref.pair_loss(pred, *inputs)
     rows = target.shape[0]
