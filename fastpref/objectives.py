@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_dynamo_compiling
 
 COMBINE = ("max", "min", "mean")  # the place is the number csrc reads
@@ -86,7 +87,7 @@ class Objective:
         if tensor is None:
             with torch.inference_mode(False):  # it may later be saved for a backward
                 tensor = torch.tensor(self.hyper(), dtype=torch.float64, device=device)
-            if type(tensor) is Tensor:  # no fake one
+            if type(tensor) is Tensor and not is_functorch_wrapped_tensor(tensor):  # no fake one
                 tensor = self._tensors.setdefault(tensor.device, tensor)
         return tensor
 
