@@ -80,10 +80,12 @@ def _launch(launcher, like: Tensor, *arguments) -> None:
     for argument in arguments:
         if argument is None:
             plain.append(0)
-        elif type(argument) in (int, float):
+        elif type(argument) in (int, float):  # the slower questions only for what needs them
             plain.append(argument)
-        elif type(argument) is torch.dtype:
+        elif isinstance(argument, torch.dtype):
             plain.append(DTYPES[argument])
+        elif not isinstance(argument, Tensor):
+            plain.append(argument)
         else:
             if argument.is_neg() or not argument.is_contiguous():
                 argument = argument.resolve_neg().contiguous()

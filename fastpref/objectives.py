@@ -3,12 +3,12 @@
 import difflib
 import sys
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 COMBINE = ("max", "min", "mean")  # the place is the number csrc reads
@@ -61,7 +61,7 @@ class Objective:
             elif option == "inverse_weight" and not isinstance(value, bool):
                 raise TypeError(f"{self.name}: inverse_weight must be true or false, got {value!r}")
 
-    @cached_property
+    @property
     def number(self) -> int:
         """The objective's number in the kernels: its place in OBJECTIVES."""
         return list(OBJECTIVES).index(self.name)
@@ -80,20 +80,22 @@ class Objective:
         )
 
     def hyper_tensor(self, device: torch.device) -> Tensor:
-        """`hyper()` as a float64 tensor [8], made once for each device."""
-        if is_dynamo_compiling():  # it is traced
-            return torch.tensor(self.hyper(), dtype=torch.float64, device=device)
-        tensor = self._tensors.get(device)
-        if tensor is None:
-            with torch.inference_mode(False):  # it may later be saved for a backward
-                tensor = torch.tensor(self.hyper(), dtype=torch.float64, device=device)
-            if type(tensor) is Tensor and not is_functorch_wrapped_tensor(tensor):  # no fake one
-                tensor = self._tensors.setdefault(tensor.device, tensor)
-        return tensor
+        """`hyper()` as a float64 tensor [8], made once per (objective, device)."""
+        if device != _CPU and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # whatever it is called
+        watched = is_dynamo_compiling() or _len_torch_dispatch_stack()
+        if watched or _are_functorch_transforms_active():  # it is traced, fake or wrapped
+            return _hyper_tensor.__wrapped__(self, device)
+        return _hyper_tensor(self, device)
 
-    @cached_property
-    def _tensors(self) -> dict[torch.device, Tensor]:
-        return {}
+
+_CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=256)
+def _hyper_tensor(objective: Objective, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may later be saved for a backward
+        return torch.tensor(objective.hyper(), dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,7 +186,8 @@ class _PairLoss(torch.autograd.Function):
         return native.checked_pair_grad(ctx.core, ctx.shape, *rest), None, None, None, None
 
 
-# Function.apply itself first looks for tensors that outlived their torch.func transform, at length.
+# Function.apply itself looks at length for tensors that outlived their torch.func transform: here
+# they are refused, having no memory.
 _apply = super(torch.autograd.Function, _PairLoss).apply
 
 

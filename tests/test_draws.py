@@ -2,11 +2,12 @@
 
 import math
 import statistics
+from enum import IntEnum
 
 import pytest
 import torch
 
-from fastpref import Draws, Target, add_noise, oracle, pair_error
+from fastpref import Draws, Target, add_noise, objective, oracle, pair_error, preference_loss
 
 SEED = 2**62 + 12345
 PAIRS = torch.tensor([0, 1, -1, 2**31, 2**62 + 3, -(2**63)])
@@ -53,6 +54,17 @@ def test_each_part_of_the_key_matters():
     for other in others:
         assert not torch.isclose(first, other).any()
         assert abs((first * other).mean()) < 5 / 16
+
+
+def test_a_seed_is_any_integer():
+    """Those of an enumeration, say, and True, which Python counts among them."""
+    pred, x0 = torch.randn(2, 2, 9)
+    dpo, ids, one = objective("dpo", beta=1.0), torch.tensor([3]), torch.ones(1)
+    expected, *others = (
+        preference_loss(pred, Target(x0, Draws(seed, ids, ids), one, one), pred + 1, dpo).err
+        for seed in (1, IntEnum("Seeds", "first").first, True)
+    )
+    assert all(torch.equal(expected, other) for other in others)
 
 
 def test_members_company_and_order_do_not_matter():

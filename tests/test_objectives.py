@@ -50,7 +50,7 @@ def test_hyper_tensor_is_made_once():
     with torch._subclasses.FakeTensorMode():
         assert isinstance(spo.hyper_tensor(cpu), torch._subclasses.FakeTensor)
     torch.func.grad(lambda x: x * spo.hyper_tensor(cpu)[0])(torch.ones((), dtype=torch.float64))
-    one, two = (spo.hyper_tensor(cpu) for _ in range(2))
+    one, two = (objective("spo", beta=10.0).hyper_tensor(cpu) for _ in range(2))
     assert one is two and one.dtype == torch.float64 and one.data_ptr()
     assert one.tolist() == [10.0, 0, 0, 0.1, 0, 0, 0, 0]
     assert objective("spo", beta=9.0).hyper_tensor(cpu)[0] == 9.0
