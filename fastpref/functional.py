@@ -91,13 +91,12 @@ def _check_tensor(function: str, name: str, value: Any, device: torch.device | N
         raise TypeError(f"{function}: {name} must be a dense tensor, got {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{function}: {name} must be on {device}, got {_describe(value)}")
-    if forward_ad._current_level >= 0:
-        _check_tangent(function, name, value)
+    _check_tangent(function, name, value)
 
 
 def _check_tangent(function: str, name: str, value: Tensor) -> None:
     """Without this a forward-mode derivative would silently be zero."""
-    if forward_ad.unpack_dual(value).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{function}: {name} has a forward-mode tangent, and there is no forward-mode"
             " derivative here: use backward, or detach it"
@@ -312,8 +311,7 @@ def loss_from_errors(
             raise TypeError(
                 f"{function}: {name} must be a float64 tensor [2B], got {_describe(value)}"
             )
-        if forward_ad._current_level >= 0:
-            _check_tangent(function, name, value)
+        _check_tangent(function, name, value)
     if err.dim() != 1 or err.shape[0] % 2 or err.shape[0] == 0:
         raise ValueError(
             f"{function}: err must be [2B] with an even number of rows, winners then losers,"

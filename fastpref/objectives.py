@@ -81,6 +81,7 @@ class Objective:
 
     def hyper_tensor(self, device: torch.device) -> Tensor:
         """`hyper()` as a float64 tensor [8], made once per (objective, device)."""
+        # The name of a type is a string made anew at every look, which the CPU can do without.
         if device != _CPU and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # whatever it is called
         watched = is_dynamo_compiling() or _len_torch_dispatch_stack()
