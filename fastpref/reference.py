@@ -62,13 +62,18 @@ def adapters_off(model: nn.Module, predict: Predict) -> Reference:
     return reference
 
 
-def shared_prefix(model: nn.Module, predict: Predict) -> tuple[Policy, Reference]:
+def shared_prefix(
+    model: nn.Module, predict: Predict, *, checked: bool = False
+) -> tuple[Policy, Reference]:
     """(policy, reference) over one copy of the weights, as `adapters_off`, but whatever stands
     below the first adapter runs once: called after the reference on the very same tensors, the
     policy starts there. Any other call of either is a whole pass.
+
+    checked: the first such call is not compared with a whole pass, as where tensors have no values.
     """
     layers = _adapters(model)
     prefix = Prefix(model, layers)
+    prefix.checked = checked
 
     @torch.no_grad()
     def reference(

@@ -1,0 +1,218 @@
+"""What a run needs of a card, predicted before it starts: its memory, and seconds a pair."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import simulate
+from .checkpointing import Mode
+from .reference import PairMode, Predict
+from .simulate import Passes, Work
+
+GIB = 2**30
+SPARE = 0.08  # of a card's memory: fragments of the allocator, and what the prediction lacks
+CONTEXT = 0.6e9  # bytes of CUDA's context and libraries, which PyTorch does not count
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU's memory in GiB, and the rates that kernels reach on it.
+
+    product: FLOP/s of bf16 products. traffic: bytes/s. attention: FLOP/s of forward and backward by
+    the heads' dim. launch: seconds the host takes to launch a kernel. None: not known.
+    """
+
+    name: str
+    gib: float
+    product: float | None = None
+    traffic: float | None = None
+    attention: dict[int, tuple[float, float]] = field(default_factory=dict)
+    launch: float = 6e-6
+
+    @property
+    def room(self) -> float:
+        """Bytes that a run may plan with."""
+        return (1 - SPARE) * (self.gib * GIB - CONTEXT)
+
+
+# Rates: of cuDNN's attention at 16k tokens (FlashAttention-3, arXiv 2407.08608, its figures) and of
+# products with the models' widths; expected, not measured here.
+_HOPPER = {64: (413e12, 433e12), 128: (595e12, 516e12)}
+CARDS = {
+    "h100-80": Card("h100-80", 79.6, 650e12, 3.0e12, _HOPPER),
+    "h200": Card("h200", 140.4, 650e12, 4.0e12, _HOPPER),
+}
+
+
+def card(name: str) -> Card:
+    """A card by its name, or any card by its memory in GiB: its seconds are not known, but for one
+    of a known card's size.
+    """
+    if name in CARDS:
+        return CARDS[name]
+    if not re.fullmatch(r"\d{1,4}(\.\d+)?", name) or not float(name):
+        raise ValueError(f"--card: expected {', '.join(CARDS)} or its memory in GiB, got {name}")
+    near = [c for c in CARDS.values() if abs(c.gib - float(name)) < 1]
+    return near[0] if near else Card(f"{name} GiB", float(name))
+
+
+def card_of(device: torch.device) -> Card:
+    """The card that is here: its memory, and the rates of a known one that it is named after."""
+    from dataclasses import replace
+
+    found = torch.cuda.get_device_properties(device)
+    gib = found.total_memory / GIB
+    for known in CARDS.values():
+        if known.name.partition("-")[0].upper() in found.name.upper():
+            return replace(known, name=found.name, gib=gib)
+    return Card(found.name, gib)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one choice; bytes at the peak of a step, and seconds a pair.
+
+    weights: of the model, and of a frozen copy. trained: parameters that train, their gradients,
+    the side buffer of a deferred step, and the optimiser's moments. kept: what the recorded graphs
+    hold. transients: the rest. seconds: None where the card's rates are not known.
+    """
+
+    pair_mode: PairMode
+    checkpointing: Mode
+    compile: bool
+    weights: int
+    trained: int
+    kept: int
+    transients: int
+    seconds: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.pair_mode}/{self.checkpointing}" + "+compile" * self.compile
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.trained + self.kept + self.transients
+
+    def fits(self, on: Card) -> bool:
+        """With 8 % to spare."""
+        return self.peak <= on.room
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pair step is made of, so that `predict` can run it over shapes.
+
+    model: with its adapters, before checkpointing and compiling. blocks: the family's BLOCKS.
+    inputs: (noisy, t, cond) of one sample. pairs: of a batch. online: the reference is a pass, not
+    cached. copies: of the frozen weights. graphs: the step is recorded: launches take no time.
+    """
+
+    model: nn.Module
+    predict: Predict
+    blocks: str
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]]
+    pairs: int = 1
+    online: bool = True
+    copies: int = 1
+    graphs: bool = False
+    cuda: bool = True
+
+
+def predictions(
+    step: Step,
+    on: Card,
+    *,
+    pair_modes: Sequence[PairMode] = get_args(PairMode),
+    checkpointing: Sequence[Mode] = get_args(Mode),
+    compile: Sequence[bool] = (False, True),
+) -> Iterator[Prediction]:
+    """A prediction for every combination, those with the least recomputation first.
+
+    Compiled blocks that differ from each other, as a UNet's do, would take minutes to look at: they
+    are predicted like those that are not compiled, which keep more and take longer.
+    """
+    alike = simulate.like_each_other(step.model, step.blocks) > 0
+    for mode in checkpointing:
+        for compiled in compile:
+            found = simulate.passes(
+                step.model,
+                step.predict,
+                step.blocks,
+                step.inputs,
+                checkpoint=mode,
+                compiled=compiled and alike,
+                cuda=step.cuda,
+            )
+            for pair_mode in pair_modes:
+                yield predict(step, found, on, pair_mode, mode, compiled)
+
+
+def predict(
+    step: Step, found: Passes, on: Card, pair_mode: PairMode, checkpointing: Mode, compile: bool
+) -> Prediction:
+    """From one sample's passes to a step: deferred has one sample's alive at a time, joint all."""
+    tensors = [*step.model.parameters(), *step.model.buffers()]
+    trained = [p for p in step.model.parameters() if p.requires_grad]
+    values = sum(p.nbytes for p in trained)
+    noisy, _, cond = step.inputs
+    inputs = 2 * noisy.nbytes + sum(v.nbytes for v in cond.values())  # latents and noisy
+    rows = 1 if pair_mode == "deferred" else 2 * step.pairs
+    most = max(found.peak, found.reference_peak if step.online else 0)
+    frozen = sum(t.nbytes for t in tensors) - values
+    full = values if step.copies > 1 else 0  # a frozen copy is also of what trains
+    return Prediction(
+        pair_mode=pair_mode,
+        checkpointing=checkpointing,
+        compile=compile,
+        weights=step.copies * frozen + full,
+        trained=(5 if pair_mode == "deferred" else 4) * values,
+        kept=rows * found.kept,
+        transients=rows * (most - found.kept) + 2 * step.pairs * inputs,
+        seconds=seconds(step, found, on),
+    )
+
+
+def seconds(step: Step, found: Passes, on: Card) -> float | None:
+    """A pair: two samples' passes, each kernel by its slower part, arithmetic or traffic."""
+    if on.product is None:
+        return None
+    parts = ("reference", "forward", "backward")[not step.online :]
+    return 2 * sum(_seconds(found.work[part], on, step.graphs) for part in parts)
+
+
+def _seconds(work: Counter[Work], on: Card, graphs: bool) -> float:
+    def rate(each: Work) -> float:
+        if each.kind in ("product", "traffic"):
+            return on.product
+        forward, backward = on.attention[128 if each.dim > 64 else 64]
+        return forward if each.kind == "attention" else backward
+
+    busy = sum(n * max(w.flops / rate(w), w.bytes / on.traffic) for w, n in work.items())
+    return busy if graphs else max(busy, on.launch * sum(work.values()))
+
+
+def table(rows: Sequence[Prediction], on: Card) -> str:
+    """The predictions in lines, each marked whether it fits."""
+    head = f"{'predicted':<28}{'peak GB':>8}{'weights':>9}{'trained':>9}{'kept':>8}{'rest':>7}"
+    lines = [head + f"{'s/pair':>8}"]
+    for row in rows:
+        parts = (row.peak, row.weights, row.trained, row.kept, row.transients)
+        sizes = "".join(f"{v / 1e9:>{n}.1f}" for v, n in zip(parts, (8, 9, 9, 8, 7), strict=True))
+        taken = "-" if row.seconds is None else f"{row.seconds:.3g}"
+        mark = "fits" if row.fits(on) else "does not fit"
+        lines.append(f"{row.name:<28}{sizes}{taken:>8}  {mark}")
+    return "\n".join(lines)
+
+
+def best(rows: Sequence[Prediction], on: Card) -> Prediction | None:
+    """The fastest that fits, of equally fast ones the smallest; None: nothing fits."""
+    fitting = [row for row in rows if row.fits(on)]
+    return min(fitting, key=lambda row: (row.seconds or 0.0, row.peak), default=None)
