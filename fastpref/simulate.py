@@ -361,7 +361,8 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
 
     As inductor schedules it, nearly: products and attention are kernels of their own; what lies
     between them and is connected is one kernel, which reads its inputs once and writes what others
-    use. A backward frees what the forward has kept as it goes.
+    use, but computes again what takes up to four readings elementwise (inductor's own limit). A
+    backward frees what the forward has kept as it goes.
     """
     nodes = list(graph.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
@@ -408,10 +409,26 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
         if node.op == "call_function":
             members.setdefault(first(node), []).append(node)
     results = {buffer[n] for n in nodes[-1].all_input_nodes}
+    written = results.union(*({buffer[n] for n in k.all_input_nodes} for k in products))
+    origin: dict[fx.Node, set[fx.Node]] = {}  # of a value: the buffers it is computed from
+
+    def origins(node: fx.Node) -> set[fx.Node]:
+        if node not in origin:
+            given = [buffer[n] for n in node.all_input_nodes]
+            elementwise = node.op == "call_function" and node.target is not getitem
+            elementwise &= first(node) not in products and node not in written
+            elementwise &= _size(node) > 0 and all(_elements(node) >= _elements(n) for n in given)
+            found = set().union(*map(origins, given)) if elementwise else {node}
+            origin[node] = found if len(found) <= 4 else {node}
+        return origin[node]
+
     reads: dict[fx.Node, set[fx.Node]] = {}  # kernel -> buffers of others
     for kernel, own in members.items():
         inside = {buffer[n] for node in own for n in node.all_input_nodes}
-        reads[kernel] = {n for n in inside if first(n) is not kernel}
+        outside = [n for n in inside if first(n) is not kernel]
+        if kernel not in products:
+            outside = [o for n in outside for o in origins(n)]
+        reads[kernel] = set(outside)
     wanted = results.union(*reads.values())  # by another kernel: these are written
     work: Counter[Work] = Counter()
     for kernel, own in members.items():
@@ -438,6 +455,10 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
         alive += change[when]
         most = max(most, alive)
     return most, work
+
+
+def _elements(node: fx.Node) -> int:
+    return max((v.numel() for v in tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), default=0)
 
 
 def _size(node: fx.Node) -> int:
