@@ -20,6 +20,7 @@ CALLS = {
     "encode_text": ("pipe", "prompts"),
     "decode": ("pipe", "latents"),
 }
+HELPERS = ("folder", "published")  # modules here that are no families
 NAMES = ("LORA_TARGETS", "BLOCKS", *CALLS)
 
 
@@ -55,7 +56,7 @@ def load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not within(error.name, target):
             raise ValueError(f"family {name}: needs the package {error.name}; install it") from None
-        known = ", ".join(m.name for m in pkgutil.iter_modules(__path__) if m.name != "folder")
+        known = ", ".join(m.name for m in pkgutil.iter_modules(__path__) if m.name not in HELPERS)
         raise ValueError(
             f"family: expected one of {known} or a module such as my_pkg.mine, got {name!r}, which "
             f"is neither installed nor in {Path.cwd()}"

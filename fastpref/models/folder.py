@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -123,8 +124,38 @@ def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype)
     Raises:
         ValueError: none there, of another class, or weights that do not fill its config.
     """
-    read_config(kind, path, subfolder)
+    config = read_config(kind, path, subfolder)
+    if _shapes_alone:
+        return shaped(kind, config, torch.device("meta"), dtype)
     return load_part(kind, path, subfolder, **arguments(kind, path, subfolder, dtype))
+
+
+_shapes_alone: list[bool] = []
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Inside, `load_model` reads a model's config alone: its tensors have shapes and no values."""
+    _shapes_alone.append(True)
+    try:
+        yield
+    finally:
+        _shapes_alone.pop()
+
+
+def shaped(
+    kind: type, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A model that is not loaded but made, frozen, in the dtypes that loading would give it."""
+    with device:
+        model = kind.from_config(config).requires_grad_(False)
+    kept = kind._keep_in_fp32_modules
+    if kept is None:
+        return nn.Module.to(model, dtype)  # diffusers' own warns of what is not the case here
+    for name, p in model.named_parameters():
+        if not set(kept) & set(name.split(".")):
+            p.data = p.data.to(dtype)
+    return model
 
 
 def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
