@@ -100,12 +100,12 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
-    from .assemble import alone
+    from .assemble import alone, within_memory
     from .parsing import parse
     from .train import train as run
 
     config = parse(rest)
-    with alone(Path(config.output_dir)):
+    with alone(Path(config.output_dir)), within_memory(config):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(f"{result['artifact']}: step {result['global_step']}, {speed}")
@@ -187,7 +187,7 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .assemble import alone, cache_reference, open_data
+    from .assemble import alone, cache_reference, open_data, within_memory
     from .config import OFFLINE, Config, belongs
     from .parsing import betas, config_values, names
     from .train import train as run
@@ -225,7 +225,7 @@ def sweep(rest: list[str]) -> None:
         lines = []
         for config in runs:
             print(f"--- {config.output_dir}")
-            with alone(Path(config.output_dir)):
+            with alone(Path(config.output_dir)), within_memory(config):
                 metrics = run(config)["metrics"]
             rise = metrics["errors/policy_w"] / metrics["errors/reference_w"] - 1
             lines.append(
@@ -347,7 +347,14 @@ def report(rest: list[str]) -> None:
 
 
 def doctor(rest: list[str]) -> None:
-    parser("doctor", "What is installed and what was compiled.").parse_args(rest)
+    """Without flags what is installed; with --family what a run of `fastpref train` would need."""
+    options = parser("doctor", doctor.__doc__)
+    options.add_argument("--shape", help="FRAMESxHEIGHTxWIDTH; default: the data's, or the model's")
+    options.add_argument("--card", help="h100-80, h200, or memory in GiB; default: the one here")
+    mine, flags = options.parse_known_args(rest)
+    if rest:
+        forecast(mine.shape, mine.card, flags)
+        return
     import importlib.metadata
 
     import torch
@@ -365,3 +372,33 @@ def doctor(rest: list[str]) -> None:
             print(f"{key:14}{value}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"{'GPU':14}{', '.join(gpus) or 'none'}")
+
+
+def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
+    """`fastpref doctor --family ...`: the choices of a run, and the flags of the best that fits."""
+    import torch
+
+    from . import memory
+    from .assemble import device_of
+    from .doctor import needs
+    from .parsing import config_values
+
+    open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))
+    required = ("family", "model", "data", "output_dir")
+    absent = [word for name in required for word in (f"--{name}", "")]
+    values = config_values([*absent, *flags], "fastpref doctor", **open_)
+    if not values["family"]:
+        raise ValueError("--family: needed to say what a run would need")
+    if card is None and not torch.cuda.is_available():
+        raise ValueError(f"--card: no GPU is here: name one, {', '.join(memory.CARDS)} or its GiB")
+    on = memory.card(card) if card else memory.card_of(device_of(values["device"] or "cuda"))
+    found = needs(values, shape, on)
+    print(
+        f"{values['family']} {found.shape} on {on.name}, {on.gib:.1f} GiB: predicted, not measured;"
+        f" fits: in {on.room / 1e9:.1f} GB, which leaves 8 % to spare"
+    )
+    print(memory.table(found.rows, on))
+    if found.flags is None:
+        print("nothing fits: fewer frames, a smaller --train_batch_size or size, or a larger card")
+    else:
+        print(f"use, as predicted: {found.flags}")

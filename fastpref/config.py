@@ -20,8 +20,11 @@ OFFLINE = [name for name in OBJECTIVES if name != "spo"]  # spo's pairs come fro
 OPTIONS = {f.name for cls in OBJECTIVES.values() for f in dataclasses.fields(cls)}
 
 # A resumed run may change these: none of them changes what a step computes (max_train_steps does
-# under a decaying schedule, see open_run).
+# under a decaying schedule, see open_run), but for the rounding of compiled blocks (checkpointing)
+# and of batches of another size (pair_mode): a run that was out of memory goes on with others.
 FREE_FIELDS = {
+    "checkpointing",
+    "pair_mode",
     "output_dir",
     "reference_cache",
     "max_train_steps",
@@ -108,7 +111,9 @@ class Config:
         mixed_precision: no (fp32) or bf16 (weights and activations; adapters and optimiser stay
             fp32).
         checkpointing: none; full computes every block's activations again in the backward;
-            attention keeps what attention gave and computes the rest again.
+            attention keeps what attention gave and computes the rest again; auto: on a GPU the
+            first of none, attention, full that is predicted to fit in its memory (fastpref doctor),
+            else none.
         attention: backend of the attention: native is PyTorch's choice; auto times what is
             installed on the run's shape and keeps to its pick when the run goes on.
         compile: compile every block with its adapters (torch.compile): three compilations per shape
@@ -177,7 +182,7 @@ class Config:
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "no"
-    checkpointing: Literal["none", "attention", "full"] = "none"
+    checkpointing: Literal["auto", "none", "attention", "full"] = "auto"
     attention: Literal["auto", "native", "cudnn", "flash", "flash3", "xformers"] = "auto"
     compile: bool = False
     cuda_graphs: bool = False

@@ -167,6 +167,17 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.pair_ids)
 
+    def largest(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents [1, C, F, h, w] and condition of the largest shape, without values (meta)."""
+
+        def sizes(text: str) -> dict[str, list[int]]:
+            named = (part.rpartition(":") for part in text.split())
+            return {name: [int(n) for n in shape.split("x")] for name, _, shape in named}
+
+        found = max(map(sizes, set(self.shapes)), key=lambda s: math.prod(s["latents_w"]))
+        made = {name: torch.empty(1, *size, device="meta") for name, size in found.items()}
+        return made["latents_w"], conditions(made)
+
     def __getitem__(self, i: int) -> Pair:
         path = pair_file(self.folder, self.pair_ids[i])
         tensors = read_tensors(path)

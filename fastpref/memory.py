@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .checkpointing import Mode
 from .reference import PairMode, Predict
 from .simulate import Passes, Work
 
+MODES: tuple[Mode, ...] = get_args(Mode)
 GIB = 2**30
 SPARE = 0.08  # of a card's memory: fragments of the allocator, and what the prediction lacks
 CONTEXT = 0.6e9  # bytes of CUDA's context and libraries, which PyTorch does not count
@@ -65,8 +66,6 @@ def card(name: str) -> Card:
 
 def card_of(device: torch.device) -> Card:
     """The card that is here: its memory, and the rates of a known one that it is named after."""
-    from dataclasses import replace
-
     found = torch.cuda.get_device_properties(device)
     gib = found.total_memory / GIB
     for known in CARDS.values():
@@ -81,7 +80,8 @@ class Prediction:
 
     weights: of the model, and of a frozen copy. trained: parameters that train, their gradients,
     the side buffer of a deferred step, and the optimiser's moments. kept: what the recorded graphs
-    hold. transients: the rest. seconds: None where the card's rates are not known.
+    hold. transients: the rest. seconds: None where the card's rates are not known. launch_bound:
+    the host needs longer to launch the kernels than the card to run them.
     """
 
     pair_mode: PairMode
@@ -92,6 +92,7 @@ class Prediction:
     kept: int
     transients: int
     seconds: float | None
+    launch_bound: bool = False
 
     @property
     def name(self) -> str:
@@ -100,6 +101,14 @@ class Prediction:
     @property
     def peak(self) -> int:
         return self.weights + self.trained + self.kept + self.transients
+
+    def flags(self, mixed_precision: str) -> str:
+        """Of `fastpref train`."""
+        compiled = str(self.compile).lower()
+        return (
+            f"--mixed_precision {mixed_precision} --pair_mode {self.pair_mode} --checkpointing "
+            f"{self.checkpointing} --compile {compiled}" + " --cuda_graphs true" * self.launch_bound
+        )
 
     def fits(self, on: Card) -> bool:
         """With 8 % to spare."""
@@ -131,7 +140,7 @@ def predictions(
     on: Card,
     *,
     pair_modes: Sequence[PairMode] = get_args(PairMode),
-    checkpointing: Sequence[Mode] = get_args(Mode),
+    checkpointing: Sequence[Mode] = MODES,
     compile: Sequence[bool] = (False, True),
 ) -> Iterator[Prediction]:
     """A prediction for every combination, those with the least recomputation first.
@@ -168,6 +177,7 @@ def predict(
     most = max(found.peak, found.reference_peak if step.online else 0)
     frozen = sum(t.nbytes for t in tensors) - values
     full = values if step.copies > 1 else 0  # a frozen copy is also of what trains
+    taken, recorded = seconds(step, found, on), seconds(replace(step, graphs=True), found, on)
     return Prediction(
         pair_mode=pair_mode,
         checkpointing=checkpointing,
@@ -176,7 +186,8 @@ def predict(
         trained=(5 if pair_mode == "deferred" else 4) * values,
         kept=rows * found.kept,
         transients=rows * (most - found.kept) + 2 * step.pairs * inputs,
-        seconds=seconds(step, found, on),
+        seconds=taken,
+        launch_bound=taken is not None and taken > 1.2 * recorded,
     )
 
 
@@ -197,6 +208,24 @@ def _seconds(work: Counter[Work], on: Card, graphs: bool) -> float:
 
     busy = sum(n * max(w.flops / rate(w), w.bytes / on.traffic) for w, n in work.items())
     return busy if graphs else max(busy, on.launch * sum(work.values()))
+
+
+def least(step: Step, on: Card, pair_mode: PairMode, compile: bool) -> tuple[Mode, str]:
+    """(checkpointing with the least recomputation that fits on a card, why); full where none does.
+
+    A model that cannot be run over shapes has full: nothing is known of what it keeps.
+    """
+    seen: list[str] = []
+    try:
+        for row in predictions(step, on, pair_modes=[pair_mode], compile=[compile]):
+            seen.append(f"{row.checkpointing} {row.peak / 1e9:.1f} GB")
+            if row.fits(on):
+                break
+    except Exception as error:  # whatever a model does that shapes alone cannot decide
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return "full", f"what the others need cannot be predicted ({reason})"
+    what = f"predicted {', '.join(seen)}, of {on.room / 1e9:.1f} GB to plan with on {on.name}"
+    return row.checkpointing, what
 
 
 def table(rows: Sequence[Prediction], on: Card) -> str:

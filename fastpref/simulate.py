@@ -28,10 +28,11 @@ from . import checkpointing, compiling, reference
 
 CPU = torch.device("cpu")
 
-# What autocast computes in float32 on CUDA and in bfloat16 on a CPU, where tensors are simulated.
+# What autocast computes in float32 on CUDA and in bfloat16 on a CPU, where shapes are run, of what
+# models are made of.
 WIDE_ON_CUDA = (
     *("layer_norm", "group_norm", "softmax.int", "sum", "sum.dim_IntList", "exp"),
-    *("rsqrt", "reciprocal", "pow.Tensor_Scalar", "log", "cumsum", "prod", "mse_loss"),
+    *("rsqrt", "reciprocal", "pow.Tensor_Scalar", "log"),
 )
 
 
@@ -104,16 +105,18 @@ def passes(
 
 
 def like_each_other(model: nn.Module, paths: str) -> int:
-    """How many blocks there are where all, but the first, are the same in layers, sizes, types and
-    what trains; else 0.
+    """How many blocks there are, where all have the same layers, sizes, types and parameters that
+    train; else 0.
     """
     if " " in paths:
         return 0
-    described = [
-        [type(block), *((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())]
-        for block in compiling.blocks(model, paths)
-    ]
-    return len(described) if all(each == described[0] for each in described) else 0
+
+    def described(block: nn.Module) -> list[Any]:
+        parameters = block.named_parameters()
+        return [type(block), *((n, p.shape, p.dtype, p.requires_grad) for n, p in parameters)]
+
+    found = [described(block) for block in compiling.blocks(model, paths)]
+    return len(found) if all(each == found[0] for each in found) else 0
 
 
 def _passes(
@@ -164,7 +167,7 @@ def _passes(
 def _policy(
     model: nn.Module, predict: reference.Predict
 ) -> tuple[reference.Policy, reference.Reference]:
-    """As a run has them: with what stands below the first adapter in common, or without adapters."""
+    """As a run has them: sharing what stands below the first adapter, where there are adapters."""
     if reference.adapter_layers(model):
         return reference.shared_prefix(model, predict, checked=True)
     return lambda noisy, t, cond: predict(model, noisy, t, cond), reference.base(model, predict)
@@ -332,7 +335,7 @@ def _stand_in(graph: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..
 def work_of(func: Any, inputs: Any, out: Any) -> Work | None:
     """The kernel that an operator is, or None where it moves nothing."""
     name = str(func)
-    if getattr(func, "is_view", False) or any(part in name for part in _FREE):
+    if getattr(func, "is_view", False) or name.startswith(_FREE):
         return None
     given = [v for v in tree_leaves(inputs) if isinstance(v, Tensor)]
     made = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
@@ -348,7 +351,8 @@ def work_of(func: Any, inputs: Any, out: Any) -> Work | None:
     return Work("traffic", 0.0, moved) if made else None
 
 
-_FREE = ("aten.empty", "aten._unsafe_view", "aten.detach", "aten.alias", "aten.lift", "aten.new_empty")
+# Operators, by their beginnings, that move nothing and are no views.
+_FREE = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "aten.lift")
 
 
 def _bytes(value: Tensor) -> int:
@@ -458,7 +462,8 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
 
 
 def _elements(node: fx.Node) -> int:
-    return max((v.numel() for v in tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), default=0)
+    leaves = tree_leaves(node.meta.get("val"))
+    return max((v.numel() for v in leaves if isinstance(v, Tensor)), default=0)
 
 
 def _size(node: fx.Node) -> int:

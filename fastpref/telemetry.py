@@ -184,8 +184,8 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
     return values
 
 
-def announce(config, model, dataset, objective, device, dtype, noise) -> None:
-    """What was picked, a line each."""
+def announce(config, model, dataset, objective, device, dtype, noise, kept) -> None:
+    """What was picked, a line each; kept: the checkpointing."""
     trained = sum(p.numel() for p in checkpoint.trainable(model).values())
     total = sum(p.numel() for p in model.parameters())
     where = (
@@ -202,7 +202,7 @@ def announce(config, model, dataset, objective, device, dtype, noise) -> None:
     print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
     precision = str(dtype).removeprefix("torch.")
     print(
-        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {config.checkpointing}"
+        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {kept}"
         + (", compiled blocks" if config.compile else "")
         + (", CUDA graphs" if config.cuda_graphs else "")
     )

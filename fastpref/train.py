@@ -22,11 +22,13 @@ from .assemble import (
     add_lora,
     cache_folder,
     cache_mark,
+    frozen_copy,
     load_model,
     make_process,
     open_data,
     open_run,
     pick_attention,
+    pick_checkpointing,
     place,
     predictor,
     preparer,
@@ -95,13 +97,14 @@ def train(config: Config) -> dict[str, Any]:
     settings.enter_context(attention.use(model, backend.name))
 
     frozen = None
-    if config.reference == "frozen_copy" or (config.reference, config.tuning) == ("auto", "full"):
+    if frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if config.tuning == "lora":
         base_says = probe()
         add_lora(model, config, family.LORA_TARGETS)
         reference.check_off(model, probe, base_says)
-    checkpointing.apply(model, family.BLOCKS, config.checkpointing)
+    kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder)
+    checkpointing.apply(model, family.BLOCKS, kept)
     if config.compile:
         compiling.compile_blocks(model, family.BLOCKS)
         if frozen is not None:
@@ -219,7 +222,7 @@ def train(config: Config) -> dict[str, Any]:
             )
     config.save(folder / "config.yaml")
     warn_of_repeats(config, dataset.shapes)
-    announce(config, model, dataset, objective, device, dtype, noise)
+    announce(config, model, dataset, objective, device, dtype, noise, kept)
     print(f"attention  {backend}")
 
     prompts = None
@@ -246,6 +249,12 @@ def train(config: Config) -> dict[str, Any]:
 
     validate(begin)
 
+    def save(step: int) -> None:
+        """A checkpoint that the run goes on from."""
+        state = {"margin_noise": noise, "made_of": made_of}
+        state |= {"meter": meter.state(), "metrics": metrics}
+        checkpoint.save(folder, step, model, optimizer, state, config.checkpoints_total_limit)
+
     # ---- the loop
     log = Log(folder, config.trackers, config.to_dict(), begin)
     accumulate = config.gradient_accumulation_steps
@@ -262,7 +271,8 @@ def train(config: Config) -> dict[str, Any]:
         total=config.max_train_steps, initial=begin, unit="step", disable=None, file=sys.stderr
     )
     interrupted = Signals()
-    waited, since, step, logged = 0.0, time.perf_counter(), begin, begin
+    waited, since, step, logged, saved = 0.0, time.perf_counter(), begin, begin, begin
+    exhausted: torch.OutOfMemoryError | None = None
     clock = time.perf_counter()
     try:
         while step < config.max_train_steps:
@@ -316,11 +326,8 @@ def train(config: Config) -> dict[str, Any]:
             last, stop = step == config.max_train_steps, bool(interrupted)
             if step % config.checkpointing_steps == 0 or last or stop:
                 began = time.perf_counter()
-                state = {"margin_noise": noise, "made_of": made_of}
-                state |= {"meter": meter.state(), "metrics": metrics}
-                checkpoint.save(
-                    folder, step, model, optimizer, state, config.checkpoints_total_limit
-                )
+                save(step)
+                saved = step
                 since += time.perf_counter() - began  # training's time alone
             began = time.perf_counter()
             validate(step)
@@ -329,12 +336,19 @@ def train(config: Config) -> dict[str, Any]:
                 raise Interrupted(
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )
+    except torch.OutOfMemoryError as error:
+        exhausted = error.with_traceback(None)  # whose frames hold the step's tensors
     finally:
         interrupted.restore()
         settings.close()
         progress.close()
         log.close()
 
+    if exhausted is not None:
+        optimizer.zero_grad(set_to_none=True)
+        if step > saved:
+            save(step)
+        raise exhausted
     if not all(p.isfinite().all() for p in parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
     artifact = checkpoint.export(folder, model)
