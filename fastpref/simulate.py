@@ -281,18 +281,16 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.counting is not None:
-            outputs = self.hold(out)
-            work = work_of(func, args, out)
-            if outputs and work is not None:  # else a view, or in place and counted below
+        if self.counting is not None and not getattr(func, "is_view", False):
+            self.hold(out)
+            if (work := work_of(func, args, out)) is not None:
                 self.counting[work] += 1
         return out
 
-    def hold(self, out: Any) -> bool:
-        """Whether there is a new tensor in `out`: counted from now on until it is freed."""
-        new = False
+    def hold(self, out: Any) -> None:
+        """Counts what is new in `out`, from now on until it is freed."""
         for value in tree_leaves(out):
-            if not isinstance(value, Tensor):
+            if not isinstance(value, FakeTensor):
                 continue
             storage = value.untyped_storage()
             key, size = storage._cdata, int(storage.nbytes())
@@ -302,8 +300,6 @@ class Meter(TorchDispatchMode):
             self.alive += size
             self.peak = max(self.peak, self.alive)
             weakref.finalize(storage, self.free, key, size)
-            new = True
-        return new
 
     def free(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
+from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames, with_values
 
 # Projections of the joint attention over text and video, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -91,7 +91,8 @@ def rotary(
     else:
         how = {"crops_coords": None, "temporal_size": frames // patch_t}
         how |= {"grid_type": "slice", "max_size": (height, width)}
-    return get_3d_rotary_pos_embed(embed_dim=head_dim, grid_size=grid, device=device, **how)
+    with with_values():
+        return get_3d_rotary_pos_embed(embed_dim=head_dim, grid_size=grid, device=device, **how)
 
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -141,6 +141,15 @@ def shapes_alone() -> Iterator[None]:
         yield
     finally:
         _shapes_alone.pop()
+
+
+def with_values() -> AbstractContextManager:
+    """Inside, tensors are real ones also where shapes alone are run: what a cache keeps outlives
+    that.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
 
 
 def shaped(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames
+from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames, with_values
 
 # Self- and cross-attention projections of every transformer block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -91,7 +91,8 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
 @lru_cache(maxsize=16)
 def time_ids(size: tuple[int, int], device: torch.device) -> Tensor:
     """`[6]`: original height and width, top and left of the crop, target height and width."""
-    return torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=device)
+    with with_values():
+        return torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=device)
 
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
