@@ -80,7 +80,7 @@ def test_the_choice_follows_the_card():
         values |= {"checkpointing": None, "mixed_precision": "bf16"}
         known = models.published.PUBLISHED["cogvideox-5b"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models.published, "nearest", lambda *a: known)
+            patch.setattr(models.published, "nearest", lambda *a, known=known: known)
             found = needs(values, None, on)
         assert f"--checkpointing {mode}" in found.flags
 
