@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import overhead, pair_loss, step, timing
+from bench import attention, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.variants import Ours, Usual
 from fastpref import compiling
@@ -44,7 +44,7 @@ BROKEN = ValueError("a library's own")
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
-@pytest.mark.parametrize("bench", [overhead, pair_loss, step])
+@pytest.mark.parametrize("bench", [attention, overhead, pair_loss, step])
 def test_every_benchmark_takes_a_device_and_a_file(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--help"])
