@@ -170,8 +170,7 @@ class Table:
         expected = None
         for name in self.rows:
             begin = time.perf_counter()
-            # Half of the time is for timing.
-            if self.variants and self.deadline - begin < 30 * self.minutes:
+            if self.variants and self.deadline - begin < self.kept_for_timing():
                 self.leave_out(name, self.late)
                 continue
             if name != "B1" and expected is None:
@@ -200,6 +199,13 @@ class Table:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def kept_for_timing(self) -> float:
+        """Seconds that no variant is prepared in: the optimisers' states, three rounds and the
+        energy of those that are ready and of one more, and a fifth to spare.
+        """
+        taken = [self.rows[name]["s_first"] for name in self.variants]
+        return max(6 * (sum(taken) + max(taken)), 6 * self.minutes)
 
     def time(self) -> None:
         """The rounds, as many as there is time for; what is left out of them is written."""

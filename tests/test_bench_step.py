@@ -228,6 +228,28 @@ def test_time_that_runs_out_is_recorded_and_is_no_success(results, monkeypatch):
     assert results.run(*short) == 1, "a mistake is one, also where time ran out"
 
 
+@pytest.mark.parametrize("seconds, prepared", [(20.0, False), (5.0, True)])
+def test_preparing_leaves_what_timing_takes(seconds, prepared, results, monkeypatch):
+    """Of 600 seconds 250 are left when B1 and joint/full are prepared: with one more variant, steps
+    of 20 seconds need 360 to be timed, of 5 seconds 90.
+    """
+    right, clock, passed = step.prepare, step.time.perf_counter, [0.0]
+
+    def prepare(name, *rest):
+        variant, known = right(name, *rest)
+        passed[0] += {"B1": 100, "joint/full": 250}.get(name, 0)
+        return variant, known | {"s_first": seconds}
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock() + passed[0])
+    names = ["--variants", "joint/full", "joint/none"]
+    assert results.run(*QUICK, *names, "--minutes", "10") == (0 if prepared else 3)
+    rows = results()
+    assert ("s_per_pair" in rows["joint/none"]) == prepared
+    assert prepared or rows["joint/none"]["left_out"] == "no time left of --minutes 10"
+    assert rows["B1"]["s_per_pair"] > 0 and rows["joint/full"]["s_per_pair"] > 0
+
+
 def test_a_row_is_written_as_soon_as_it_is_final(results, monkeypatch):
     right, there = Ours.__init__, {}
 
