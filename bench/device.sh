@@ -75,7 +75,12 @@ LEAST=120         # seconds in which a table says something
 WAN=16,21,60,104
 CARRIED=bench/results/inductor.zip
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-REHEARSE=${FASTPREF_REHEARSE:+1}
+REHEARSE=${FASTPREF_REHEARSE-}
+cpu=() quick=() loss=() table=()
+if [[ $REHEARSE ]]; then # everything small; the last of an option counts
+  cpu=(--device cpu) quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
+  table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
+fi
 
 skip() {
   echo "skipped: $*"
@@ -142,18 +147,14 @@ part_synccheck() { sanitize synccheck --kernel-regex kns=fastpref; }
 # bench MODULE ARGUMENTS...: its rows go to $OUT, which gives back eight files at most.
 bench() {
   need_kernels
-  local small=()
-  [[ -z $REHEARSE ]] || small=(--device cpu --rounds 2)
-  "$PYTHON" -m "bench.$1" "${@:2}" "${small[@]}" --output "$OUT/${rows:-$1}.jsonl"
+  "$PYTHON" -m "bench.$1" "${@:2}" --output "$OUT/${rows:-$1}.jsonl"
 }
-part_attention() { rows=kernels bench attention; }
-part_pair_loss() { bench pair_loss && bench pair_loss --objective sdpo --pairs 4; }
-part_overhead() { bench overhead; }
-part_margin_noise() {
-  local family=wan
-  [[ -z $REHEARSE ]] || family=tiny
-  bench margin_noise --family $family
+part_attention() { rows=kernels bench attention "${quick[@]}"; }
+part_pair_loss() {
+  bench pair_loss "${loss[@]}" && bench pair_loss --objective sdpo --pairs 4 "${loss[@]}"
 }
+part_margin_noise() { bench margin_noise --family wan "${cpu[@]}"; }
+part_overhead() { bench overhead "${quick[@]}"; }
 
 # step ARGUMENTS...: a table in what is left of the part's time, less the start and the end. Variants
 # that are predicted not to fit the card are named there and not compiled.
@@ -163,13 +164,12 @@ step() {
     return
   fi
   need_kernels
-  local small=() left=$((FASTPREF_PART - SECONDS - 30))
+  local left=$((FASTPREF_PART - SECONDS - 30))
   if ((left < 60)); then
     echo "no time left for a table"
     return $CUT
   fi
-  [[ -z $REHEARSE ]] || small=(--device cpu --family tiny --shape 1x64x64 --rounds 2)
-  PYTORCH_ALLOC_CONF=expandable_segments:True "$PYTHON" -m bench.step "$@" "${small[@]}" \
+  PYTORCH_ALLOC_CONF=expandable_segments:True "$PYTHON" -m bench.step "$@" "${table[@]}" \
     --minutes "$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))" \
     --inductor $CARRIED --output "$OUT/step.jsonl"
   case $? in

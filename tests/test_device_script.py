@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ class Device:
         (self.bin / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (self.bin / name).chmod(0o755)
 
-    def run(self, *parts: str, **environment: str) -> tuple[int, list[str]]:
+    def run(self, *parts: str, timeout: int = 60, **environment: str) -> tuple[int, list[str]]:
         """(exit code, lines); what the machine ran is in `ran` and `called`."""
         self.calls.write_text("")
         done = subprocess.run(
@@ -90,7 +92,7 @@ class Device:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
         )
         assert not done.stderr
         return done.returncode, done.stdout.splitlines()
@@ -376,3 +378,33 @@ def test_a_part_that_is_ended_has_the_last_word(machine):
         )
     assert done.returncode == 124 and said.read_text().endswith("the table\n")
     assert 3.5 < time.monotonic() - begin < 9
+
+
+# ---- The rehearsal: nothing stands in but nvidia-smi
+
+
+@pytest.mark.slow
+def test_a_rehearsal_on_a_cpu_fails_in_no_part(tmp_path):
+    """One part of each kind, really run with tiny shapes."""
+    root, results = SCRIPT.parents[1], tmp_path / "tree" / "bench" / "results"
+    for name in ("bench", "csrc", "fastpref", "tests"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        shutil.copytree(root / name, tmp_path / "tree" / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(root / name, tmp_path / "tree")
+    machine = Device(tmp_path / "tree")
+    parts = ["build", "test_cuda", "attention", "step_wan", "pair_loss", "step_small_256"]
+    parts += ["memcheck", "ncu", "step_flash3", "overhead"]
+    own = {"PYTHON": sys.executable, "FASTPREF_REHEARSE": "1", "FASTPREF_CUDA": "0"}
+    own |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "OMP_NUM_THREADS": "1"}
+    code, said = machine.run(*parts, timeout=1200, **own)
+    assert code == 0, "\n".join(said)
+    skipped = {"memcheck", "ncu", "step_flash3"}
+    assert machine.results() == {part: "skipped" if part in skipped else "passed" for part in parts}
+    rows = [json.loads(line) for line in (machine.out / "step.jsonl").read_text().splitlines()]
+    assert len(rows) > 10 and all(row["s_per_pair"] > 0 for row in rows)
+    with zipfile.ZipFile(machine.out / "inductor.zip") as archive:
+        (entry,) = archive.namelist()
+    table = "tiny-1x64x64-1-float32-all-native-B1-deferred none+compile+cached-"
+    assert entry.startswith(f"{torch.__version__}/") and table in entry
+    assert sorted(results.iterdir()) == [results / "inductor.zip"]
