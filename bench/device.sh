@@ -22,7 +22,8 @@
 #   cd CAME_BACK && for file in *.log *.jsonl; do cat "$file" >>REPOSITORY/bench/results/"$file"; done
 #   cp inductor.zip REPOSITORY/bench/results                                         here
 #
-# Packages that it lacks go along as wheels; for Python 3.12 on x86-64:
+# Packages that it lacks go along as wheels (diffusers is enough for the benchmarks and the kernels'
+# tests); for Python 3.12 on x86-64:
 #
 #   bash bench/device.sh --wheels FILE >lacking && pip download --no-deps --only-binary=:all: \
 #     --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \

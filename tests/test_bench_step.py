@@ -291,6 +291,30 @@ def test_sigterm_leaves_the_rounds_that_are_complete(call, rounds, results, monk
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_compiled_code_is_saved_before_a_process_can_be_ended(results, monkeypatch, tmp_path):
+    """After each variant, the one that fails included; SIGTERM comes in the third's gradient."""
+    saved, path = [], tmp_path / "inductor.zip"
+    monkeypatch.setattr(step.Carried, "load", lambda self: saved.append(self.entry) or 0)
+    monkeypatch.setattr(step.Carried, "save", lambda self: saved.append(len(prepared)))
+    right, prepared = step.prepare, []
+
+    def prepare(name, *rest):
+        prepared.append(name)
+        if name == "joint/none":
+            raise BROKEN
+        if name == "deferred/none":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(name, *rest)
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    names = ["--variants", "joint/full", "joint/none", "deferred/none"]
+    assert results.run(*QUICK, *names, "--inductor", str(path)) == 1
+    assert prepared == ["B1", "joint/full", "joint/none", "deferred/none"]
+    assert saved[1:] == [1, 2, 3]
+    table = "tiny-1x64x64-2-float32-all-native-B1-joint full-joint none-deferred none"
+    assert saved[0].endswith(f"/{table}")
+
+
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_dtype_is_what_the_step_computes_in(dtype, most, results):
     assert results.run(*QUICK, "--variants", "joint/none", "--dtype", dtype) == 0
