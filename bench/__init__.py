@@ -1,1 +1,1 @@
-"""Benchmarks, one command each: `python -m bench.pair_loss`, `python -m bench.overhead`."""
+"""Benchmarks, one command each: `python -m bench.step`, `python -m bench.pair_loss`, ..."""

@@ -1,36 +1,87 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts of under ten minutes: build, tests, sanitizers, benchmarks.
+# Everything that needs a GPU, in parts, the most telling first: build, tests, benchmarks, sanitizers.
 #
-#   bash bench/device.sh            every part that has not passed on these sources yet
-#   bash bench/device.sh PART...    these parts, see PARTS below
+#   bash bench/device.sh                every part that has not passed on these sources yet
+#   bash bench/device.sh PART...        these parts, see TABLE below
+#   bash bench/device.sh --plan 80      what would run, in which order, with predicted seconds and
+#                                       gigabytes, on a card of 80 GiB; needs no GPU
+#   bash bench/device.sh --wheels FILE  which packages a machine lacks that has those of FILE (pip list)
 #
-# Writes $OUT (default bench/results): device.log, the benchmarks' JSON lines, and device.jsonl with a
-# line per part: passed, failed, skipped (it cannot run here) or cut (there was no time for all of it).
-# Exit code 1: a part failed; 3: none did, and the same command goes on with what is left.
+# Writes $OUT (default bench/results): device.log, the benchmarks' JSON lines, Inductor's compiled
+# code, and device.jsonl with a line per part: passed, failed, skipped (it cannot run here), cut (the
+# call ended) or slow (its share of the time was not enough: it comes again after the others, with all
+# that is left). Exit code 1: a part failed; 3: none did, and the same command goes on with what is left.
 #
 # On a machine that is lent for some minutes a call, gives back what is in $OUT and empties it before
-# the next: the same command again and again, the most telling parts come first. After each call what
-# came back is appended to bench/results, which travels along and says what has passed:
+# the next: the same command again and again. A part begins where its predicted time is left, so the
+# last minutes go to shorter ones. After each call what came back goes to bench/results, which travels
+# along, says what has passed and has the compiled code (inductor.zip is not committed: where only what
+# is committed travels, name it among what is carried):
 #
-#   FASTPREF_SECONDS=580 FASTPREF_COMMIT=0123456789 bash bench/device.sh            there
-#   cd CAME_BACK && for file in *; do cat "$file" >>REPOSITORY/bench/results/"$file"; done    here
+#   FASTPREF_SECONDS=570 FASTPREF_COMMIT=0123456789 bash bench/device.sh            there
+#   cd CAME_BACK && for file in *.log *.jsonl; do cat "$file" >>REPOSITORY/bench/results/"$file"; done
+#   cp inductor.zip REPOSITORY/bench/results                                         here
+#
+# Packages that it lacks go along as wheels (diffusers is enough for the benchmarks and the kernels'
+# tests); for Python 3.12 on x86-64:
+#
+#   bash bench/device.sh --wheels FILE >lacking && pip download --no-deps --only-binary=:all: \
+#     --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
+#     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl -r lacking
 #
 #   PYTHON            the interpreter that has PyTorch (default python3)
 #   FASTPREF_WHEELS   a folder of wheels that this interpreter lacks; nothing is downloaded
 #   FASTPREF_COMMIT   what the results are of, where the sources lie without their history
 #   FASTPREF_SECONDS  how long the whole call may take (default: as long as the parts do)
+#   FASTPREF_REHEARSE 1: no GPU is asked for, benchmarks run on the CPU with tiny shapes; for this script
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=(build test step_wan pair_loss step_wan_more step_cogvideox_2b step_cogvideox_5b memcheck
-  step_wan_half step_small_256 step_small_480 step_small_17 step_toy step_frames_1 step_frames_17
-  step_frames_49 step_frames_161 racecheck synccheck step_cogvideox_2b_more step_cogvideox_5b_more
-  step_attention ncu overhead)
+# Part, seconds predicted, the most that it gets beside others. Of tables (-) bench.step predicts. The
+# first five are a call of 570 s, the next three what is left of a quarter of an hour.
+TABLE="
+build 20 90
+test_cuda 45 120
+attention 15 60
+step_wan - 390
+pair_loss 60 120
+step_small_256 - 150
+margin_noise 30 90
+memcheck 45 120
+test_more 60 150
+step_cogvideox_2b - 400
+step_cogvideox_5b - 500
+racecheck 60 180
+ncu 30 90
+step_frames_1 - 150
+step_frames_17 - 150
+step_frames_49 - 200
+step_frames_161 - 400
+step_flash3 - 300
+step_wan_more - 500
+step_wan_half - 300
+step_small_480 - 150
+step_small_17 - 150
+step_toy - 150
+synccheck 60 180
+overhead 30 90
+step_attention - 300
+step_cogvideox_2b_more - 500
+step_cogvideox_5b_more - 500
+"
 export OUT=${OUT:-bench/results} PYTHON=${PYTHON:-python3}
 SKIPPED=77 CUT=75 # a part's exit codes when it cannot run here, and when there was no time for it
-MOST=590          # seconds of a part
+MOST=590          # seconds of a part that was named, or tried before
+LEAST=120         # seconds in which a table says something
 WAN=16,21,60,104
+CARRIED=bench/results/inductor.zip
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+REHEARSE=${FASTPREF_REHEARSE-}
+cpu=() quick=() loss=() table=()
+if [[ $REHEARSE ]]; then # everything small; the last of an option counts
+  cpu=(--device cpu) quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
+  table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
+fi
 
 skip() {
   echo "skipped: $*"
@@ -39,43 +90,54 @@ skip() {
 
 need() { command -v "$1" >/dev/null || skip "$1 is not installed"; }
 
-need_gpu() {
-  local seen
-  seen=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())') || exit 1
-  [[ $seen == True ]] || skip "PyTorch sees no GPU"
-}
-
-# Without kernels of its own a fresh machine would time the pure PyTorch code.
+# Without kernels of its own a fresh machine would time the pure PyTorch code. Looked at once a call.
 need_kernels() {
-  need_gpu
-  "$PYTHON" -W ignore -c 'import sys, fastpref; sys.exit(not fastpref.build_info()["cuda"])' ||
-    part_build || exit 1
+  [[ -e ${SCRATCH-}/ready ]] && return
+  local seen gpu built
+  seen=$("$PYTHON" -W ignore -c 'import sys, torch, fastpref
+print(torch.cuda.is_available(), bool(fastpref.build_info()[sys.argv[1]]))' \
+    "$([[ $REHEARSE ]] && echo cpu || echo cuda)") || exit 1
+  read -r gpu built <<<"$seen"
+  [[ $gpu == True || $REHEARSE ]] || skip "PyTorch sees no GPU"
+  [[ $built == True ]] || part_build || exit 1
+  [[ -z ${SCRATCH-} ]] || touch "$SCRATCH/ready"
 }
 
-# Test files that import what is not installed here are named and left out; never test_cuda.py.
-part_test() {
+part_build() {
+  local cuda=${FASTPREF_CUDA:-1}
+  [[ $cuda == 0 ]] || need nvcc
+  FASTPREF_CUDA=$cuda "$PYTHON" setup.py -q build_ext --inplace &&
+    "$PYTHON" -c 'import fastpref; print(fastpref.build_info())'
+}
+
+part_test_cuda() {
   need_kernels
-  local ignore=() file log
-  log=$("$PYTHON" -m pytest -m cuda --collect-only -q 2>&1)
+  "$PYTHON" -m pytest -q -rs --durations=5 tests/test_cuda.py
+}
+
+# Test files that import what is not installed here are named and left out.
+part_test_more() {
+  need_kernels
+  local ignore=(--ignore=tests/test_cuda.py) file log
+  log=$("$PYTHON" -m pytest -m cuda --collect-only -q "${ignore[@]}" 2>&1)
   while read -r file; do
     echo "left out: $file does not import here"
     ignore+=("--ignore=$file")
   done < <(sed -n 's/^ERROR \(tests[^ ]*\.py\).*/\1/p' <<<"$log" | sort -u)
-  ((${#ignore[@]})) && grep -E '^E +[A-Za-z]*Error' <<<"$log" | sort -u
-  if [[ " ${ignore[*]-} " == *" --ignore=tests/test_cuda.py "* ]]; then return 1; fi
+  ((${#ignore[@]} > 1)) && grep -E '^E +[A-Za-z]*Error' <<<"$log" | sort -u
   "$PYTHON" -m pytest -m cuda -q -rs --durations=10 "${ignore[@]}"
 }
 
-part_build() {
-  need nvcc
-  FASTPREF_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace &&
-    "$PYTHON" -c 'import fastpref; print(fastpref.build_info())'
+# Tools that count or watch on the card: nothing to rehearse.
+need_tool() {
+  [[ -z $REHEARSE ]] || skip "$1 watches a GPU"
+  need_kernels
+  need "$1"
 }
 
 # Each tensor in an allocation of its own, so that a step outside is seen.
 sanitize() {
-  need_kernels
-  need compute-sanitizer
+  need_tool compute-sanitizer
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool "$@" \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k sanitizer
 }
@@ -83,29 +145,34 @@ part_memcheck() { sanitize memcheck; }
 part_racecheck() { sanitize racecheck --kernel-regex kns=fastpref; }
 part_synccheck() { sanitize synccheck --kernel-regex kns=fastpref; }
 
-# bench MODULE ARGUMENTS...: its rows go to $OUT.
+# bench MODULE ARGUMENTS...: its rows go to $OUT, which gives back eight files at most.
 bench() {
   need_kernels
-  "$PYTHON" -m "bench.$1" "${@:2}" --output "$OUT/$1.jsonl"
+  "$PYTHON" -m "bench.$1" "${@:2}" --output "$OUT/${rows:-$1}.jsonl"
 }
-part_pair_loss() { bench pair_loss && bench pair_loss --objective sdpo --pairs 4; }
-part_overhead() { bench overhead; }
+part_attention() { rows=kernels bench attention "${quick[@]}"; }
+part_pair_loss() {
+  bench pair_loss "${loss[@]}" && bench pair_loss --objective sdpo --pairs 4 "${loss[@]}"
+}
+part_margin_noise() { bench margin_noise --family wan "${cpu[@]}"; }
+part_overhead() { bench overhead "${quick[@]}"; }
 
-# What a card holds of a sample's activations: all of them on large cards (a CogVideoX-5B sample's
-# are predicted at 80 GB), else what the attention kernels gave.
-memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
-if ((${memory:-0} > 100000)); then kept=none other=attention; else kept=attention other=none; fi
-
-# step ARGUMENTS...: a table in what is left of the part's time, less the start and the end.
+# step ARGUMENTS...: a table in what is left of the part's time, less the start and the end. Variants
+# that are predicted not to fit the card are named there and not compiled.
 step() {
+  if [[ -n ${PLAN-} ]]; then
+    "$PYTHON" -m bench.step "$@" --plan "$PLAN"
+    return
+  fi
   need_kernels
-  local left=$((FASTPREF_PART - SECONDS - 40))
+  local left=$((FASTPREF_PART - SECONDS - 30))
   if ((left < 60)); then
     echo "no time left for a table"
     return $CUT
   fi
-  PYTORCH_ALLOC_CONF=expandable_segments:True "$PYTHON" -m bench.step "$@" \
-    --minutes "$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))" --output "$OUT/step.jsonl"
+  PYTORCH_ALLOC_CONF=expandable_segments:True "$PYTHON" -m bench.step "$@" "${table[@]}" \
+    --minutes "$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))" \
+    --inductor $CARRIED --output "$OUT/step.jsonl"
   case $? in
     0) ;;
     3) return $CUT ;; # without a variant
@@ -114,28 +181,30 @@ step() {
 }
 
 # Prepared in this order: the numbers that count are there if time runs out.
-headline() {
-  step --rounds 3 "$@" \
-    --variants B1 "deferred/$kept+compile+cached" "deferred/$kept+compile" B4 B5
+headline() { step --rounds 3 --variants B1 "$@"; }
+rungs() {
+  headline B0 deferred/attention+compile+cached deferred/attention deferred/full joint/full "$@"
 }
-rung_by_rung() {
-  step --rounds 3 "$@" \
-    --variants B1 B0 "deferred/$other+compile" deferred/attention deferred/full joint/full
-}
-part_step_wan() { headline --family wan; }
-part_step_wan_more() { rung_by_rung --family wan; }
-part_step_cogvideox_2b() { headline --family cogvideox-2b; }
-part_step_cogvideox_2b_more() { rung_by_rung --family cogvideox-2b; }
-part_step_cogvideox_5b() { headline --family cogvideox-5b; }
-part_step_cogvideox_5b_more() { rung_by_rung --family cogvideox-5b; }
+NONE=(deferred/none+compile+cached deferred/none+compile)
+ATTENTION=(deferred/attention+compile+cached deferred/attention+compile)
+one_sample_fits() { headline "${NONE[@]}" B4 deferred/attention+compile B5 --family "$1"; }
+part_step_wan() { one_sample_fits wan; }
+part_step_cogvideox_2b() { one_sample_fits cogvideox-2b; }
+part_step_cogvideox_5b() { headline "${NONE[@]}" "${ATTENTION[@]}" B4 B5 --family cogvideox-5b; }
+part_step_wan_more() { rungs --family wan; }
+part_step_cogvideox_2b_more() { rungs --family cogvideox-2b; }
+part_step_cogvideox_5b_more() { rungs --family cogvideox-5b; }
 
 # The shared prefix: adapters on the upper half of the blocks in every variant, B1 included.
 part_step_wan_half() {
-  step --rounds 3 --family wan --adapters half --variants B1 "deferred/$kept+compile" B4 B5
+  headline deferred/none+compile B4 deferred/attention+compile B5 --family wan --adapters half
 }
-part_step_attention() {
-  step --rounds 3 --family wan --attention auto \
-    --variants B1 "deferred/$kept+compile+cached" "deferred/$kept+compile"
+part_step_attention() { headline "${NONE[@]}" --family wan --attention auto; }
+part_step_flash3() {
+  if [[ -z ${PLAN-} ]]; then
+    "$PYTHON" -c 'import flash_attn_interface' 2>/dev/null || skip "flash-attn-3 is not installed"
+  fi
+  headline "${NONE[@]}" --family wan --attention flash3
 }
 part_step_small_256() { step --family wan --shape 1x256x256; } # 256 tokens
 part_step_small_480() { step --family wan --shape 1x480x832; }
@@ -143,9 +212,7 @@ part_step_small_17() { step --family wan --shape 17x256x256; }
 part_step_toy() { step --family toy; }
 
 # Seconds a pair against frames, one variant at all lengths; 81 frames stand in the tables of wan.
-frames() {
-  step --rounds 3 --family wan --shape "$1x480x832" --variants B1 deferred/attention+compile
-}
+frames() { headline deferred/attention+compile --family wan --shape "$1x480x832"; }
 part_step_frames_1() { frames 1; }
 part_step_frames_17() { frames 17; }
 part_step_frames_49() { frames 49; }
@@ -153,14 +220,13 @@ part_step_frames_161() { frames 161; }
 
 # Hardware counters of each kernel, once, with cold caches: a JSON line per launch.
 part_ncu() {
-  need_kernels
-  need ncu
+  need_tool ncu
   local metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
   ncu --csv --page raw --clock-control none --metrics "$metrics" \
-    --kernel-name "regex:(noise|error|grad|epilogue)_kernel" "$PYTHON" - "$WAN" >"$OUT/ncu.csv" <<'PROGRAM' || return 1
+    --kernel-name "regex:(noise|error|grad|epilogue)_kernel" "$PYTHON" - "$WAN" >"$SCRATCH/ncu.csv" <<'PROGRAM' || return 1
 import sys
 
 import torch
@@ -181,7 +247,7 @@ for y in (target, x0):
     fastpref.unit_seed(pred.detach(), y)
 torch.cuda.synchronize()
 PROGRAM
-  "$PYTHON" - "$OUT/ncu.csv" "$OUT/ncu.jsonl" <<'PROGRAM'
+  "$PYTHON" - "$SCRATCH/ncu.csv" "$OUT/kernels.jsonl" <<'PROGRAM'
 import csv
 import json
 import sys
@@ -197,28 +263,67 @@ with open(sys.argv[2], "a") as file:
             for name, value in row.items()
             if "__" in name and value.replace(",", "").replace(".", "").isdigit()
         }
-        file.write(json.dumps({"kernel": row["Kernel Name"], **counters}) + "\n")
+        file.write(json.dumps({"bench": "ncu", "kernel": row["Kernel Name"], **counters}) + "\n")
         print(row["Kernel Name"][:60], counters)
 PROGRAM
 }
 
 # ---- running them ----
 
-if [[ ${1-} == --run ]]; then # one part, in a process that timeout can end
-  trap : TERM                 # what it runs is ended too, and has the last word
-  "part_$2"
-  exit
-fi
+# of_part PART: "SECONDS MOST" of the table.
+of_part() { sed -n "s/^$1 //p" <<<"$TABLE"; }
+
+# What would run, in calls of FASTPREF_SECONDS; each builds again.
+plan() {
+  local budget=${FASTPREF_SECONDS:-570} left=0 call=0 build=0 part seconds most lines takes
+  while read -r part seconds most; do
+    lines=
+    if [[ $seconds == - ]]; then
+      lines=$(PLAN=$1 "part_$part")
+      seconds=$(sed -n '$s/^predicted \([0-9]*\).* s$/\1/p' <<<"$lines")
+      if [[ -z $seconds ]]; then
+        echo "bench/device.sh: no prediction of $part: $lines" >&2
+        return 1
+      fi
+    fi
+    takes=$((seconds < most ? seconds : most))
+    if ((takes > left)); then
+      echo "--- call $((++call)), $budget s on a card of $1 GiB"
+      left=$((call > 1 ? budget - build : budget))
+    fi
+    [[ $part != build ]] || build=$takes
+    ((left -= takes))
+    printf '%-24s %4d s, at most %d s\n' "$part" "$seconds" "$most"
+    [[ -z $lines ]] || sed '$d; s/^/    /' <<<"$lines"
+  done < <(sed '/^$/d' <<<"$TABLE")
+}
+
+case ${1-} in
+  --run)        # one part, in a process that timeout can end
+    trap : TERM # what it runs is ended too, and has the last word
+    "part_$2"
+    exit
+    ;;
+  --plan)
+    plan "${2:?--plan: of how many GiB is the card?}"
+    exit
+    ;;
+  --wheels)
+    "$PYTHON" -m bench.wheels "${@:2}"
+    exit
+    ;;
+esac
 
 mkdir -p "$OUT"
 say() { echo "$*" | tee -a "$OUT/device.log"; }
+SCRATCH=$(mktemp -d) # of this call
+export SCRATCH
+trap 'rm -rf "$SCRATCH"' EXIT
 
 if [[ -n ${FASTPREF_WHEELS-} ]]; then
-  site=$(mktemp -d)
-  trap 'rm -rf "$site"' EXIT
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" \
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SCRATCH/site" \
     "$FASTPREF_WHEELS"/*.whl || exit 1
-  export PYTHONPATH=$PYTHONPATH:$site
+  export PYTHONPATH=$PYTHONPATH:$SCRATCH/site
 fi
 
 # The last commit of something else than results: those are committed between two calls.
@@ -250,36 +355,40 @@ count_of() {
   cat "$OUT/device.jsonl" bench/results/device.jsonl 2>/dev/null | sort -u | grep -c "$row"
 }
 
-wanted=("$@")
+mapfile -t parts < <(sed -n 's/^\([a-z_0-9]*\) .*/\1/p' <<<"$TABLE")
+wanted=("$@") all_of_it=" $* " # parts that are not held to their share of the time
 if ((!${#wanted[@]})); then
   last=()
-  for part in "${PARTS[@]}"; do
+  for part in "${parts[@]}"; do
     # The build lies in the working tree: it is made again where the tree is fresh.
     if [[ $part != build ]] && (($(count_of "$part" passed))); then
       say "$part: passed on $commit before"
-    elif (($(count_of "$part" failed) || $(count_of "$part" cut) > 1)); then
+    elif (($(count_of "$part" '\(failed\|slow\)') || $(count_of "$part" cut) > 1)); then
       last+=("$part") # after those that were never tried
     else
       wanted+=("$part")
     fi
   done
-  wanted+=("${last[@]}")
+  wanted+=("${last[@]}") all_of_it=" ${last[*]-} "
 fi
 
 failed=() skipped=() cut=()
 for part in "${wanted[@]}"; do
-  if ! declare -F "part_$part" >/dev/null; then
-    echo "bench/device.sh: unknown part $part, expected one of: ${PARTS[*]}" >&2
+  read -r seconds most <<<"$(of_part "$part")"
+  if [[ -z $most ]]; then
+    echo "bench/device.sh: unknown part $part, expected one of: ${parts[*]}" >&2
     exit 2
   fi
-  most=$MOST
+  [[ $all_of_it != *" $part "* ]] || most=$MOST
+  share=$most
   if [[ -n ${FASTPREF_SECONDS-} ]]; then
-    left=$((FASTPREF_SECONDS - SECONDS))
-    if ((left < 60)); then
+    left=$((FASTPREF_SECONDS - SECONDS - 10))
+    [[ $seconds != - ]] || seconds=$LEAST
+    if ((left < seconds)); then
       cut+=("$part")
       continue
     fi
-    ((left - 10 < most)) && most=$((left - 10))
+    ((left < most)) && most=$left
   fi
   say "=== $part"
   start=$SECONDS
@@ -289,9 +398,14 @@ for part in "${wanted[@]}"; do
   case $code in
     0) result=passed ;;
     "$SKIPPED") result=skipped skipped+=("$part") ;;
-    "$CUT") result=cut cut+=("$part") ;;
-    124 | 137) # by timeout: a part that has all of its time and needs more is a mistake
-      if ((most < MOST)); then result=cut cut+=("$part"); else result=failed failed+=("$part"); fi
+    "$CUT" | 124 | 137) # the last two by timeout
+      if ((most < share)); then
+        result=cut cut+=("$part")
+      elif ((code == CUT || share < MOST)); then
+        result=slow cut+=("$part")
+      else # it has all of the time and needs more: a mistake
+        result=failed failed+=("$part")
+      fi
       ;;
     *) result=failed failed+=("$part") ;;
   esac
@@ -299,6 +413,7 @@ for part in "${wanted[@]}"; do
   row='{"part": "%s", "result": "%s", "seconds": %d, "commit": "%s", "device": "%s", "time": "%s"}\n'
   printf "$row" "$part" "$result" $((SECONDS - start)) "$commit" "$device" "$(date -u +%FT%T.%3NZ)" \
     >>"$OUT/device.jsonl"
+  [[ $CARRIED -nt $OUT/inductor.zip ]] && cp -p "$CARRIED" "$OUT/inductor.zip"
 done
 
 ((${#skipped[@]})) && say "skipped here: ${skipped[*]}"

@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -130,13 +130,13 @@ def attention_kernel(call: attention.Call, name: str) -> str:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    q, k, v, _ = attention._inputs(call)
+    q, k, v, _ = attention.inputs(call)
     gpu = call.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + gpu]
-    with attention._flash3() if name == "flash3" else nullcontext():
-        attention._attend(name, q, k, v)
+    with attention.serving(name):
+        attention.attend(name, q, k, v)
         with profile(activities=activities) as trace:
-            attention._attend(name, q, k, v)
+            attention.attend(name, q, k, v)
             if gpu:
                 torch.cuda.synchronize()
     if not gpu:

@@ -16,8 +16,11 @@ half that policy and reference run once (cached variants have nothing to share).
 One call stays within --minutes: name the --variants in the order they are prepared in, the most
 telling first (B1 is always before them), or call more than once. A row goes to --output as soon as
 nothing in it can change, and on SIGTERM the rounds that are complete are a variant's time. The
-table stands in the order of names. Exit code 1: a variant is left out for another reason than
-memory or time; 3: nothing is wrong, but there was no time for a variant.
+table stands in the order of names. --inductor FILE: what is compiled goes there and is found there
+by later calls, on this machine or another with the same torch and card.
+
+Exit code 1: a variant is left out for another reason than memory or time; 3: nothing is wrong, but
+there was no time for a variant.
 
 Columns: s/pair and its quartiles; x B1, the median of the rounds' ratios; reference, forward and
 optimiser (backward is the rest, with the loss and what is recomputed); peak memory of a run that
@@ -34,6 +37,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +45,7 @@ from torch import Tensor
 from bench import timing
 from bench.architectures import ARCHITECTURES, PEAK
 from bench.baselines import BASELINES
+from bench.inductor import Carried
 from bench.meters import Power, SavedBytes, attention_kernel
 from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
 from fastpref import attention
@@ -139,6 +144,12 @@ class Table:
             facts["attention_kernel"] = attention_kernel(setting.calls[0], setting.attention.name)
         names = dict.fromkeys(["B1", *(args.variants or default_variants(setting))])
         self.rows = {name: {**facts, "variant": name} for name in names}
+        self.inductor: Carried | None = None
+        if args.inductor:
+            told = [args.family, setting.shape, setting.pairs, facts["dtype"], args.adapters]
+            told = "-".join(map(str, [*told, setting.attention.name, *names]))
+            self.inductor = Carried(args.inductor, device, told)
+            print(f"{self.inductor.load() / 1e6:.1f} MB of compiled code from {args.inductor}")
         self.open = list(names)  # whose rows are not written yet
         self.variants: dict[str, Usual | Ours] = {}
         self.samples: dict[str, list[float]] = {}
@@ -159,8 +170,7 @@ class Table:
         expected = None
         for name in self.rows:
             begin = time.perf_counter()
-            # Half of the time is for timing.
-            if self.variants and self.deadline - begin < 30 * self.minutes:
+            if self.variants and self.deadline - begin < self.kept_for_timing():
                 self.leave_out(name, self.late)
                 continue
             if name != "B1" and expected is None:
@@ -183,10 +193,19 @@ class Table:
                 else:
                     self.variants[name] = variant
             print(f"{name}: prepared in {time.perf_counter() - begin:.1f} s", flush=True)
+            if self.inductor:  # at once: the process may be ended at any time
+                self.inductor.save()
             variant = None
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def kept_for_timing(self) -> float:
+        """Seconds that no variant is prepared in: the optimisers' states, three rounds and the
+        energy of those that are ready and of one more, and a fifth to spare.
+        """
+        taken = [self.rows[name]["s_first"] for name in self.variants]
+        return max(6 * (sum(taken) + max(taken)), 6 * self.minutes)
 
     def time(self) -> None:
         """The rounds, as many as there is time for; what is left out of them is written."""
@@ -387,6 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
+    parser.add_argument("--inductor", type=Path, help="read compiled code from this file, add ours")
     parser.add_argument("--attention", default="native", choices=["auto", *attention.BACKENDS])
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16, float32 on a CPU")

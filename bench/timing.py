@@ -110,7 +110,7 @@ def environment(device: torch.device) -> dict[str, object]:
     info = fastpref.build_info()
     gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "commit": _commit(),
         "cpu_features": info["cpu"],
@@ -120,7 +120,10 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """Of the card, or of the CPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -140,8 +140,7 @@ def use(model: nn.Module, name: str) -> Iterator[None]:
     """
     dispatched, first = BACKENDS[name]
     with ExitStack() as stack:
-        if name == "flash3":
-            stack.enter_context(_flash3())
+        stack.enter_context(serving(name))
         if name != "native" and through_dispatcher(model):
             stack.callback(model.reset_attention_backend)
             # That leaves the process's default, which the dispatcher was told too.
@@ -173,32 +172,43 @@ def through_dispatcher(model: nn.Module) -> bool:
 
 def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device) -> str | None:
     """Why `model` cannot run with backend `name` here and what to do about it, or None."""
+    if why := why_not_here(name, device):
+        return why
+    dispatcher = through_dispatcher(model)
+    if name == "xformers" and not dispatcher and not _swappable(model):
+        return f"{type(model).__name__} calls PyTorch's attention itself: use cudnn or flash"
+    # Who is not dispatched falls back where a backend cannot serve one of the smaller attentions.
+    reasons = (why_not_on(call, name) for call in (calls if dispatcher else calls[:1]))
+    return next((why for why in reasons if why), None)
+
+
+def why_not_here(name: str, device: torch.device) -> str | None:
+    """Why backend `name` is not to be had on this machine and what to do about it, or None."""
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, this run is on {device.type}: use attention native"
     if name in _PACKAGES:
         package, install = _PACKAGES[name]
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed: {install}"
-    dispatcher = through_dispatcher(model)
-    if name == "xformers" and not dispatcher and not _swappable(model):
-        return f"{type(model).__name__} calls PyTorch's attention itself: use cudnn or flash"
     if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
         return "its kernels are for Hopper GPUs (compute capability 9): use cudnn or flash"
-    # Who is not dispatched falls back where a backend cannot serve one of the smaller attentions.
-    for call in calls if dispatcher else calls[:1]:
-        if call.dtype not in _TOLERANCE and name != "xformers":
-            kind = str(call.dtype).removeprefix("torch.")
-            return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
-        if call.mixed and name == "xformers":  # the others are PyTorch's, which autocast casts for
-            return f"does not cast queries, keys and values of {call} to one dtype: use another"
-        try:
-            off = _difference(name, call)
-        except (RuntimeError, ImportError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            return f"does not run on {call} ({reason}): use another"
-        allowed = _TOLERANCE.get(call.dtype, 1e-3)
-        if not off <= allowed:
-            return f"strays from native attention on {call}, by {off:.2g} of its norm: use another"
+    return None
+
+
+def why_not_on(call: Call, name: str) -> str | None:
+    """Why backend `name` cannot compute `call`, or computes something else, or None."""
+    if call.dtype not in _TOLERANCE and name != "xformers":
+        kind = str(call.dtype).removeprefix("torch.")
+        return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
+    if call.mixed and name == "xformers":  # the others are PyTorch's, which autocast casts for
+        return f"does not cast queries, keys and values of {call} to one dtype: use another"
+    try:
+        off = difference(results(name, call), results("native", call))
+    except (RuntimeError, ImportError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"does not run on {call} ({reason}): use another"
+    if not off <= _TOLERANCE.get(call.dtype, 1e-3):
+        return f"strays from native attention on {call}, by {off:.2g} of its norm: use another"
     return None
 
 
@@ -226,19 +236,21 @@ class _Watch(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _inputs(call: Call) -> list[Tensor]:
-    """q, k, v and the gradient of the output, laid out as models make them: heads side by side."""
+def inputs(call: Call, scale: float = 1.0) -> list[Tensor]:
+    """Normal q, k, v times `scale` and the gradient of the output, laid out as models make them:
+    heads side by side.
+    """
     random = torch.Generator(call.device).manual_seed(0)
     made = []
     for tokens in (call.queries, call.keys, call.keys, call.queries):
         shape = (call.batch, tokens, call.heads, call.dim)
         options = {"dtype": call.dtype, "device": call.device}
         made.append(torch.randn(shape, generator=random, **options).transpose(1, 2))
-    return [x.requires_grad_() for x in made[:3]] + made[3:]
+    return [(scale * x).requires_grad_() for x in made[:3]] + made[3:]
 
 
-def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One attention, [B, H, N, D], by this backend alone."""
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One attention, [B, H, N, D], by this backend alone, inside `serving` it."""
     if name == "native":
         return scaled_dot_product_attention(q, k, v)
     if name == "xformers":
@@ -252,40 +264,43 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v)
 
 
-def _results(name: str, call: Call) -> list[Tensor]:
-    """The output and the three gradients."""
-    q, k, v, grad = _inputs(call)
-    with _flash3() if name == "flash3" else ExitStack():
-        out = _attend(name, q, k, v)
+def results(name: str, call: Call, scale: float = 1.0) -> list[Tensor]:
+    """The output and the three gradients, of `inputs`."""
+    q, k, v, grad = inputs(call, scale)
+    with serving(name):
+        out = attend(name, q, k, v)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def _difference(name: str, call: Call) -> float:
-    """How far `name` is from native attention, relative to its norm; nan or inf if not finite."""
+def difference(mine: list[Tensor], others: list[Tensor]) -> float:
+    """How far `mine` are from `others` at most, relative to their norms; inf if not finite."""
     worst = 0.0
-    for mine, native in zip(_results(name, call), _results("native", call), strict=True):
-        native = native.float()
-        off = ((mine.float() - native).norm() / native.norm()).item()
+    for one, other in zip(mine, others, strict=True):
+        other = other.float()
+        off = ((one.float() - other).norm() / other.norm()).item()
         worst = max(worst, off) if off == off else float("inf")
     return worst
 
 
 def _seconds(name: str, call: Call) -> float:
     """Of one forward and backward, after one that warms up."""
-    q, k, v, grad = _inputs(call)
+    q, k, v, grad = inputs(call)
     wait = partial(torch.cuda.synchronize, call.device) if call.device.type == "cuda" else int
-    with _flash3() if name == "flash3" else ExitStack():
+    with serving(name):
         for _ in range(2):
             wait()
             begin = time.perf_counter()
-            torch.autograd.grad(_attend(name, q, k, v), (q, k, v), grad)
+            torch.autograd.grad(attend(name, q, k, v), (q, k, v), grad)
             wait()
     return time.perf_counter() - begin
 
 
 @contextmanager
-def _flash3() -> Iterator[None]:
-    """PyTorch's flash attention served by FlashAttention-3, forward and backward."""
+def serving(name: str) -> Iterator[None]:
+    """For flash3, PyTorch's flash attention is FlashAttention-3's inside, forward and backward."""
+    if name != "flash3":
+        yield
+        return
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
     activate_flash_attention_impl("FA3")

@@ -205,7 +205,7 @@ def test_auto_stays_native_within_the_noise(seconds, name, monkeypatch):
 
 def test_auto_leaves_out_what_is_wrong(monkeypatch):
     """A planted kernel: first its gradient of v is off by a tenth, then one output is NaN."""
-    right = attention._attend
+    right = attention.attend
 
     def biased(name, q, k, v):
         if name != "flash":
@@ -217,7 +217,7 @@ def test_auto_leaves_out_what_is_wrong(monkeypatch):
         return out * torch.where(torch.arange(16) == 3, torch.nan, 1.0) if name == "flash" else out
 
     for planted in (biased, broken):
-        monkeypatch.setattr(attention, "_attend", planted)
+        monkeypatch.setattr(attention, "attend", planted)
         choice = attention.choose("auto", *half(*wan()), CUDA, rounds=1)
         assert "strays from native attention" in choice.refused["flash"], planted.__name__
         assert "flash" not in choice.seconds
@@ -227,13 +227,17 @@ def test_auto_leaves_out_what_is_wrong(monkeypatch):
 
 def test_difference_is_relative_to_the_norm_of_output_and_gradients(monkeypatch):
     call = Call(2, 3, 40, 24, 16, torch.float32, CPU)
-    assert attention._difference("native", call) == 0.0
-    right = attention._attend
+    native = attention.results("native", call)
+    assert attention.difference(attention.results("native", call), native) == 0.0
+    right = attention.attend
     monkeypatch.setattr(
-        attention, "_attend",
+        attention, "attend",
         lambda name, q, k, v: right("native", q, k, v) * (1.25 if name == "cudnn" else 1.0),
     )  # fmt: skip
-    assert attention._difference("cudnn", call) == pytest.approx(0.25, rel=1e-5)
+    off = attention.difference(attention.results("cudnn", call), native)
+    assert off == pytest.approx(0.25, rel=1e-5)
+    wrong = [*native[:3], native[3] * torch.nan]
+    assert attention.difference(wrong, native) == torch.inf
 
 
 # ---- Setting it

@@ -124,7 +124,7 @@ def test_the_attention_kernel_is_that_of_the_forward(monkeypatch):
     call = Call(1, 2, 256, 256, 32, torch.float32, CPU)
     name = meters.attention_kernel(call, "native")
     assert name == "aten::_scaled_dot_product_flash_attention_for_cpu"
-    inputs, recorded = meters.attention._inputs, []
+    inputs, recorded = meters.attention.inputs, []
 
     def slow(call):
         torch.randn(3000, 3000) @ torch.randn(3000, 3000)
@@ -132,5 +132,5 @@ def test_the_attention_kernel_is_that_of_the_forward(monkeypatch):
         made[0].register_hook(recorded.append)
         return made
 
-    monkeypatch.setattr(meters.attention, "_inputs", slow)
+    monkeypatch.setattr(meters.attention, "inputs", slow)
     assert meters.attention_kernel(call, "native") == name and not recorded

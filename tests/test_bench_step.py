@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import overhead, pair_loss, step, timing
+from bench import attention, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.variants import Ours, Usual
 from fastpref import compiling
@@ -44,7 +44,7 @@ BROKEN = ValueError("a library's own")
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
-@pytest.mark.parametrize("bench", [overhead, pair_loss, step])
+@pytest.mark.parametrize("bench", [attention, overhead, pair_loss, step])
 def test_every_benchmark_takes_a_device_and_a_file(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--help"])
@@ -228,6 +228,28 @@ def test_time_that_runs_out_is_recorded_and_is_no_success(results, monkeypatch):
     assert results.run(*short) == 1, "a mistake is one, also where time ran out"
 
 
+@pytest.mark.parametrize("seconds, prepared", [(20.0, False), (5.0, True)])
+def test_preparing_leaves_what_timing_takes(seconds, prepared, results, monkeypatch):
+    """Of 600 seconds 250 are left when B1 and joint/full are prepared: with one more variant, steps
+    of 20 seconds need 360 to be timed, of 5 seconds 90.
+    """
+    right, clock, passed = step.prepare, step.time.perf_counter, [0.0]
+
+    def prepare(name, *rest):
+        variant, known = right(name, *rest)
+        passed[0] += {"B1": 100, "joint/full": 250}.get(name, 0)
+        return variant, known | {"s_first": seconds}
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock() + passed[0])
+    names = ["--variants", "joint/full", "joint/none"]
+    assert results.run(*QUICK, *names, "--minutes", "10") == (0 if prepared else 3)
+    rows = results()
+    assert ("s_per_pair" in rows["joint/none"]) == prepared
+    assert prepared or rows["joint/none"]["left_out"] == "no time left of --minutes 10"
+    assert rows["B1"]["s_per_pair"] > 0 and rows["joint/full"]["s_per_pair"] > 0
+
+
 def test_a_row_is_written_as_soon_as_it_is_final(results, monkeypatch):
     right, there = Ours.__init__, {}
 
@@ -267,6 +289,30 @@ def test_sigterm_leaves_the_rounds_that_are_complete(call, rounds, results, monk
         else:
             assert row["left_out"] == "no time left: ended by SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_compiled_code_is_saved_before_a_process_can_be_ended(results, monkeypatch, tmp_path):
+    """After each variant, the one that fails included; SIGTERM comes in the third's gradient."""
+    saved, path = [], tmp_path / "inductor.zip"
+    monkeypatch.setattr(step.Carried, "load", lambda self: saved.append(self.entry) or 0)
+    monkeypatch.setattr(step.Carried, "save", lambda self: saved.append(len(prepared)))
+    right, prepared = step.prepare, []
+
+    def prepare(name, *rest):
+        prepared.append(name)
+        if name == "joint/none":
+            raise BROKEN
+        if name == "deferred/none":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(name, *rest)
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    names = ["--variants", "joint/full", "joint/none", "deferred/none"]
+    assert results.run(*QUICK, *names, "--inductor", str(path)) == 1
+    assert prepared == ["B1", "joint/full", "joint/none", "deferred/none"]
+    assert saved[1:] == [1, 2, 3]
+    table = "tiny-1x64x64-2-float32-all-native-B1-joint full-joint none-deferred none"
+    assert saved[0].endswith(f"/{table}")
 
 
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])
