@@ -1,0 +1,165 @@
+"""What rounding alone makes of the margins before the first step: `python -m bench.margin_noise`
+
+    python -m bench.margin_noise                                 every family, tiny models
+    python -m bench.margin_noise --family wan --device cuda      Wan2.1-1.3B, true architecture
+
+Policy and reference are one model with a zero adapter, so every margin should be 0. Per pair mode
+three ways to run the blocks: eager; loose, as Inductor compiles on its own; compiled, as this
+package does (`compiling.AS_EAGER`). Columns: max |m| of the pairs in bf16 at beta 5000, and seconds
+a step of one pair (the median of five, after one), the optimiser's part left out.
+
+On a GPU transformers have their true size at the smallest of their shapes; UNets are always tiny.
+"""
+
+import time
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import fastpref
+from bench import timing
+from bench.architectures import ARCHITECTURES, Architecture
+from fastpref import compiling, data, models, reference, step
+
+BETA, RANK, SEED = 5000.0, 4, 3
+WAYS = {"eager": None, "loose": {"options": None}, "compiled": {}}
+STEPS = {"joint": step.joint, "deferred": step.deferred}
+
+
+def _cogvideox(name: str) -> Architecture:
+    small = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "time_embed_dim": 16,
+        "text_embed_dim": 32, "max_text_seq_length": 6,
+    }  # fmt: skip
+    full = ARCHITECTURES[name]
+    sizes = {"shape": "9x64x64", "layers": 4, "dim": 32, "ffn": 128, "text": (6, 32)}
+    return replace(full, config=full.config | small, **sizes)
+
+
+def _unet(text: int, **config: object) -> Architecture:
+    config |= {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": text,
+    }  # fmt: skip
+    scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    scheduler |= {"beta_start": 0.00085, "beta_end": 0.012}
+    return Architecture(
+        family="stable_diffusion", kind="UNet2DConditionModel", config=config, scheduler=scheduler,
+        shape="1x64x64", layers=3, dim=64, ffn=256, text=(7, text), crosses=True, channels=4,
+        patch=(1, 1, 1), stride=(1, 8),
+    )  # fmt: skip
+
+
+POOLED = 24  # of SDXL's second text encoder
+TINY = {
+    "wan": ARCHITECTURES["tiny"],
+    "cogvideox-2b": _cogvideox("cogvideox-2b"),
+    "cogvideox-5b": _cogvideox("cogvideox-5b"),
+    "sd15": _unet(32, attention_head_dim=2),
+    "sdxl": _unet(
+        48, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=POOLED + 6 * 8, use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+    ),
+}  # fmt: skip
+
+
+def adapted(arch: Architecture, device: torch.device) -> nn.Module:
+    """The architecture with adapters that say nothing yet, as training puts them in."""
+    model = arch.make(device, torch.bfloat16)
+    targets = models.family(arch.family).LORA_TARGETS
+    lora = peft.LoraConfig(r=RANK, target_modules=targets, init_lora_weights="gaussian")
+    peft.inject_adapter_in_model(lora, model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
+
+
+def batch_of(arch: Architecture, index: int, device: torch.device) -> data.Batch:
+    """One pair of noise that no other index has."""
+    shape = arch.latent(arch.shape)
+    random = torch.Generator(device).manual_seed(index)
+    draw = partial(torch.randn, generator=random, device=device)
+    cond = {"text": draw(1, *arch.text)}
+    if arch.config.get("addition_embed_type"):
+        cond["pooled"] = draw(1, POOLED)
+    cond = {name: torch.cat([value] * 2).bfloat16() for name, value in cond.items()}
+    ids = torch.tensor([index + 1])
+    return data.Batch(draw(2, *shape).bfloat16(), cond, torch.ones(1), ids, [])
+
+
+def measure(
+    arch: Architecture, mode: str, way: str, pairs: int, device: torch.device
+) -> dict[str, float]:
+    """Margins and seconds of one pair mode, run in one way."""
+    torch._dynamo.reset()
+    family = models.family(arch.family)
+    process, model = family.process(arch.scheduler), adapted(arch, device)
+    if WAYS[way] is not None:
+        compiling.compile_blocks(model, family.BLOCKS, **WAYS[way])
+
+    def predict(model: nn.Module, *inputs: object) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return family.predict(model, *inputs)
+
+    policy, says = reference.shared_prefix(model, predict)
+    margins = []
+    for index in range(pairs):
+        batch = batch_of(arch, index, device)
+        draws = fastpref.Draws(SEED, batch.pair_id, torch.zeros_like(batch.pair_id))
+        w, l = reference.changes(policy, says, process, batch, draws, mode).chunk(2)
+        margins.append((0.5 * BETA * (w - l)).abs().max().item())
+
+    objective = fastpref.objective("dpo", beta=BETA)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def pair_step() -> None:
+        noisy, t, target = process.noise(batch.latents, draws)
+        STEPS[mode](
+            policy, says, noisy, t, target, batch.cond, draws, objective, parameters=parameters
+        )
+
+    pair_step()
+    seconds = [timing.once(pair_step, device) for _ in range(5)]
+    return {"max_margin": max(margins), "s_per_step": median(seconds)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--family", choices=list(TINY), nargs="+", help="default: all, tiny")
+    parser.add_argument("--modes", choices=list(STEPS), nargs="+", default=list(STEPS))
+    parser.add_argument("--pairs", type=int, help="default: 12, 4 of a true architecture")
+    args = parser.parse_args(arguments)
+    facts = timing.environment(args.device)
+    print(f"bf16, beta {BETA:g}; {facts['device']}, torch {facts['torch']}")
+    print(f"{'family':<14} {'mode':<10} {'run':<10} {'max |m|':>9} {'s/step':>9}")
+    rows = []
+    for name in args.family or TINY:
+        true = args.device.type == "cuda" and args.family and name in ARCHITECTURES
+        arch = TINY[name]
+        if true:
+            arch = replace(ARCHITECTURES[name], shape=ARCHITECTURES[name].small[0])
+        pairs = args.pairs or (4 if true else 12)
+        for mode in args.modes:
+            for way in WAYS:
+                begin = time.perf_counter()
+                found = measure(arch, mode, way, pairs, args.device)
+                print(
+                    f"{name:<14} {mode:<10} {way:<10} {found['max_margin']:9.3g}"
+                    f" {found['s_per_step']:9.4f}   in {time.perf_counter() - begin:.0f} s",
+                    flush=True,
+                )
+                what = {"family": name, "model": "true" if true else "tiny", "shape": arch.shape}
+                what |= {"pair_mode": mode, "run": way, "pairs": pairs, "beta": BETA}
+                rows.append({"bench": "margin_noise", **what, **found, **facts})
+    timing.append(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()
