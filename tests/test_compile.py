@@ -190,15 +190,15 @@ def test_the_options_hold_in_forward_and_backward_and_nowhere_else(monkeypatch):
         return real(graph, *inputs)
 
     monkeypatch.setattr(GraphLowering, "run", run)
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
     before = {name: getattr(inductor, name) for name in compiling.AS_EAGER}
     for options, expected in ((compiling.AS_EAGER, compiling.AS_EAGER), (None, before)):
         seen.clear()
         model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
         compiling.compile_blocks(model, "0", options=options)
-        out = model(torch.randn(2, 4)).sum()
-        assert {name: getattr(inductor, name) for name in compiling.AS_EAGER} == before
-        out.backward()
+        with torch.compiler.config.patch(force_disable_caches=True):
+            out = model(torch.randn(2, 4)).sum()
+            assert {name: getattr(inductor, name) for name in compiling.AS_EAGER} == before
+            out.backward()
         assert seen == [(False, expected), (True, expected)]
 
 
