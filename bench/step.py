@@ -6,7 +6,9 @@
     python -m bench.step --device cpu                            a tiny model: the plumbing
 
 Variants: the baselines B0, B1, B4, B5 (bench/baselines.py) and ours, written MODE/CHECKPOINTING and
-what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph. Every
+what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph;
+deferred/none+compile+loose is compiled without the rounding of eager PyTorch, which keeps margins
+free of noise: what that costs is the distance to deferred/none+compile. Every
 variant's gradient is compared with B1's on the same draws before anything is timed; then all take
 turns in one process. A variant that does not fit in memory, that fails, or whose graph cannot be
 recorded, is left out with the reason in its row. --adapters half puts them on the upper half of the

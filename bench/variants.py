@@ -167,16 +167,18 @@ def rungs(name: str) -> tuple[str, str, list[str]]:
     form, *added = name.split("+")
     mode, _, kept = form.partition("/")
     known = mode in ("joint", "deferred") and kept in ("none", "attention", "full")
-    if not known or set(added) - {"compile", "cached", "graph"}:
+    known = known and not set(added) - {"compile", "loose", "cached", "graph"}
+    if not known or ("loose" in added and "compile" not in added):
         raise ValueError(
             f"--variants: expected {', '.join(BASELINES)} or joint|deferred/none|attention|full"
-            f" and +compile, +cached, +graph, got {name}"
+            f" and +compile or +compile+loose, +cached, +graph, got {name}"
         )
     return mode, kept, added
 
 
 class Ours:
-    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad.
+    """MODE/CHECKPOINTING+compile+cached+graph, with gradients left in .grad; +loose: compiled as
+    Inductor does on its own, rounding as it comes.
 
     As `fastpref train` does it: where the reference is not cached, its pass and the policy's share
     what stands below the first adapter.
@@ -193,7 +195,8 @@ class Ours:
         setting.keep_attention(self.model, name=setting.attention.name)
         checkpointing.apply(self.model, setting.family.BLOCKS, kept)
         if "compile" in added:
-            compiling.compile_blocks(self.model, setting.family.BLOCKS)
+            options = None if "loose" in added else compiling.AS_EAGER
+            compiling.compile_blocks(self.model, setting.family.BLOCKS, options=options)
         predict = setting.family.predict
         if self.cached:
             policy = partial(predict, self.model)

@@ -303,6 +303,7 @@ def cache_mark(
     backend: str,
 ) -> dict[str, Any]:
     """The fingerprint of the run's cached reference errors."""
+    rounding = [f"{name}={value}" for name, value in compiling.AS_EAGER.items()]
     return cache.fingerprint(
         model=config.model,
         data=dataset.folder,
@@ -311,7 +312,7 @@ def cache_mark(
         draws_per_pair=config.draws_per_pair,
         batch_size=config.train_batch_size,
         pair_mode=config.pair_mode,
-        compile="blocks" if config.compile else "none",
+        compile=" ".join(["blocks", *rounding]) if config.compile else "none",
         attention=backend,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),

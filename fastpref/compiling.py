@@ -14,8 +14,27 @@ from torch import Tensor, nn
 # so the limit is out of reach: thousands of compilations take days.
 LIMIT = 10_000
 
+# How Inductor compiles blocks. On its own it rounds what a backward needs and keeps the rest of a
+# fused kernel in float32; a convolution's layout and what is computed twice rather than stored hang
+# on the rest of the graph too, and with them the order of a sum. So the graph that trains and the
+# reference's, which has no backward, say different things of the same weights, and a run starts on
+# gradients of rounding alone. With these both round after every operation, as eager PyTorch does,
+# keep its layouts, and store what several read and more than two tensors make. Each is there in
+# torch 2.11 to 2.14; a torch without one says so (RuntimeError).
+AS_EAGER = {
+    "emulate_precision_casts": True,
+    "layout_optimization": False,
+    "realize_reads_threshold": 2,
+}
 
-def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -> int:
+
+def compile_blocks(
+    model: nn.Module,
+    paths: str,
+    *,
+    backend: str = "inductor",
+    options: dict[str, Any] | None = AS_EAGER,
+) -> int:
     """Compiles every block of `model` in place; returns how many. After adapters and checkpointing.
 
     All blocks of a class share their compiled code, and a shape of batch costs three compilations
@@ -26,6 +45,8 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
     gradient, costs a compilation more: `eagerly` avoids that where speed does not count.
 
     paths: of the family's blocks, a space between them: lists of blocks, or single ones.
+    options: Inductor's, in forward and backward; other backends have none. None is faster code that
+        rounds as it comes: for measurements.
 
     Raises:
         ValueError: a path that leads nowhere.
@@ -34,10 +55,11 @@ def compile_blocks(model: nn.Module, paths: str, *, backend: str = "inductor") -
     config = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(config, name, max(getattr(config, name), LIMIT))
+    settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    if backend == "inductor" and options:
+        settings["options"] = dict(options)
     for block in found:
-        forward = torch.compile(
-            block.forward.__func__, backend=backend, fullgraph=True, dynamic=False
-        )
+        forward = torch.compile(block.forward.__func__, **settings)
         if block is found[0]:
             forward = _plainly(forward)
         # A method, so that a copy of the model runs the copy's blocks.

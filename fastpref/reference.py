@@ -176,21 +176,53 @@ def member(
     return (noisy[here], t[here], {name: value[here] for name, value in cond.items()}), own
 
 
+def passes(
+    process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
+) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Draws, Tensor | Target, slice]]:
+    """What a training step asks of a model: all members at once (joint), or one after the other
+    (deferred). Each time ((noisy, t, cond), draws, target, where the errors stand in the pair's).
+    """
+    noisy, t, target = process.noise(batch.latents, draws)
+    if pair_mode == "joint":
+        yield (noisy, t, batch.cond), draws, target, slice(None)
+        return
+    pairs = len(draws.pair_id)
+    for row in range(2 * pairs):
+        inputs, own = member(noisy, t, target, batch.cond, row, pairs)
+        pair, side = slice(row % pairs, row % pairs + 1), row // pairs
+        one = Draws(draws.seed, draws.pair_id[pair], draws.index[pair])
+        yield inputs, one, own, slice(side, side + 1)
+
+
 @torch.no_grad()
 def errors(
     reference: Reference, process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
 ) -> Tensor:
-    """The reference's errors [2B] float64 of a batch, in the compositions of a training step:
-    all members at once (joint), or one after the other (deferred).
-    """
-    noisy, t, target = process.noise(batch.latents, draws)
-    if pair_mode == "joint":
-        return errors_of(reference(noisy, t, batch.cond, draws), target)
-    pairs, parts = len(draws.pair_id), []
-    for row in range(2 * pairs):
-        inputs, own = member(noisy, t, target, batch.cond, row, pairs)
-        pair = slice(row % pairs, row % pairs + 1)
-        said = reference(*inputs, Draws(draws.seed, draws.pair_id[pair], draws.index[pair]))
-        own_err = errors_of(said, own)  # [1], or both of the pair where they were cached
-        parts.append(own_err if said.dim() > 1 else own_err[row // pairs : row // pairs + 1])
+    """The reference's errors [2B] float64 of a batch, in the compositions of a training step."""
+    parts = []
+    for inputs, own, target, side in passes(process, batch, draws, pair_mode):
+        parts.append(_own_errors(reference(*inputs, own), target, side))
     return torch.cat(parts)
+
+
+def changes(
+    policy: Policy,
+    reference: Reference,
+    process: Any,
+    batch: Batch,
+    draws: Draws,
+    pair_mode: PairMode,
+) -> Tensor:
+    """The policy's errors less the reference's, [2B] float64, from the forwards of a training step
+    alone: the policy's with gradient, its graph freed as soon as it has spoken.
+    """
+    parts = []
+    for inputs, own, target, side in passes(process, batch, draws, pair_mode):
+        ref_err = _own_errors(reference(*inputs, own), target, side)
+        parts.append(pair_error(policy(*inputs).detach(), target) - ref_err)
+    return torch.cat(parts)
+
+
+def _own_errors(said: Tensor, target: Tensor | Target, side: slice) -> Tensor:
+    err = errors_of(said, target)
+    return err[side] if said.dim() == 1 else err  # a cache gives both of the pair

@@ -132,13 +132,7 @@ def train(config: Config) -> dict[str, Any]:
 
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
 
-    def pair_step(
-        batch: data.Batch,
-        draws: Draws,
-        times: Times,
-        scale: float,
-        says: reference.Reference = says,
-    ) -> PairLoss:
+    def pair_step(batch: data.Batch, draws: Draws, times: Times, scale: float) -> PairLoss:
         """Noise, reference, policy, loss and backward of one batch; gradients add up in `.grad`."""
         noisy, t, target = process.noise(batch.latents, draws, times)
         return take(
@@ -208,8 +202,7 @@ def train(config: Config) -> dict[str, Any]:
         if config.reference == "cached":  # before its first step the policy is the reference
             off = reference.adapters_off if config.tuning == "lora" else reference.base
             online = off(model, predict)
-        noise = margin_noise(config, objective.beta, dataset, prepare, process, pair_step, online)
-        optimizer.zero_grad(set_to_none=True)
+        noise = margin_noise(config, objective.beta, dataset, prepare, process, policy, online)
         if config.reference == "cached" and noise is not None:
             cache.drift(
                 says,
@@ -412,19 +405,18 @@ def margin_noise(
     dataset: data.PairDataset,
     prepare: Any,
     process: Any,
-    pair_step: Any,
+    policy: reference.Policy,
     online: reference.Reference,
 ) -> float | None:
     """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
-    alone makes of the margin in the run's own step. None: it is not finite. Leaves gradients of
-    zero.
+    alone makes of the margin in the run's own step, whose forwards it runs. None: it is not finite.
     """
+    print("measuring margin noise: forwards of the first 8 pairs", flush=True)
     seen = []
     for batch, draws in first_pairs(config, dataset, prepare):
-        times = process.times(draws).to(batch.latents.device)
-        out = pair_step(batch, draws, times, 0.0, online)
-        difference = (out.err - out.ref_err).view(2, -1)
-        seen.append((0.5 * beta * (difference[0] - difference[1])).abs().max())
+        change = reference.changes(policy, online, process, batch, draws, config.pair_mode)
+        w, l = change.chunk(2)
+        seen.append((0.5 * beta * (w - l)).abs().max())
     worst = torch.stack(seen).max().item()
     if not worst <= 0.05:
         print(

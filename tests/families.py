@@ -218,6 +218,16 @@ def unet(**changes: Any) -> nn.Module:
     return seeded(UNet2DConditionModel, **{**config, **changes})
 
 
+# What SDXL's UNet has that SD1.5's has not.
+SDXL = {
+    "cross_attention_dim": 48,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+}
+
 # As in the published folders: SD1.5 samples with PNDM, SDXL with Euler.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -259,14 +269,7 @@ def build_sdxl(path: Path) -> Path:
         ),
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
-        unet=unet(
-            cross_attention_dim=48,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-            use_linear_projection=True,
-            transformer_layers_per_block=(1, 2),
-        ),
+        unet=unet(**SDXL),
         scheduler=diffusers.EulerDiscreteScheduler(
             timestep_spacing="leading", steps_offset=1, **SCHEDULE
         ),

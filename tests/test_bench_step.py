@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import attention, overhead, pair_loss, step, timing
+from bench import attention, margin_noise, overhead, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.variants import Ours, Usual
 from fastpref import compiling
@@ -44,12 +44,28 @@ BROKEN = ValueError("a library's own")
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
-@pytest.mark.parametrize("bench", [attention, overhead, pair_loss, step])
+@pytest.mark.parametrize("bench", [attention, margin_noise, overhead, pair_loss, step])
 def test_every_benchmark_takes_a_device_and_a_file(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--help"])
     said = capsys.readouterr().out
     assert "--device" in said and "--output" in said
+
+
+def test_margin_noise_of_every_family_run_eagerly_is_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(margin_noise, "WAYS", {"eager": None})
+    file = tmp_path / "rows.jsonl"
+    margin_noise.main(["--device", "cpu", "--pairs", "2", "--output", str(file)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = {(name, mode) for name in margin_noise.TINY for mode in ("joint", "deferred")}
+    assert {(row["family"], row["pair_mode"]) for row in rows} == expected
+    assert all(row["max_margin"] == 0 and row["s_per_step"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_margin_noise_of_loose_blocks_shows_and_of_ours_is_zero():
+    found = margin_noise.measure(margin_noise.TINY["wan"], "joint", 3, CPU)
+    assert found["compiled"]["max_margin"] == 0 < 0.05 < found["loose"]["max_margin"]
 
 
 def test_options_of_all_benchmarks():

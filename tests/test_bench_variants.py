@@ -13,7 +13,7 @@ from torch import nn
 from bench import step
 from bench.architectures import ARCHITECTURES
 from bench.baselines import BASELINES
-from bench.variants import Ours, Setting, Usual
+from bench.variants import Ours, Setting, Usual, rungs
 from fastpref import compiling
 
 CPU = torch.device("cpu")
@@ -121,6 +121,16 @@ def test_a_compiled_variant_compiles_and_runs_what_its_name_says(name, tiny, mon
     if name not in BASELINES:  # 0.9 MB a member, or a block's inputs and its attentions' outputs
         held = step.activation_bytes(variant, tiny["all"])
         assert held > 0.7e6 if "/none" in name else held < 0.3e6
+
+
+def test_loose_blocks_are_compiled_as_inductor_does_on_its_own(tiny, monkeypatch):
+    given = []
+    monkeypatch.setattr(compiling, "compile_blocks", lambda *_, **options: given.append(options))
+    for name in ("joint/none+compile", "joint/none+compile+loose"):
+        make(name, tiny["all"])
+    assert given == [{"options": compiling.AS_EAGER}, {"options": None}]
+    with pytest.raises(ValueError, match=r"or \+compile\+loose, .* got joint/none\+loose"):
+        rungs("joint/none+loose")
 
 
 def test_a_step_and_its_optimiser_go_through_the_graphs(tiny):

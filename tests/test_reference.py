@@ -8,10 +8,11 @@ import peft
 import pytest
 import torch
 from pairs import BASE, options, write_pairs
-from tiny import case
+from tiny import case, run
 
 from fastpref import models, reference
 from fastpref.config import Config
+from fastpref.data import Batch
 from fastpref.train import train
 
 
@@ -32,6 +33,28 @@ def test_adapters_off_and_a_frozen_copy_say_what_the_base_says(name):
         reference.adapters_off(c.base, c.family.predict)
     with pytest.raises(ValueError, match="no LoRA layers; use frozen_copy"):
         reference.shared_prefix(c.base, c.family.predict)
+
+
+@pytest.mark.parametrize("form", ["joint", "deferred"])
+@pytest.mark.parametrize("half", [False, True])
+def test_changes_are_those_of_the_step_without_its_backward(form, half):
+    c = case("wan", half=half)
+    policy, says = reference.shared_prefix(c.model, c.family.predict)
+    out, _ = run(c, form, policy, says)
+    batch = Batch(c.latents, c.cond, c.weight, c.draws.pair_id, [])
+    known = reference.errors(says, c.process, batch, c.draws, form)
+    calls = []
+
+    def cached(noisy, t, cond, draws):
+        calls.append(len(noisy))
+        mine = (draws.pair_id[:, None] == c.draws.pair_id).int().argmax(1)
+        return known.view(2, -1)[:, mine].flatten()
+
+    for ref in (says, cached):
+        found = reference.changes(policy, ref, c.process, batch, c.draws, form)
+        assert torch.equal(found, out.err - out.ref_err) and found.abs().min() > 1e-4
+        assert not found.requires_grad and all(p.grad is None for p in c.parameters)
+    assert calls == ([4] if form == "joint" else [1] * 4)
 
 
 def test_self_check_sees_a_changed_base():

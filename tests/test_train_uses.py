@@ -265,7 +265,11 @@ def test_weights_of_pairs_reach_the_loss(pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_margin_noise_is_of_eight_pairs(size, pairs, tmp_path, spied):
-    calls = spied(loop, "joint")
-    run(pairs, tmp_path, train_batch_size=size)
-    assert sum(kwargs["scale"] == 0 for _, kwargs in calls) == -(-8 // size)
+def test_margin_noise_is_of_eight_pairs_and_needs_no_backward(size, pairs, tmp_path, spied):
+    calls, backwards = spied(loop.reference, "changes"), []
+    for steps in (1, 2):
+        with Count("aten.gelu_backward.default") as seen:
+            run(pairs, tmp_path / str(steps), train_batch_size=size, max_train_steps=steps)
+        backwards.append(seen.calls)
+    assert len(calls) == 2 * -(-8 // size) and backwards[1] == 2 * backwards[0] > 0
+    assert {kwargs.get("pair_mode", args[-1]) for args, kwargs in calls} == {"joint"}

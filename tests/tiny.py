@@ -72,6 +72,8 @@ def transformer(name: str) -> tuple[ModuleType, nn.Module, Any, tuple[int, ...],
         process = fastpref.Diffusion(alphas_cumprod=abar, prediction_type="v_prediction")
         return cogvideox, model, process, (4, 3, 8, 8), 32
     process = fastpref.Diffusion(alphas_cumprod=abar)
+    if name == "sdxl":
+        return stable_diffusion, families.unet(**families.SDXL), process, (4, 1, 8, 8), 48
     return stable_diffusion, families.unet(), process, (4, 1, 8, 8), 32
 
 
@@ -108,12 +110,13 @@ def case(
     generator = torch.Generator().manual_seed(7)
     latents = torch.randn(2 * pairs, *shape, generator=generator).to(dtype)
     text = torch.randn(pairs, 5, width, generator=generator).to(dtype)
+    cond = {"text": text.repeat(2, 1, 1)}
+    if name == "sdxl":
+        cond["pooled"] = torch.randn(pairs, 24, generator=generator).to(dtype).repeat(2, 1)
     ids = torch.arange(1, pairs + 1) * 1_000_003
     draws = fastpref.Draws(3, ids, torch.arange(pairs))
     weight = torch.linspace(0.5, 2.0, pairs, dtype=torch.float64)
-    return Case(
-        family, model, base, process, latents, {"text": text.repeat(2, 1, 1)}, draws, weight
-    )
+    return Case(family, model, base, process, latents, cond, draws, weight)
 
 
 def plain(c: Case, objective: Any, *, gain: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
