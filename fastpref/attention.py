@@ -156,6 +156,24 @@ def use(model: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def natively(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes with PyTorch's own attention whatever it, or the process, was told.
+
+    For a copy that is thrown away: it stays told.
+    """
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = "native"
+        elif "XFormers" in type(processor).__name__:
+            model.disable_xformers_memory_efficient_attention()
+            break
+    every = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel([*every, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
 def observe(run: Callable[[], object]) -> list[Call]:
     """The different attentions that `run` computes, largest first, each [B, H, N, D]."""
     with _Watch() as watch:

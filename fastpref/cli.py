@@ -26,7 +26,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
   sample    clips from a model, with or without an adapter
   eval      errors and implicit accuracy of an adapter on encoded pairs
   report    plots and one HTML page of a run
-  doctor    what is installed and what was compiled
+  doctor    what is installed; with --family what a run of train would need of a card
 """
 
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from . import checkpointing, compiling, reference
+from . import attention, checkpointing, compiling, reference
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def _passes(
     if compiled:
         compiling.compile_blocks(twin, paths, backend=stand_in)
     policy, says = _policy(twin, predict, shared)
-    with mode:
+    with attention.natively(twin), mode:
         for p in parameters:
             p.grad = torch.zeros_like(p)  # that of a step adds to it: no memory of its own
             meter.own(p.grad)

@@ -16,7 +16,7 @@ from torch.profiler import profile
 
 from bench.architectures import ARCHITECTURES
 from bench.meters import SavedBytes
-from fastpref import checkpointing, compiling, models, reference, simulate
+from fastpref import attention, checkpointing, compiling, models, reference, simulate
 
 BF16 = torch.bfloat16
 SIZES = ((5, 16, 16), (9, 8, 24))  # frames, height, width of latents: two numbers of tokens
@@ -201,6 +201,16 @@ def test_autocast_as_on_cuda_and_only_inside():
     assert dtypes() == before == [BF16] * 6
     c = case("wan")  # whose q and k are normed in float32 there
     assert c.passes(cuda=True).kept > c.passes().kept
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox-2b"])
+def test_a_backend_of_a_gpu_is_looked_at_like_pytorchs_own(name):
+    """cuDNN's attention does not run on a CPU, whose other choice keeps all scores."""
+    c = case(name)
+    expected = c.passes()
+    with attention.use(c.model, "cudnn"):
+        found = c.passes()
+    assert (found.kept, found.peak) == (expected.kept, expected.peak)
 
 
 def test_nothing_of_the_model_changes():
