@@ -77,10 +77,10 @@ WAN=16,21,60,104
 CARRIED=bench/results/inductor.zip
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 REHEARSE=${FASTPREF_REHEARSE-}
-cpu=() quick=() loss=() table=()
+quick=() loss=() noise=() table=()
 if [[ $REHEARSE ]]; then # everything small; the last of an option counts
-  cpu=(--device cpu) quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
-  table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
+  quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
+  noise=(--device cpu --modes deferred) table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
 fi
 
 skip() {
@@ -154,7 +154,7 @@ part_attention() { rows=kernels bench attention "${quick[@]}"; }
 part_pair_loss() {
   bench pair_loss "${loss[@]}" && bench pair_loss --objective sdpo --pairs 4 "${loss[@]}"
 }
-part_margin_noise() { bench margin_noise --family wan "${cpu[@]}"; }
+part_margin_noise() { bench margin_noise --family wan "${noise[@]}"; }
 part_overhead() { bench overhead "${quick[@]}"; }
 
 # step ARGUMENTS...: a table in what is left of the part's time, less the start and the end. Variants
