@@ -276,10 +276,14 @@ of_part() { sed -n "s/^$1 //p" <<<"$TABLE"; }
 # What would run, in calls of FASTPREF_SECONDS; each builds again.
 plan() {
   local budget=${FASTPREF_SECONDS:-570} left=0 call=0 build=0 part seconds most lines takes
+  SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT
+  sed -n 's/ - .*//p' <<<"$TABLE" | # all tables' predictions, as many at once as there are cores
+    PLAN=$1 xargs -P "$(nproc)" -I{} bash -c 'bash bench/device.sh --run {} >"$0/{}"' "$SCRATCH"
   while read -r part seconds most; do
     lines=
     if [[ $seconds == - ]]; then
-      lines=$(PLAN=$1 "part_$part")
+      lines=$(<"$SCRATCH/$part")
       seconds=$(sed -n '$s/^predicted \([0-9]*\).* s$/\1/p' <<<"$lines")
       if [[ -z $seconds ]]; then
         echo "bench/device.sh: no prediction of $part: $lines" >&2

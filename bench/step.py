@@ -8,12 +8,14 @@
 Variants: the baselines B0, B1, B4, B5 (bench/baselines.py) and ours, written MODE/CHECKPOINTING and
 what is added: joint/full, deferred/attention+compile, joint/none+compile+cached+graph;
 deferred/none+compile+loose is compiled without the rounding of eager PyTorch, which keeps margins
-free of noise: what that costs is the distance to deferred/none+compile. Every
-variant's gradient is compared with B1's on the same draws before anything is timed; then all take
-turns in one process. A variant that does not fit in memory, that fails, or whose graph cannot be
-recorded, is left out with the reason in its row. --adapters half puts them on the upper half of the
-blocks in every variant, the baselines too: what ours then gain is the shared prefix's, the lower
-half that policy and reference run once (cached variants have nothing to share).
+free of noise: what that costs is the distance to deferred/none+compile. Every variant's gradient is
+compared with B1's on the same draws before anything is timed; then all take turns in one process. A
+variant that is predicted not to fit in the card's memory (bench/forecast.py) is not tried; that, or
+one that does not fit, fails, or has a graph that cannot be recorded, is left out with the reason in
+its row. --adapters half puts them on the upper half of the blocks in every variant, the baselines
+too: what ours then gain is the shared prefix's, the lower half that policy and reference run once
+(cached variants have nothing to share). --plan 80 prints the predictions for a card of 80 GiB,
+without a GPU.
 
 One call stays within --minutes: name the --variants in the order they are prepared in, the most
 telling first (B1 is always before them), or call more than once. A row goes to --output as soon as
@@ -37,20 +39,23 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stdout
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.architectures import ARCHITECTURES, PEAK
+from bench.architectures import ARCHITECTURES, PEAK, Architecture
 from bench.baselines import BASELINES
+from bench.forecast import forecast, plan
 from bench.inductor import Carried
 from bench.meters import Power, SavedBytes, attention_kernel
 from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
-from fastpref import attention
+from fastpref import attention, memory
 
 LARGE = (
     *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),
@@ -152,6 +157,12 @@ class Table:
             told = "-".join(map(str, [*told, setting.attention.name, *names]))
             self.inductor = Carried(args.inductor, device, told)
             print(f"{self.inductor.load() / 1e6:.1f} MB of compiled code from {args.inductor}")
+        self.forecast: Future | None = None
+        if device.type == "cuda":  # beside the start and the first variant, by a process of its own
+            self.card = memory.card_of(device)
+            self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            told = (args.family, setting.shape, setting.pairs, args.adapters, list(names))
+            self.forecast = self.pool.submit(forecast, *told, self.card)
         self.open = list(names)  # whose rows are not written yet
         self.variants: dict[str, Usual | Ours] = {}
         self.samples: dict[str, list[float]] = {}
@@ -177,6 +188,9 @@ class Table:
                 continue
             if name != "B1" and expected is None:
                 self.leave_out(name, "nothing to compare with: B1 is left out")
+                continue
+            if name != "B1" and (why := self.predicted_too_large(name)):
+                self.leave_out(name, why)
                 continue
             try:
                 variant, known = prepare(name, self.setting, expected)
@@ -204,6 +218,19 @@ class Table:
     def keep_compiled(self) -> None:
         if self.inductor:
             self.inductor.save()
+
+    def predicted_too_large(self, name: str) -> str | None:
+        """Why a variant is not even tried; what is predicted goes to all rows."""
+        if self.forecast is None:
+            return None
+        if "predicted_gb" not in self.rows["B1"]:
+            for each, row in self.forecast.result().items():
+                self.rows[each] |= {"predicted_gb": row.peak / 1e9, "predicted_s": row.seconds}
+            self.pool.shutdown(wait=False)
+        if self.forecast.result()[name].fits(self.card):
+            return None
+        gb, room = self.rows[name]["predicted_gb"], self.card.room / 1e9
+        return f"{NO_MEMORY}, as predicted: {gb:.1f} GB, {room:.1f} are there to plan with"
 
     def kept_for_timing(self) -> float:
         """Seconds that no variant is prepared in: the optimisers' states, three rounds and the
@@ -365,9 +392,12 @@ def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> fl
 
 
 def default_variants(setting: Setting) -> tuple[str, ...]:
-    if setting.device.type == "cpu":
-        return CPU
-    return SMALL if setting.arch.tokens(setting.shape) <= FEW_TOKENS else LARGE
+    return CPU if setting.device.type == "cpu" else usual(setting.arch, setting.shape)
+
+
+def usual(arch: Architecture, shape: str | None) -> tuple[str, ...]:
+    """On a GPU, of clips of this shape."""
+    return SMALL if arch.tokens(shape or arch.shape) <= FEW_TOKENS else LARGE
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
@@ -379,6 +409,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
         f" torch {first['torch']}, commit {first['commit']}"
     )
     heads = ("s/pair", "quartiles", "x B1", "ref", "fwd", "bwd", "opt", "peak GB", "MFU", "/kWh")
+    heads += ("pred. s", "pred. GB") if "predicted_gb" in first else ()
     print(f"{'variant':<32} {heads[0]:>8} {heads[1]:>17} {heads[2]:>6}", end="")
     print("".join(f" {head:>7}" for head in heads[3:]))
     for row in rows:
@@ -391,6 +422,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
         print(f" {'-' if times is None else format(times, '.2f'):>6}", end="")
         values = [row["split"].get(part) for part in ("reference", "forward", "backward")]
         values += [row["split"].get("optimizer"), row["peak_gb"], row["mfu"], row["pairs_per_kwh"]]
+        values += [row[name] for name in ("predicted_s", "predicted_gb") if name in row]
         print("".join(f" {'-' if v is None else format(v, '.3g'):>7}" for v in values))
     by_name = {row["variant"]: row for row in rows if "s_per_pair" in row}
     saved = [by_name.get(n, {}).get("activation_bytes") for n in ("deferred/none", "joint/none")]
@@ -410,6 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", help="default: by device and tokens")
     parser.add_argument("--adapters", choices=["all", "half"], default="all")
     parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--plan", metavar="CARD", help="print what is predicted for a card (GiB)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
     parser.add_argument("--inductor", type=Path, help="read compiled code from this file, add ours")
@@ -417,8 +450,15 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16, float32 on a CPU")
     args = parser.parse_args(arguments)
-    args.family = args.family or ("tiny" if args.device.type == "cpu" else "wan")
+    cpu = args.device.type == "cpu" and not args.plan
+    args.family = args.family or ("tiny" if cpu else "wan")
     try:
+        if args.plan:
+            on, arch = memory.card(args.plan), ARCHITECTURES[args.family]
+            names = list(dict.fromkeys(["B1", *(args.variants or usual(arch, args.shape))]))
+            told = (args.family, args.shape, args.pairs, args.adapters, names)
+            plan(forecast(*told, on), args.pairs, args.rounds, on)
+            return 0
         rows = measure(args, args.device)
     except ValueError as error:
         print(f"bench.step: {error}")

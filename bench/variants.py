@@ -24,6 +24,21 @@ LEARNING_RATE = 1e-5
 DRAWS = 4  # that the steps go through
 
 
+def adapt(model: nn.Module, arch: Architecture, adapters: str) -> None:
+    """Puts float32 adapters on all blocks, or on the upper half of them."""
+    import peft
+
+    family = models.family(arch.family)
+    targets: list[str] | str = family.LORA_TARGETS
+    if adapters == "half":  # by a pattern, as peft takes it
+        upper = "|".join(str(k) for k in range(arch.layers // 2, arch.layers))
+        targets = rf"{family.BLOCKS}\.({upper})\..*({'|'.join(map(re.escape, targets))})"
+    model.add_adapter(peft.LoraConfig(r=RANK, target_modules=targets))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
 class Setting:
     """Model, data and optimisers that all variants share; their weights are the same tensors.
 
@@ -31,8 +46,6 @@ class Setting:
     """
 
     def __init__(self, args: Namespace, device: torch.device) -> None:
-        import peft
-
         self.arch: Architecture = ARCHITECTURES[args.family]
         self.shape, self.pairs, self.device = args.shape or self.arch.shape, args.pairs, device
         usual = "bfloat16" if device.type == "cuda" else "float32"
@@ -44,11 +57,9 @@ class Setting:
         self.base = self.arch.make(device, self.dtype)
         self.model = copy.deepcopy(self.base, memo={id(t): t for t in tensors(self.base)})
         self.adapters: str = args.adapters
-        self.model.add_adapter(peft.LoraConfig(r=RANK, target_modules=self._targets()))
+        adapt(self.model, self.arch, self.adapters)
         random = torch.Generator(device).manual_seed(1)
         for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
             if "lora_B" in name:  # zeros would hide every gradient of A
                 p.data.normal_(0, 0.02, generator=random)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -58,14 +69,6 @@ class Setting:
             args.attention, self.model, lambda: self.predict(self.model), device
         )
         self.calls = attention.observe(lambda: self.predict(self.model))
-
-    def _targets(self) -> list[str] | str:
-        """As peft takes them: the family's, by a pattern where not every block has adapters."""
-        targets = self.family.LORA_TARGETS
-        if self.adapters == "all":
-            return targets
-        upper = "|".join(str(k) for k in range(self.arch.layers // 2, self.arch.layers))
-        return rf"{self.family.BLOCKS}\.({upper})\..*({'|'.join(map(re.escape, targets))})"
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> Tensor:

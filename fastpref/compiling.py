@@ -19,12 +19,12 @@ LIMIT = 10_000
 # on the rest of the graph too, and with them the order of a sum. So the graph that trains and the
 # reference's, which has no backward, say different things of the same weights, and a run starts on
 # gradients of rounding alone. With these both round after every operation, as eager PyTorch does,
-# keep its layouts, and store what several read and more than two tensors make. Each is there in
+# keep its layouts, and store what is read more than once and made of several tensors. Each is in
 # torch 2.11 to 2.14; a torch without one says so (RuntimeError).
 AS_EAGER = {
     "emulate_precision_casts": True,
     "layout_optimization": False,
-    "realize_reads_threshold": 2,
+    "realize_reads_threshold": 1,
 }
 
 

@@ -121,7 +121,8 @@ class Step:
 
     model: with its adapters, before checkpointing and compiling. blocks: the family's BLOCKS.
     inputs: (noisy, t, cond) of one sample. pairs: of a batch. online: the reference is a pass, not
-    cached. copies: of the frozen weights. graphs: the step is recorded: launches take no time.
+    cached. copies: of the frozen weights. shared: policy and reference share what stands below the
+    first adapter. graphs: the step is recorded: launches take no time.
     """
 
     model: nn.Module
@@ -131,6 +132,7 @@ class Step:
     pairs: int = 1
     online: bool = True
     copies: int = 1
+    shared: bool = True
     graphs: bool = False
     cuda: bool = True
 
@@ -158,6 +160,7 @@ def predictions(
                 step.inputs,
                 checkpoint=mode,
                 compiled=compiled and alike,
+                shared=step.shared and step.online,
                 cuda=step.cuda,
             )
             for pair_mode in pair_modes:

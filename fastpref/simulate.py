@@ -87,20 +87,24 @@ def passes(
     *,
     checkpoint: checkpointing.Mode,
     compiled: bool,
+    shared: bool = True,
     cuda: bool = True,
 ) -> Passes:
     """What one sample's reference pass, forward and backward take; nothing is computed.
 
     model: with its adapters, as it is before checkpointing and compiling; on any device, also meta.
-    inputs: (noisy, t, cond) of one sample. cuda: autocast as on a GPU. Of blocks that are all alike
-    three are looked at, and the rest is like the third.
+    inputs: (noisy, t, cond) of one sample. shared: what stands below the first adapter runs once
+    for reference and policy. cuda: autocast as on a GPU. Of blocks that are all alike three are
+    looked at, and the rest is like the third.
     """
     count = like_each_other(model, blocks)
     sizes = (2, 3) if count > 3 else (None,)
     found = []
     for size in sizes:
         with _autocast_of_cuda() if cuda else ExitStack():
-            found.append(_passes(model, predict, blocks, inputs, checkpoint, compiled, size))
+            found.append(
+                _passes(model, predict, blocks, inputs, checkpoint, compiled, shared, size)
+            )
     return found[1].stretched(found[0], count - 3) if count > 3 else found[0]
 
 
@@ -126,6 +130,7 @@ def _passes(
     inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
     checkpoint: checkpointing.Mode,
     compiled: bool,
+    shared: bool,
     size: int | None,
 ) -> Passes:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -141,7 +146,7 @@ def _passes(
     meter = Meter([*twin.parameters(), *twin.buffers(), noisy, t, *texts])
     if compiled:
         compiling.compile_blocks(twin, paths, backend=stand_in)
-    policy, says = _policy(twin, predict)
+    policy, says = _policy(twin, predict, shared)
     with mode:
         for p in parameters:
             p.grad = torch.zeros_like(p)  # that of a step adds to it: no memory of its own
@@ -165,12 +170,14 @@ def _passes(
 
 
 def _policy(
-    model: nn.Module, predict: reference.Predict
+    model: nn.Module, predict: reference.Predict, shared: bool
 ) -> tuple[reference.Policy, reference.Reference]:
-    """As a run has them: sharing what stands below the first adapter, where there are adapters."""
-    if reference.adapter_layers(model):
+    """As a run has them."""
+    adapters = reference.adapter_layers(model)
+    if adapters and shared:
         return reference.shared_prefix(model, predict, checked=True)
-    return lambda noisy, t, cond: predict(model, noisy, t, cond), reference.base(model, predict)
+    off = reference.adapters_off if adapters else reference.base
+    return lambda noisy, t, cond: predict(model, noisy, t, cond), off(model, predict)
 
 
 # ---- Fake tensors
@@ -361,8 +368,8 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
 
     As inductor schedules it, nearly: products and attention are kernels of their own; what lies
     between them and is connected is one kernel, which reads its inputs once and writes what others
-    use, but computes again what takes up to four readings elementwise (inductor's own limit). A
-    backward frees what the forward has kept as it goes.
+    use, but computes again what takes a reading or two elementwise. A backward frees what the
+    forward has kept as it goes.
     """
     nodes = list(graph.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
@@ -411,6 +418,7 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
     results = {buffer[n] for n in nodes[-1].all_input_nodes}
     written = results.union(*({buffer[n] for n in k.all_input_nodes} for k in products))
     origin: dict[fx.Node, set[fx.Node]] = {}  # of a value: the buffers it is computed from
+    most_read = compiling.AS_EAGER["realize_reads_threshold"]
 
     def origins(node: fx.Node) -> set[fx.Node]:
         if node not in origin:
@@ -419,7 +427,7 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
             elementwise &= first(node) not in products and node not in written
             elementwise &= _size(node) > 0 and all(_elements(node) >= _elements(n) for n in given)
             found = set().union(*map(origins, given)) if elementwise else {node}
-            origin[node] = found if len(found) <= 4 else {node}
+            origin[node] = found if len(found) <= most_read else {node}
         return origin[node]
 
     reads: dict[fx.Node, set[fx.Node]] = {}  # kernel -> buffers of others

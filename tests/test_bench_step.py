@@ -63,9 +63,10 @@ def test_margin_noise_of_every_family_run_eagerly_is_zero(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_margin_noise_of_loose_blocks_shows_and_of_ours_is_zero():
-    found = margin_noise.measure(margin_noise.TINY["wan"], "joint", 3, CPU)
-    assert found["compiled"]["max_margin"] == 0 < 0.05 < found["loose"]["max_margin"]
+@pytest.mark.parametrize("name, pairs, most", [("wan", 3, 0.0), ("sd15", 12, 1e-2)])
+def test_margin_noise_of_loose_blocks_shows_and_of_ours_does_not(name, pairs, most):
+    found = margin_noise.measure(margin_noise.TINY[name], "joint", pairs, CPU)
+    assert found["compiled"]["max_margin"] <= most < 0.05 < found["loose"]["max_margin"]
 
 
 def test_options_of_all_benchmarks():

@@ -224,7 +224,6 @@ def silent(name: str, half: bool):
         ("wan", "deferred", True),
         ("cogvideox-2b", "deferred", False),
         ("cogvideox-5b", "joint", True),
-        ("sd15", "joint", True),
         ("sd15", "deferred", False),
         ("sdxl", "joint", False),
         ("sdxl", "deferred", True),

@@ -197,8 +197,7 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
 ):
     unbroken = train(Config(**options(pairs, tmp_path / "unbroken")))
     flags = arguments(options(pairs, tmp_path / "run"))
-    noise_steps = 4  # of two pairs each
-    exhausted(monkeypatch, at=noise_steps + 4)
+    exhausted(monkeypatch, at=4)
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
     assert (

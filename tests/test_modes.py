@@ -125,6 +125,7 @@ def test_a_cache_knows_which_run_it_is_of(pairs, tmp_path):
         other = mark(**{field: value})
         differ = [k for k in plain if plain[k] != other[k]]
         assert any(names.get(field, field) in k for k in differ), field
+    assert "emulate_precision_casts=True" in mark(compile=True)["compile"]
     for field, value in {"beta": 5.0, "lora_rank": 2, "learning_rate": 1.0}.items():
         assert mark(**{field: value}) == plain
     assert mark(objective="sdpo", importance_steps=5) == plain
