@@ -77,10 +77,10 @@ WAN=16,21,60,104
 CARRIED=bench/results/inductor.zip
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 REHEARSE=${FASTPREF_REHEARSE-}
-cpu=() quick=() loss=() table=()
+quick=() loss=() noise=() table=()
 if [[ $REHEARSE ]]; then # everything small; the last of an option counts
-  cpu=(--device cpu) quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
-  table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
+  quick=(--device cpu --rounds 2) loss=(--device cpu --rounds 2 --shapes cogvideox)
+  noise=(--device cpu --modes deferred) table=(--device cpu --rounds 2 --family tiny --shape 1x64x64)
 fi
 
 skip() {
@@ -154,7 +154,7 @@ part_attention() { rows=kernels bench attention "${quick[@]}"; }
 part_pair_loss() {
   bench pair_loss "${loss[@]}" && bench pair_loss --objective sdpo --pairs 4 "${loss[@]}"
 }
-part_margin_noise() { bench margin_noise --family wan "${cpu[@]}"; }
+part_margin_noise() { bench margin_noise --family wan "${noise[@]}"; }
 part_overhead() { bench overhead "${quick[@]}"; }
 
 # step ARGUMENTS...: a table in what is left of the part's time, less the start and the end. Variants
@@ -276,10 +276,14 @@ of_part() { sed -n "s/^$1 //p" <<<"$TABLE"; }
 # What would run, in calls of FASTPREF_SECONDS; each builds again.
 plan() {
   local budget=${FASTPREF_SECONDS:-570} left=0 call=0 build=0 part seconds most lines takes
+  SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT
+  sed -n 's/ - .*//p' <<<"$TABLE" | # all tables' predictions, as many at once as there are cores
+    PLAN=$1 xargs -P "$(nproc)" -I{} bash -c 'bash bench/device.sh --run {} >"$0/{}"' "$SCRATCH"
   while read -r part seconds most; do
     lines=
     if [[ $seconds == - ]]; then
-      lines=$(PLAN=$1 "part_$part")
+      lines=$(<"$SCRATCH/$part")
       seconds=$(sed -n '$s/^predicted \([0-9]*\).* s$/\1/p' <<<"$lines")
       if [[ -z $seconds ]]; then
         echo "bench/device.sh: no prediction of $part: $lines" >&2

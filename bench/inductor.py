@@ -21,8 +21,8 @@ class Carried:
     """A zip file with an entry per table, under its torch and device; other machines' stay in it.
 
     Inductor finds code by what it compiles, its own options and the device, so an entry older than
-    the sources costs nothing but its bytes. As with pickles, reading an entry can run code: carry
-    files of your own.
+    the sources costs nothing but its bytes. A GPU's kernels are in it as they run, a CPU's as C++
+    that is compiled again. Reading an entry can run code, as pickles do: carry files of your own.
     """
 
     def __init__(self, path: Path, device: torch.device, table: str) -> None:

@@ -209,12 +209,15 @@ class Table:
                 else:
                     self.variants[name] = variant
             print(f"{name}: prepared in {time.perf_counter() - begin:.1f} s", flush=True)
-            if self.inductor:  # at once: the process may be ended at any time
-                self.inductor.save()
+            self.keep_compiled()  # at once: the process may be killed at any time
             variant = None
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def keep_compiled(self) -> None:
+        if self.inductor:
+            self.inductor.save()
 
     def predicted_too_large(self, name: str) -> str | None:
         """Why a variant is not even tried; what is predicted goes to all rows."""
@@ -326,6 +329,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         table.time()
     except Ended:
         table.end()
+        table.keep_compiled()  # of the variant that was being prepared
     finally:
         signal.signal(signal.SIGTERM, before)
     return [table.rows[name] for name in sorted(table.rows)]

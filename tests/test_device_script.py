@@ -394,7 +394,7 @@ def test_a_rehearsal_on_a_cpu_fails_in_no_part(tmp_path):
         shutil.copy(root / name, tmp_path / "tree")
     machine = Device(tmp_path / "tree")
     parts = ["build", "test_cuda", "attention", "step_wan", "pair_loss", "step_small_256"]
-    parts += ["memcheck", "ncu", "step_flash3", "overhead"]
+    parts += ["margin_noise", "memcheck", "ncu", "step_flash3", "overhead"]
     own = {"PYTHON": sys.executable, "FASTPREF_REHEARSE": "1", "FASTPREF_CUDA": "0"}
     own |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"), "OMP_NUM_THREADS": "1"}
     code, said = machine.run(*parts, timeout=1200, **own)
