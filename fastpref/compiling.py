@@ -20,7 +20,7 @@ LIMIT = 10_000
 # reference's, which has no backward, say different things of the same weights, and a run starts on
 # gradients of rounding alone. With these both round after every operation, as eager PyTorch does,
 # keep its layouts, and store what is read more than once and made of several tensors. Each is in
-# torch 2.11 to 2.14; a torch without one says so (RuntimeError).
+# torch 2.11 to 2.14; what a later one lacks is left out there, and its margin noise tells.
 AS_EAGER = {
     "emulate_precision_casts": True,
     "layout_optimization": False,
@@ -57,7 +57,8 @@ def compile_blocks(
         setattr(config, name, max(getattr(config, name), LIMIT))
     settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
     if backend == "inductor" and options:
-        settings["options"] = dict(options)
+        known = torch._inductor.config.get_config_copy()
+        settings["options"] = {name: value for name, value in options.items() if name in known}
     for block in found:
         forward = torch.compile(block.forward.__func__, **settings)
         if block is found[0]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import simulate
 from .checkpointing import Mode
-from .reference import PairMode, Predict
+from .reference import PairMode, Predict, adapter_layers
 from .simulate import Passes, Work
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -179,13 +179,13 @@ def predict(
     rows = 1 if pair_mode == "deferred" else 2 * step.pairs
     most = max(found.peak, found.reference_peak if step.online else 0)
     frozen = sum(t.nbytes for t in tensors) - values
-    full = values if step.copies > 1 else 0  # a frozen copy is also of what trains
+    copied = frozen if adapter_layers(step.model) else frozen + values  # without adapters, or all
     taken, recorded = seconds(step, found, on), seconds(replace(step, graphs=True), found, on)
     return Prediction(
         pair_mode=pair_mode,
         checkpointing=checkpointing,
         compile=compile,
-        weights=step.copies * frozen + full,
+        weights=frozen + (step.copies - 1) * copied,
         trained=(5 if pair_mode == "deferred" else 4) * values,
         kept=rows * found.kept,
         transients=rows * (most - found.kept) + 2 * step.pairs * inputs,

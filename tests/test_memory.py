@@ -76,7 +76,8 @@ def test_the_choice_follows_the_card():
     """CogVideoX-5B keeps its attention on 80 GB and everything on 141."""
     for on, mode in ((H100, "attention"), (H200, "none")):
         model = ["--family=cogvideox", "--model=", "--data=", "--output_dir="]
-        values = config_values([*model, "--pair_mode=deferred", "--compile=true"], "test")
+        flags = ["--pair_mode=deferred", "--compile=true", "--lora_rank=64"]
+        values = config_values([*model, *flags], "test")
         values |= {"checkpointing": None, "mixed_precision": "bf16"}
         known = models.published.PUBLISHED["cogvideox-5b"]
         with pytest.MonkeyPatch.context() as patch:
