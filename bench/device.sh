@@ -279,14 +279,16 @@ plan() {
   SCRATCH=$(mktemp -d)
   trap 'rm -rf "$SCRATCH"' EXIT
   sed -n 's/ - .*//p' <<<"$TABLE" | # all tables' predictions, as many at once as there are cores
-    PLAN=$1 xargs -P "$(nproc)" -I{} bash -c 'bash bench/device.sh --run {} >"$0/{}"' "$SCRATCH"
+    PLAN=$1 xargs -P "$(nproc)" -I{} \
+      bash -c 'bash bench/device.sh --run {} >"$0/{}" 2>"$0/{}.err"' "$SCRATCH"
   while read -r part seconds most; do
     lines=
     if [[ $seconds == - ]]; then
       lines=$(<"$SCRATCH/$part")
       seconds=$(sed -n '$s/^predicted \([0-9]*\).* s$/\1/p' <<<"$lines")
       if [[ -z $seconds ]]; then
-        echo "bench/device.sh: no prediction of $part: $lines" >&2
+        echo "bench/device.sh: no prediction of $part:" >&2
+        cat "$SCRATCH/$part"{.err,} >&2
         return 1
       fi
     fi

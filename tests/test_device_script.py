@@ -216,13 +216,13 @@ def test_the_plan_fills_calls_with_what_is_predicted(machine):
 
 
 def test_a_table_without_a_prediction_ends_the_plan(machine):
-    machine.program("python", 'echo "bench.step: --shape a"; exit 1')
+    machine.program("python", 'echo "bench.step: --shape a"; echo a warning >&2; exit 1')
     done = subprocess.run(
         ["bash", "bench/device.sh", "--plan", "80"],
         cwd=machine.root, env=machine.environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    said = "bench/device.sh: no prediction of step_wan: bench.step: --shape a\n"
+    said = "bench/device.sh: no prediction of step_wan:\na warning\nbench.step: --shape a\n"
     assert done.stderr == said
 
 
