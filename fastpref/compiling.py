@@ -57,7 +57,9 @@ def compile_blocks(
         setattr(config, name, max(getattr(config, name), LIMIT))
     settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
     if backend == "inductor" and options:
-        known = torch._inductor.config.get_config_copy()
+        from torch._inductor import config as inductor
+
+        known = inductor.get_config_copy()
         settings["options"] = {name: value for name, value in options.items() if name in known}
     for block in found:
         forward = torch.compile(block.forward.__func__, **settings)
