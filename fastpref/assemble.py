@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import attention, cache, checkpoint, compiling, data, encode, memory, models, reference
+from . import attention, cache, checkpoint, compiling, data, encode, models, reference
 from .config import FREE_FIELDS, Config
-from .files import differences, locked, mark, model_identity, write_atomic
+from .files import differences, locked, mark, model_identity
 from .functional import Draws
 from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
@@ -221,65 +221,6 @@ def pick_attention(
     return attention.choose(wanted, model, probe, device)
 
 
-def pick_checkpointing(
-    config: Config,
-    family: Any,
-    model: torch.nn.Module,
-    dataset: data.PairDataset,
-    device: torch.device,
-    dtype: torch.dtype,
-    folder: Path,
-) -> str:
-    """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
-    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says.
-    """
-    record = folder / "memory.json"
-    if config.checkpointing != "auto" or device.type != "cuda":
-        return "none" if config.checkpointing == "auto" else config.checkpointing
-    if record.exists() and (known := read_record(record).get("checkpointing")) in memory.MODES:
-        return known
-    step = memory_step(config, family, model, *dataset.largest(), dtype)
-    on = memory.card_of(device)
-    found, why = memory.least(step, on, config.pair_mode, config.compile)
-    print(f"checkpointing {found}: {why}")
-    write_atomic(record, json.dumps({"checkpointing": found, "why": why}).encode())
-    return found
-
-
-@contextmanager
-def within_memory(config: Config) -> Iterator[None]:
-    """A run inside that is out of the card's memory ends with a line that says what to do; with
-    checkpointing auto its folder's memory.json is told too, so that the same command goes on.
-
-    Raises:
-        ValueError: out of memory.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        folder = Path(config.output_dir)
-        record, auto = folder / "memory.json", config.checkpointing == "auto"
-        known = read_record(record) if auto and record.exists() else {}
-        used = known.get("checkpointing", "none") if auto else config.checkpointing
-        more = memory.MODES[memory.MODES.index(used) + 1 :]
-        if more and auto:
-            write_atomic(record, json.dumps({"checkpointing": more[0], "why": "ran out"}).encode())
-            advice = f"run the same command again: it goes on with checkpointing {more[0]}"
-        elif more:
-            advice = f"run it again with --checkpointing {more[0]}"
-        elif config.pair_mode == "joint":
-            advice = "run it again with --pair_mode deferred"
-        else:
-            advice = "encode fewer or smaller frames, or take a larger card"
-        last, _ = checkpoint.newest(folder)
-        kept = f"{last.name} is kept" if last else "no step was done yet"
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
-            f"{advice} ({reason})"
-        ) from None
-
-
 def wait_for(path: Path, seconds: float = 600) -> None:
     """Until another rank has written `path`; ValueError: it has not."""
     end = time.monotonic() + seconds
@@ -409,29 +350,6 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name}: {torch.cuda.device_count()} CUDA devices are there")
     return device
-
-
-def memory_step(
-    config: Config,
-    family: Any,
-    model: torch.nn.Module,
-    latents: Tensor,
-    cond: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> memory.Step:
-    """The run's step for `memory` to look at; latents and cond of one sample, their values do not
-    matter.
-    """
-    return memory.Step(
-        model,
-        predictor(family, torch.device("cpu"), dtype),  # where shapes are run through it
-        family.BLOCKS,
-        (latents.to(dtype), torch.empty(1, device=latents.device), cond),
-        pairs=config.train_batch_size,
-        online=config.reference != "cached",
-        copies=2 if frozen_copy(config) else 1,
-        graphs=config.cuda_graphs,
-    )
 
 
 def frozen_copy(config: Config) -> bool:

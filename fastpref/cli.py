@@ -100,7 +100,8 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
-    from .assemble import alone, within_memory
+    from .assemble import alone
+    from .fitting import within_memory
     from .parsing import parse
     from .train import train as run
 
@@ -187,8 +188,9 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .assemble import alone, cache_reference, open_data, within_memory
+    from .assemble import alone, cache_reference, open_data
     from .config import OFFLINE, Config, belongs
+    from .fitting import within_memory
     from .parsing import betas, config_values, names
     from .train import train as run
 
@@ -380,7 +382,7 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
 
     from . import memory
     from .assemble import device_of
-    from .doctor import needs
+    from .fitting import needs
     from .parsing import config_values
 
     open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import simulate
 from .checkpointing import Mode
+from .fusion import Work
 from .reference import PairMode, Predict, adapter_layers
-from .simulate import Passes, Work
+from .simulate import Passes
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 GIB = 2**30

@@ -28,13 +28,13 @@ from .assemble import (
     open_data,
     open_run,
     pick_attention,
-    pick_checkpointing,
     place,
     predictor,
     preparer,
 )
 from .config import Config
 from .files import differences, identity, model_identity, write_atomic
+from .fitting import pick_checkpointing
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, Signals

@@ -11,12 +11,12 @@ from families import FAMILIES
 from pairs import BASE, arguments, options, write_pairs
 from safetensors.torch import load_file
 
-from fastpref import assemble, memory, models
+from fastpref import assemble, fitting, memory, models
 from fastpref import train as loop
 from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.data import PairDataset
-from fastpref.doctor import needs
+from fastpref.fitting import needs
 from fastpref.parsing import config_values
 from fastpref.train import train
 
@@ -137,12 +137,12 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     family, dataset, gpu = models.family("toy"), PairDataset(pairs), torch.device("cuda")
     model = family.load(BASE, torch.bfloat16).requires_grad_(False)
     assemble.add_lora(model, config, family.LORA_TARGETS)
-    step = assemble.memory_step(config, family, model, *dataset.largest(), torch.bfloat16)
+    step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16)
 
     def pick(on: memory.Card, device=gpu, **changes) -> str:
         monkeypatch.setattr(memory, "card_of", lambda device: on)
         changed = replace(config, **changes)
-        return assemble.pick_checkpointing(
+        return fitting.pick_checkpointing(
             changed, family, model, dataset, device, torch.bfloat16, tmp_path
         )
 
@@ -230,7 +230,7 @@ def test_a_named_choice_is_changed_by_its_owner(change, advice, pairs, tmp_path,
     config = Config(**options(pairs, tmp_path, **change))
     with (
         pytest.raises(ValueError, match=f"no step was done yet; {advice}"),
-        assemble.within_memory(config),
+        fitting.within_memory(config),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert not (tmp_path / "memory.json").exists()

@@ -1,0 +1,165 @@
+"""Whether a run fits a card: what `fastpref doctor` says, checkpointing auto, out of memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, data, memory, models
+from .assemble import add_lora, frozen_copy, predictor, read_record, weights_dtype
+from .config import Config
+from .files import write_atomic
+from .models import published
+from .models.folder import shapes_alone
+
+META = torch.device("meta")
+
+
+def memory_step(
+    config: Config,
+    family: Any,
+    model: torch.nn.Module,
+    latents: Tensor,
+    cond: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> memory.Step:
+    """The run's step for `memory` to look at; latents and cond of one sample, their values do not
+    matter.
+    """
+    return memory.Step(
+        model,
+        predictor(family, torch.device("cpu"), dtype),  # where shapes are run through it
+        family.BLOCKS,
+        (latents.to(dtype), torch.empty(1, device=latents.device), cond),
+        pairs=config.train_batch_size,
+        online=config.reference != "cached",
+        copies=2 if frozen_copy(config) else 1,
+        graphs=config.cuda_graphs,
+    )
+
+
+def pick_checkpointing(
+    config: Config,
+    family: Any,
+    model: torch.nn.Module,
+    dataset: data.PairDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+) -> str:
+    """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
+    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says.
+    """
+    record = folder / "memory.json"
+    if config.checkpointing != "auto" or device.type != "cuda":
+        return "none" if config.checkpointing == "auto" else config.checkpointing
+    if record.exists() and (known := read_record(record).get("checkpointing")) in memory.MODES:
+        return known
+    step = memory_step(config, family, model, *dataset.largest(), dtype)
+    on = memory.card_of(device)
+    found, why = memory.least(step, on, config.pair_mode, config.compile)
+    print(f"checkpointing {found}: {why}")
+    write_atomic(record, json.dumps({"checkpointing": found, "why": why}).encode())
+    return found
+
+
+@contextmanager
+def within_memory(config: Config) -> Iterator[None]:
+    """A run inside that is out of the card's memory ends with a line that says what to do; with
+    checkpointing auto its folder's memory.json is told too, so that the same command goes on.
+
+    Raises:
+        ValueError: out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        folder = Path(config.output_dir)
+        record, auto = folder / "memory.json", config.checkpointing == "auto"
+        known = read_record(record) if auto and record.exists() else {}
+        used = known.get("checkpointing", "none") if auto else config.checkpointing
+        more = memory.MODES[memory.MODES.index(used) + 1 :]
+        if more and auto:
+            write_atomic(record, json.dumps({"checkpointing": more[0], "why": "ran out"}).encode())
+            advice = f"run the same command again: it goes on with checkpointing {more[0]}"
+        elif more:
+            advice = f"run it again with --checkpointing {more[0]}"
+        elif config.pair_mode == "joint":
+            advice = "run it again with --pair_mode deferred"
+        else:
+            advice = "encode fewer or smaller frames, or take a larger card"
+        last, _ = checkpoint.newest(folder)
+        kept = f"{last.name} is kept" if last else "no step was done yet"
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
+            f"{advice} ({reason})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The choices of a run with clips of this shape on this card, and the flags of the best."""
+
+    shape: str
+    card: memory.Card
+    rows: list[memory.Prediction]
+    flags: str | None
+
+
+def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
+    """Predicts every pair_mode, checkpointing and compile that `values` leave open (None).
+
+    values: fields of a Config; without a model the family's published one. shape: of the clips,
+    FRAMESxHEIGHTxWIDTH; None: the largest of the encoded set in `data`, else the published one's.
+
+    Raises:
+        ValueError: no such family or model, a shape that it does not take, or nothing that says
+            what model or shape there is.
+    """
+    family = models.family(values["family"])
+    wanted = {name: values[name] for name in ("pair_mode", "checkpointing", "compile")}
+    given = {k: v for k, v in values.items() if v not in (None, "")}
+    given = {"model": "-", "data": "-", "output_dir": "-", "mixed_precision": "bf16", **given}
+    if given.get("objective", "dpo") != "sft":
+        given.setdefault("beta", 1.0)
+    config = Config(**given)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    kept = weights_dtype(config, dtype)
+    name = family.__name__.rpartition(".")[2]
+    if values["model"]:
+        with shapes_alone():
+            model = family.load(config.model, kept)
+        known = published.nearest(name, dict(getattr(model, "config", {})))
+    elif known := published.nearest(name):
+        model = known.make(META, kept)
+    else:
+        raise ValueError(f"--model: needed, as no published model of family {name} is known here")
+    model.requires_grad_(config.tuning == "full")
+    if config.tuning == "lora":
+        add_lora(model, config, family.LORA_TARGETS)
+    encoded = values["data"] and (Path(values["data"]) / "index.parquet").exists()
+    if shape is None and encoded:
+        latents, cond = data.PairDataset(values["data"]).largest()
+        shape = "x".join(map(str, latents.shape[1:])) + " latents"
+    elif known:
+        shape = shape or known.shape
+        both, cond = known.inputs(shape, 1, META, dtype)
+        latents, cond = both[:1], {n: v[:1] for n, v in cond.items()}
+    else:
+        raise ValueError(f"--data: an encoded set is needed, family {name} tells no latents' shape")
+    step = memory_step(config, family, model, latents, cond, dtype)
+    every = {"pair_mode": ("joint", "deferred"), "checkpointing": memory.MODES}
+    every["compile"] = (False, True)
+    open_ = {n: v if wanted[n] in (None, "auto") else (wanted[n],) for n, v in every.items()}
+    open_["pair_modes"] = open_.pop("pair_mode")
+    rows = list(memory.predictions(step, on, **open_))
+    best = memory.best(rows, on)
+    return Needs(shape, on, rows, best and best.flags(config.mixed_precision))
