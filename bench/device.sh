@@ -43,9 +43,9 @@ TABLE="
 build 20 90
 test_cuda 45 120
 attention 15 60
-step_wan - 390
+step_wan - 420
 pair_loss 60 120
-step_small_256 - 150
+step_small_256 - 240
 margin_noise 30 90
 memcheck 45 120
 test_more 60 150

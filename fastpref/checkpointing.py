@@ -79,9 +79,17 @@ def _checkpointed(forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and _records(block, args, kwargs)):
             return forward(block, *args, **kwargs)
         return checkpoint(forward, block, *args, **options, **kwargs)
 
     run.is_checkpointed = True
     return run
+
+
+def _records(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a graph is recorded. Below the first adapter there is none, and nothing to run again:
+    torch.compile refuses checkpoints there.
+    """
+    given = (*args, *kwargs.values(), *block.parameters())
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in given)

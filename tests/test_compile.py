@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from diffusers import CogVideoXTransformer3DModel, UNet2DConditionModel, WanTransformer3DModel
-from tiny import case
+from tiny import case, gradients
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -157,6 +157,21 @@ def test_what_is_compiled_keeps_what_checkpointing_keeps():
     assert torch.equal(run.policy(), said) and not run.policy().eq(0).all()
     run.model = twin
     assert run.policy().eq(0).all() and compilations() == before
+
+
+@pytest.mark.parametrize("mode", ["attention", "full"])
+def test_checkpoints_begin_at_the_first_adapter(mode):
+    """Blocks below it record nothing, and a checkpoint without a graph cannot be compiled."""
+    plain, compiled = case("wan", half=True), case("wan", half=True)
+    for c in (plain, compiled):
+        checkpointing.apply(c.model, c.family.BLOCKS, mode)
+    compiling.compile_blocks(compiled.model, compiled.family.BLOCKS, backend="aot_eager")
+    found = []
+    for c in (plain, compiled):
+        noisy, t, _ = c.inputs()
+        c.policy(noisy, t, c.cond).square().mean().backward()
+        found.append(gradients(c.parameters))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
 
 
 def test_a_path_that_leads_nowhere():
