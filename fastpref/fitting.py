@@ -21,6 +21,12 @@ from .models.folder import shapes_alone
 
 META = torch.device("meta")
 
+# Of a run's options those that decide what it needs.
+DECIDES = (
+    *("pair_mode", "compile", "train_batch_size", "mixed_precision", "tuning", "reference"),
+    *("lora_rank", "lora_targets"),
+)
+
 
 def memory_step(
     config: Config,
@@ -55,19 +61,25 @@ def pick_checkpointing(
     folder: Path,
 ) -> str:
     """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
-    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says.
+    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says
+    of the same options and card.
     """
-    record = folder / "memory.json"
     if config.checkpointing != "auto" or device.type != "cuda":
         return "none" if config.checkpointing == "auto" else config.checkpointing
-    if record.exists() and (known := read_record(record).get("checkpointing")) in memory.MODES:
-        return known
+    record, on = folder / "memory.json", memory.card_of(device)
+    basis = {name: getattr(config, name) for name in DECIDES} | {"card": on.name, "gib": on.gib}
+    known = read_record(record) if record.exists() else {}
+    if known.get("basis") == basis and known.get("checkpointing") in memory.MODES:
+        return known["checkpointing"]
     step = memory_step(config, family, model, *dataset.largest(), dtype)
-    on = memory.card_of(device)
     found, why = memory.least(step, on, config.pair_mode, config.compile)
     print(f"checkpointing {found}: {why}")
-    write_atomic(record, json.dumps({"checkpointing": found, "why": why}).encode())
+    note(record, {"checkpointing": found, "why": why, "basis": basis})
     return found
+
+
+def note(record: Path, values: dict[str, Any]) -> None:
+    write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
 @contextmanager
@@ -84,10 +96,10 @@ def within_memory(config: Config) -> Iterator[None]:
         folder = Path(config.output_dir)
         record, auto = folder / "memory.json", config.checkpointing == "auto"
         known = read_record(record) if auto and record.exists() else {}
-        used = known.get("checkpointing", "none") if auto else config.checkpointing
+        used = known.get("checkpointing", "full") if auto else config.checkpointing
         more = memory.MODES[memory.MODES.index(used) + 1 :]
         if more and auto:
-            write_atomic(record, json.dumps({"checkpointing": more[0], "why": "ran out"}).encode())
+            note(record, known | {"checkpointing": more[0], "why": f"{used} ran out of memory"})
             advice = f"run the same command again: it goes on with checkpointing {more[0]}"
         elif more:
             advice = f"run it again with --checkpointing {more[0]}"

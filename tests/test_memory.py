@@ -157,9 +157,14 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert f"checkpointing {expected}: predicted none 0.0" in said
     record = json.loads((tmp_path / "memory.json").read_text())
-    assert record["checkpointing"] == "none"
-    # A run that goes on keeps to its choice; what is named, or a CPU, is not looked at.
-    assert pick(replace(H100, gib=0.56)) == "none"
+    assert record["checkpointing"] == "none" and record["basis"]["pair_mode"] == "deferred"
+    # A run that goes on keeps to its choice, with other options or another card it is made anew;
+    # what is named, or a CPU, is not looked at.
+    fitting.note(tmp_path / "memory.json", record | {"checkpointing": "full"})
+    assert pick(H100) == "full" and not capsys.readouterr().out
+    assert pick(H100, pair_mode="joint") == "none"
+    assert pick(replace(H100, gib=0.56)) == "full"
+    assert "checkpointing full: predicted" in capsys.readouterr().out
     assert pick(H100, checkpointing="full") == "full"
     assert pick(replace(H100, gib=0.56), device=torch.device("cpu")) == "none"
     assert not capsys.readouterr().out
@@ -198,6 +203,10 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
 ):
     unbroken = train(Config(**options(pairs, tmp_path / "unbroken")))
     flags = arguments(options(pairs, tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".fastpref").write_text("train\n")
+    record = tmp_path / "run" / "memory.json"  # as on a GPU
+    fitting.note(record, {"checkpointing": "none", "basis": {"card": "a"}})
     exhausted(monkeypatch, at=4)
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
@@ -206,9 +215,11 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
         "kept; run the same command again: it goes on with checkpointing attention (CUDA out of "
         "memory. Tried to allocate 2 GiB)"
     ) in said
-    assert json.loads((tmp_path / "run" / "memory.json").read_text())["checkpointing"] == (
-        "attention"
-    )
+    assert json.loads(record.read_text()) == {
+        "checkpointing": "attention",
+        "why": "none ran out of memory",
+        "basis": {"card": "a"},
+    }
     assert main(["train", *flags]) == 0
     assert "resumed from" in capsys.readouterr().out
     a, b = (
@@ -224,6 +235,7 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
         ({"checkpointing": "none"}, "run it again with --checkpointing attention"),
         ({"checkpointing": "full"}, "run it again with --pair_mode deferred"),
         ({"checkpointing": "full", "pair_mode": "deferred"}, "encode fewer or smaller frames"),
+        ({"pair_mode": "deferred"}, "encode fewer or smaller frames"),  # before there was a choice
     ],
 )
 def test_a_named_choice_is_changed_by_its_owner(change, advice, pairs, tmp_path, capsys):
