@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from bench import timing
 from fastpref import files
 
-MOST = 16_000_000  # bytes of the file: what is lent takes and gives back files of 16 MiB
+MOST = 16_000_000  # bytes of the file, so that it travels
 
 
 class Carried:

@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
     on_signals(leave)
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError
     from yaml import YAMLError
 
     from .guard import Diverged, Interrupted
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     on_signals(signal.default_int_handler)
     try:
         commands[name](rest)
-    except (ValueError, TypeError, OSError, YAMLError, SafetensorError) as error:
+    except (
+        *(ValueError, TypeError, OSError, YAMLError, SafetensorError, OutOfMemoryError),
+    ) as error:
         if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
             raise
         print(f"fastpref {name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -101,12 +104,11 @@ def demo(rest: list[str]) -> None:
 
 def train(rest: list[str]) -> None:
     from .assemble import alone
-    from .fitting import within_memory
     from .parsing import parse
     from .train import train as run
 
     config = parse(rest)
-    with alone(Path(config.output_dir)), within_memory(config):
+    with alone(Path(config.output_dir)):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(f"{result['artifact']}: step {result['global_step']}, {speed}")
@@ -190,7 +192,6 @@ def sweep(rest: list[str]) -> None:
     """
     from .assemble import alone, cache_reference, open_data
     from .config import OFFLINE, Config, belongs
-    from .fitting import within_memory
     from .parsing import betas, config_values, names
     from .train import train as run
 
@@ -227,7 +228,7 @@ def sweep(rest: list[str]) -> None:
         lines = []
         for config in runs:
             print(f"--- {config.output_dir}")
-            with alone(Path(config.output_dir)), within_memory(config):
+            with alone(Path(config.output_dir)):
                 metrics = run(config)["metrics"]
             rise = metrics["errors/policy_w"] / metrics["errors/reference_w"] - 1
             lines.append(
@@ -393,7 +394,10 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
         raise ValueError("--family: needed to say what a run would need")
     if card is None and not torch.cuda.is_available():
         raise ValueError(f"--card: no GPU is here: name one, {', '.join(memory.CARDS)} or its GiB")
-    on = memory.card(card) if card else memory.card_of(device_of(values["device"] or "cuda"))
+    device = device_of(values["device"] or "cuda") if not card else None
+    if device is not None and device.type != "cuda":
+        raise ValueError("--device: expected cuda or cuda:N, or a --card instead")
+    on = memory.card(card) if card else memory.card_of(device)
     found = needs(values, shape, on)
     print(
         f"{values['family']} {found.shape} on {on.name}, {on.gib:.1f} GiB: predicted, not measured;"

@@ -82,46 +82,48 @@ def note(record: Path, values: dict[str, Any]) -> None:
     write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
-@contextmanager
-def within_memory(config: Config) -> Iterator[None]:
-    """A run inside that is out of the card's memory ends with a line that says what to do; with
-    checkpointing auto its folder's memory.json is told too, so that the same command goes on.
-
-    Raises:
-        ValueError: out of memory.
+def exhausted(config: Config, error: torch.OutOfMemoryError) -> ValueError:
+    """Out of memory in a training step, in a line that names the next choice. With checkpointing
+    auto the folder's memory.json is told too, so that the same command goes on with it.
     """
+    folder = Path(config.output_dir)
+    record, auto = folder / "memory.json", config.checkpointing == "auto"
+    known = read_record(record) if auto and record.exists() else {}
+    used = known.get("checkpointing", "none") if auto else config.checkpointing
+    more = memory.MODES[memory.MODES.index(used) + 1 :]
+    if more and known:
+        note(record, known | {"checkpointing": more[0], "why": f"{used} ran out of memory"})
+        advice = f"run the same command again: it goes on with checkpointing {more[0]}"
+    elif more:
+        advice = f"run it again with --checkpointing {more[0]}"
+    elif config.pair_mode == "joint":
+        advice = "run it again with --pair_mode deferred"
+    else:
+        advice = "encode fewer or smaller frames, or take a larger card"
+    last, _ = checkpoint.newest(folder)
+    kept = f"{last.name} is kept" if last else "no step was done yet"
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
+        f"{advice} ({reason})"
+    )
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """ValueError where what is made inside runs out of memory, which no choice of a step mends."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        folder = Path(config.output_dir)
-        record, auto = folder / "memory.json", config.checkpointing == "auto"
-        known = read_record(record) if auto and record.exists() else {}
-        used = known.get("checkpointing", "full") if auto else config.checkpointing
-        more = memory.MODES[memory.MODES.index(used) + 1 :]
-        if more and auto:
-            note(record, known | {"checkpointing": more[0], "why": f"{used} ran out of memory"})
-            advice = f"run the same command again: it goes on with checkpointing {more[0]}"
-        elif more:
-            advice = f"run it again with --checkpointing {more[0]}"
-        elif config.pair_mode == "joint":
-            advice = "run it again with --pair_mode deferred"
-        else:
-            advice = "encode fewer or smaller frames, or take a larger card"
-        last, _ = checkpoint.newest(folder)
-        kept = f"{last.name} is kept" if last else "no step was done yet"
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
-            f"{advice} ({reason})"
-        ) from None
+        raise ValueError(f"out of memory for {what} ({reason})") from None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The choices of a run with clips of this shape on this card, and the flags of the best."""
+    """The choices of a run with clips of this shape, and the flags of the best."""
 
     shape: str
-    card: memory.Card
     rows: list[memory.Prediction]
     flags: str | None
 
@@ -157,8 +159,12 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
     model.requires_grad_(config.tuning == "full")
     if config.tuning == "lora":
         add_lora(model, config, family.LORA_TARGETS)
-    encoded = values["data"] and (Path(values["data"]) / "index.parquet").exists()
-    if shape is None and encoded:
+    encoded = bool(values["data"]) and (Path(values["data"]) / "index.parquet").exists()
+    if values["data"] and not encoded:
+        raise ValueError(f"--data {values['data']}: expected a set made by fastpref encode here")
+    if encoded and shape:
+        raise ValueError(f"--shape has no effect: the clips are those of {values['data']}")
+    if encoded:
         latents, cond = data.PairDataset(values["data"]).largest()
         shape = "x".join(map(str, latents.shape[1:])) + " latents"
     elif known:
@@ -172,6 +178,10 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
     every["compile"] = (False, True)
     open_ = {n: v if wanted[n] in (None, "auto") else (wanted[n],) for n, v in every.items()}
     open_["pair_modes"] = open_.pop("pair_mode")
-    rows = list(memory.predictions(step, on, **open_))
+    try:
+        rows = list(memory.predictions(step, on, **open_))
+    except Exception as error:  # whatever a model does that shapes alone cannot decide
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"shapes alone do not run through this model ({reason})") from error
     best = memory.best(rows, on)
-    return Needs(shape, on, rows, best and best.flags(config.mixed_precision))
+    return Needs(shape, rows, best and best.flags(config.mixed_precision))

@@ -122,6 +122,8 @@ class StepGraph:
             first: BaseException = error
             while first.__context__ is not None:  # ending the broken recording raises again
                 first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):  # without the graph there is no more room
+                raise first from None
             self._give_up(str(first).strip().partition("\n")[0] or type(first).__name__)
             return False
         record.graph = graph

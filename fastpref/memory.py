@@ -135,7 +135,6 @@ class Step:
     copies: int = 1
     shared: bool = True
     graphs: bool = False
-    cuda: bool = True
 
 
 def predictions(
@@ -162,7 +161,6 @@ def predictions(
                 checkpoint=mode,
                 compiled=compiled and alike,
                 shared=step.shared and step.online,
-                cuda=step.cuda,
             )
             for pair_mode in pair_modes:
                 yield predict(step, found, on, pair_mode, mode, compiled)
@@ -181,7 +179,7 @@ def predict(
     most = max(found.peak, found.reference_peak if step.online else 0)
     frozen = sum(t.nbytes for t in tensors) - values
     copied = frozen if adapter_layers(step.model) else frozen + values  # without adapters, or all
-    taken, recorded = seconds(step, found, on), seconds(replace(step, graphs=True), found, on)
+    taken, recorded = (seconds(s, found, on, rows) for s in (step, replace(step, graphs=True)))
     return Prediction(
         pair_mode=pair_mode,
         checkpointing=checkpointing,
@@ -195,15 +193,17 @@ def predict(
     )
 
 
-def seconds(step: Step, found: Passes, on: Card) -> float | None:
-    """A pair: two samples' passes, each kernel by its slower part, arithmetic or traffic."""
+def seconds(step: Step, found: Passes, on: Card, rows: int) -> float | None:
+    """A pair: two samples' passes, each kernel by its slower part, arithmetic or traffic, or the
+    launches, one for all rows of a batch.
+    """
     if on.product is None:
         return None
     parts = ("reference", "forward", "backward")[not step.online :]
-    return 2 * sum(_seconds(found.work[part], on, step.graphs) for part in parts)
+    return 2 * sum(_seconds(found.work[part], on, rows, step.graphs) for part in parts)
 
 
-def _seconds(work: Counter[Work], on: Card, graphs: bool) -> float:
+def _seconds(work: Counter[Work], on: Card, rows: int, graphs: bool) -> float:
     def rate(each: Work) -> float:
         if each.kind in ("product", "traffic"):
             return on.product
@@ -211,7 +211,7 @@ def _seconds(work: Counter[Work], on: Card, graphs: bool) -> float:
         return forward if each.kind == "attention" else backward
 
     busy = sum(n * max(w.flops / rate(w), w.bytes / on.traffic) for w, n in work.items())
-    return busy if graphs else max(busy, on.launch * sum(work.values()))
+    return busy if graphs else max(busy, on.launch * sum(work.values()) / rows)
 
 
 def least(step: Step, on: Card, pair_mode: PairMode, compile: bool) -> tuple[Mode, str]:
@@ -246,6 +246,13 @@ def table(rows: Sequence[Prediction], on: Card) -> str:
 
 
 def best(rows: Sequence[Prediction], on: Card) -> Prediction | None:
-    """The fastest that fits, of equally fast ones the smallest; None: nothing fits."""
-    fitting = [row for row in rows if row.fits(on)]
-    return min(fitting, key=lambda row: (row.seconds or 0.0, row.peak), default=None)
+    """The fastest that fits, of equally fast ones the smallest; where no seconds are known, that
+    with the least recomputation, compiled. None: nothing fits.
+    """
+
+    def order(row: Prediction) -> tuple[float, ...]:
+        if row.seconds is None:
+            return (MODES.index(row.checkpointing), not row.compile, row.peak)
+        return (row.seconds, row.peak)
+
+    return min((row for row in rows if row.fits(on)), key=order, default=None)

@@ -35,12 +35,21 @@ class Meter:
         """
         stacked = torch.stack([v.detach().double() for v in values.values()], dim=1)  # [B, K]
         if not self.names:
-            self.names = list(values)
             self.sums = torch.zeros(BINS, len(values), dtype=torch.float64, device=self.device)
             self.counts = torch.zeros(BINS, 1, dtype=torch.float64, device=self.device)
+            self.names = list(values)
         bins = (level * BINS).long().clamp(0, BINS - 1)
         self.sums.index_add_(0, bins, stacked)
         self.counts.index_add_(0, bins, torch.ones_like(stacked[:, :1]))
+
+    def begin(self) -> None:
+        """A step begins: `forget` takes back what it adds."""
+        self.before = (self.names, self.sums.clone(), self.counts.clone()) if self.names else ([],)
+
+    def forget(self) -> None:
+        self.names, *sums = self.before
+        if sums:
+            self.sums, self.counts = sums
 
     def state(self) -> dict[str, Any]:
         """What was added since the last flush, for a checkpoint; `restore` takes it back."""

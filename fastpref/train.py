@@ -34,7 +34,7 @@ from .assemble import (
 )
 from .config import Config
 from .files import differences, identity, model_identity, write_atomic
-from .fitting import pick_checkpointing
+from .fitting import exhausted, pick_checkpointing, within_memory
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, Signals
@@ -202,7 +202,10 @@ def train(config: Config) -> dict[str, Any]:
         if config.reference == "cached":  # before its first step the policy is the reference
             off = reference.adapters_off if config.tuning == "lora" else reference.base
             online = off(model, predict)
-        noise = margin_noise(config, objective.beta, dataset, prepare, process, policy, online)
+        try:
+            noise = margin_noise(config, objective.beta, dataset, prepare, process, policy, online)
+        except torch.OutOfMemoryError as error:
+            raise exhausted(config, error) from None
         if config.reference == "cached" and noise is not None:
             cache.drift(
                 says,
@@ -236,7 +239,7 @@ def train(config: Config) -> dict[str, Any]:
         if prompts and step % config.validation_steps == 0 and not there:
             seeds = range(len(prompts.prompts))
             shape = dataset[0].latents_w.shape
-            with compiling.eagerly():
+            with compiling.eagerly(), within_memory("the validation clips"):
                 clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
             write_sheet(folder / "validation", step, prompts.prompts, clips)
 
@@ -265,10 +268,10 @@ def train(config: Config) -> dict[str, Any]:
     )
     interrupted = Signals()
     waited, since, step, logged, saved = 0.0, time.perf_counter(), begin, begin, begin
-    exhausted: torch.OutOfMemoryError | None = None
     clock = time.perf_counter()
     try:
         while step < config.max_train_steps:
+            meter.begin()
             for _ in range(accumulate):
                 fetched = time.perf_counter()
                 epoch, batch = next(batches)
@@ -330,18 +333,16 @@ def train(config: Config) -> dict[str, Any]:
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )
     except torch.OutOfMemoryError as error:
-        exhausted = error.with_traceback(None)  # whose frames hold the step's tensors
+        meter.forget()
+        if step > saved:
+            save(step)
+        raise exhausted(config, error) from None
     finally:
         interrupted.restore()
         settings.close()
         progress.close()
         log.close()
 
-    if exhausted is not None:
-        optimizer.zero_grad(set_to_none=True)
-        if step > saved:
-            save(step)
-        raise exhausted
     if not all(p.isfinite().all() for p in parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
     artifact = checkpoint.export(folder, model)

@@ -91,7 +91,9 @@ def test_a_unet_compiled_is_predicted_at_most():
     for mode in memory.MODES:
         eager, compiled = rows[f"joint/{mode}"], rows[f"joint/{mode}+compile"]
         assert compiled.peak == eager.peak
-    assert rows["joint/none"].launch_bound, "32 x 32 latents do not fill a card"
+    joint, one = rows["joint/none"], rows["deferred/none"]
+    assert joint.launch_bound, "32 x 32 latents do not fill a card"
+    assert joint.seconds == pytest.approx(one.seconds / 2, rel=0.01), "launches of a pair, not two"
 
 
 def test_what_adds_up_in_a_step():
@@ -116,8 +118,9 @@ def test_cards():
     assert memory.card("h200") is H200 and memory.card("80") is H100 and memory.card("141") is H200
     other = memory.card("24")
     assert other.gib == 24 and other.room < 0.92 * 24 * 2**30
-    _, rows = predicted("toy", other, compile=False)
+    found, rows = predicted("toy", other, compile=False)
     assert all(row.seconds is None and row.fits(other) for row in rows.values())
+    assert "--checkpointing none" in found.flags
     for name in ("b200", "0", "-1", "1e9", "nan"):
         with pytest.raises(ValueError, match=f"--card: expected h100-80, h200 or .*got {name}"):
             memory.card(name)
@@ -198,16 +201,18 @@ def exhausted(monkeypatch, at: int) -> None:
     monkeypatch.setattr(loop, "joint", joint)
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
 def test_out_of_memory_names_the_next_choice_and_loses_nothing(
-    pairs, tmp_path, monkeypatch, capsys
+    accumulate, pairs, tmp_path, monkeypatch, capsys
 ):
-    unbroken = train(Config(**options(pairs, tmp_path / "unbroken")))
-    flags = arguments(options(pairs, tmp_path / "run"))
+    change = {"gradient_accumulation_steps": accumulate, "logging_steps": 2}
+    unbroken = train(Config(**options(pairs, tmp_path / "unbroken", **change)))
+    flags = arguments(options(pairs, tmp_path / "run", **change))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".fastpref").write_text("train\n")
     record = tmp_path / "run" / "memory.json"  # as on a GPU
     fitting.note(record, {"checkpointing": "none", "basis": {"card": "a"}})
-    exhausted(monkeypatch, at=4)
+    exhausted(monkeypatch, at=4 * accumulate)  # of step 4 the last batch
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
     assert (
@@ -227,6 +232,11 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
         for folder in (tmp_path / "run", tmp_path / "unbroken")
     )
     assert unbroken["global_step"] == 6 and all(torch.equal(a[k], b[k]) for k in b)
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("run", "unbroken")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -235,17 +245,31 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
         ({"checkpointing": "none"}, "run it again with --checkpointing attention"),
         ({"checkpointing": "full"}, "run it again with --pair_mode deferred"),
         ({"checkpointing": "full", "pair_mode": "deferred"}, "encode fewer or smaller frames"),
-        ({"pair_mode": "deferred"}, "encode fewer or smaller frames"),  # before there was a choice
+        ({"pair_mode": "deferred"}, "run it again with --checkpointing attention"),
     ],
 )
 def test_a_named_choice_is_changed_by_its_owner(change, advice, pairs, tmp_path, capsys):
     config = Config(**options(pairs, tmp_path, **change))
-    with (
-        pytest.raises(ValueError, match=f"no step was done yet; {advice}"),
-        fitting.within_memory(config),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    said = str(fitting.exhausted(config, torch.OutOfMemoryError("CUDA out\nof memory")))
+    assert f"no step was done yet; {advice}" in said and said.endswith("(CUDA out of memory)")
     assert not (tmp_path / "memory.json").exists()
+
+
+def test_other_memory_is_not_a_steps(pairs, tmp_path, monkeypatch, capsys):
+    """What no checkpointing mends is said to be what it is, and nothing is remembered."""
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fastpref.validation.Prompts.clips", full)
+    flags = arguments(options(pairs, tmp_path / "run", validation_prompts=["a red disc"]))
+    assert main(["train", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "fastpref train: out of memory for the validation clips (CUDA out of memory)" in said
+    monkeypatch.setattr("fastpref.train.load_model", full)
+    assert main(["train", *arguments(options(pairs, tmp_path / "other"))]) == 1
+    assert "fastpref train: CUDA out of memory\n" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/memory.json"))
 
 
 def test_a_run_goes_on_with_another_choice(pairs, tmp_path):
@@ -310,6 +334,8 @@ def test_doctor_reads_the_largest_shape_of_a_set(pairs, capsys):
         (("--family", "wan", "--card", "24", "--shape", "80x480x832"), "expected 4k+1 frames"),
         (("--family", "wan", "--card", "24", "--bta", "1"), "bta"),
         (("--family", "wan", "--card", "24", "--model", "/nowhere"), "/nowhere: no such folder"),
+        (("--family", "wan", "--card", "24", "--data", "/nowhere"), "--data /nowhere: expected a"),
+        (("--family", "wan", "--device", "cpu"), "--card: no GPU is here"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

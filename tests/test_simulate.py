@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import peft
@@ -71,8 +70,8 @@ def saved(c: Case) -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", [*TRANSFORMERS, "unet"])
 def test_what_a_graph_keeps(name, size):
-    c = case(name, size)
-    assert c.passes().kept == pytest.approx(saved(c), rel=0.05)
+    c = case(name, size)  # hooks also see CogVideoX-5B's rotary tables, which outlive a graph
+    assert c.passes().kept == pytest.approx(saved(c), rel=0.03)
 
 
 def allocated(c: Case, mode: str) -> tuple[int, int]:
@@ -113,7 +112,7 @@ def test_what_is_alive_at_the_peak(name, mode):
     found = c.passes(checkpoint=mode)
     kept, peak = allocated(c, mode)
     output = 2 * c.inputs[0].nbytes  # prediction and seed, which are the step's
-    assert found.kept == pytest.approx(kept - output, rel=0.02)
+    assert found.kept == pytest.approx(kept - output, rel=0.001)
     assert found.peak == pytest.approx(peak, rel=0.1)
 
 
@@ -220,5 +219,5 @@ def test_nothing_of_the_model_changes():
     c.passes(checkpoint="full", compiled=True)
     assert before == {n: (p.data_ptr(), p.grad) for n, p in c.model.named_parameters()}
     assert forward == [block.forward for block in c.model.blocks]
-    with nullcontext(reference.adapters_off(c.model, c.predict)) as says:
-        assert says(*c.inputs).isfinite().all()
+    says = reference.adapters_off(c.model, c.predict)
+    assert says(*c.inputs).isfinite().all()

@@ -130,17 +130,18 @@ def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype)
     return load_part(kind, path, subfolder, **arguments(kind, path, subfolder, dtype))
 
 
-_shapes_alone: list[bool] = []
+_shapes_alone = False
 
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
     """Inside, `load_model` reads a model's config alone: its tensors have shapes and no values."""
-    _shapes_alone.append(True)
+    global _shapes_alone
+    _shapes_alone = True
     try:
         yield
     finally:
-        _shapes_alone.pop()
+        _shapes_alone = False
 
 
 def with_values() -> AbstractContextManager:
