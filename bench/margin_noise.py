@@ -4,14 +4,14 @@
     python -m bench.margin_noise --family wan --device cuda      Wan2.1-1.3B, true architecture
 
 Policy and reference are one model with a zero adapter, so every margin should be 0. Per pair mode
-three ways to run the blocks: eager; loose, as Inductor compiles on its own; compiled, as this
-package does (`compiling.AS_EAGER`). Columns: max |m| of the pairs in bf16 at beta 5000, and seconds
-a step of one pair without the optimiser's part, the three taking turns.
+three ways to run the blocks: eager; compiled, as this package does (`compiling.AS_EAGER`); loose,
+as Inductor compiles on its own. max |m|: of the pairs, in bf16 at beta 5000. What the rounding
+costs in time: `python -m bench.step`, deferred/none+compile against deferred/none+compile+loose.
 
 On a GPU a named transformer has its true size, at the smallest of its shapes; UNets stay tiny.
 """
 
-from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 import fastpref
 from bench import timing
 from bench.architectures import ARCHITECTURES
-from fastpref import compiling, data, models, reference, step
+from fastpref import compiling, data, models, reference
 from fastpref.models.published import PUBLISHED, Architecture
 
 BETA, RANK, SEED = 5000.0, 4, 3
-WAYS = {"eager": None, "loose": {"options": None}, "compiled": {}}
-STEPS = {"joint": step.joint, "deferred": step.deferred}
+WAYS = {"eager": None, "compiled": {}, "loose": {"options": None}}
+MODES = ("joint", "deferred")
 
 
 def _cogvideox(name: str) -> Architecture:
@@ -90,10 +90,9 @@ def batch_of(arch: Architecture, index: int, device: torch.device) -> data.Batch
     return data.Batch(draw(2, *shape).bfloat16(), cond, torch.ones(1), ids, [])
 
 
-def prepare(
-    arch: Architecture, mode: str, way: str, pairs: int, device: torch.device
-) -> tuple[float, Callable[[], object]]:
-    """(max |m|, a pair's step) of one pair mode, run in one way."""
+def largest(arch: Architecture, mode: str, way: str, pairs: int, device: torch.device) -> float:
+    """max |m| of one pair mode, run in one way."""
+    torch._dynamo.reset()
     family = models.family(arch.family)
     process, model = family.process(arch.scheduler), adapted(arch, device)
     if WAYS[way] is not None:
@@ -110,57 +109,35 @@ def prepare(
         draws = fastpref.Draws(SEED, batch.pair_id, torch.zeros_like(batch.pair_id))
         w, l = reference.changes(policy, says, process, batch, draws, mode).chunk(2)
         margins.append((0.5 * BETA * (w - l)).abs().max().item())
-
-    objective = fastpref.objective("dpo", beta=BETA)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def pair_step() -> None:
-        noisy, t, target = process.noise(batch.latents, draws)
-        STEPS[mode](
-            policy, says, noisy, t, target, batch.cond, draws, objective, parameters=parameters
-        )
-
-    return max(margins), pair_step
-
-
-def measure(
-    arch: Architecture, mode: str, pairs: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Margins and seconds of one pair mode, by the way it is run."""
-    torch._dynamo.reset()
-    ready = {way: prepare(arch, mode, way, pairs, device) for way in WAYS}
-    steps = {way: pair_step for way, (_, pair_step) in ready.items()}
-    taken = timing.interleave(steps, device, rounds=12, warmup=2)
-    return {
-        way: {"max_margin": margin, "s_per_step": taken[way].median}
-        for way, (margin, _) in ready.items()
-    }
+    return max(margins)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--family", choices=list(TINY), nargs="+", help="default: all, tiny")
     modes = "default: both, deferred of a true architecture"
-    parser.add_argument("--modes", choices=list(STEPS), nargs="+", help=modes)
+    parser.add_argument("--modes", choices=MODES, nargs="+", help=modes)
     parser.add_argument("--pairs", type=int, help="default: 12, 4 of a true architecture")
     args = parser.parse_args(arguments)
     facts = timing.environment(args.device)
     print(f"bf16, beta {BETA:g}; {facts['device']}, torch {facts['torch']}")
-    print(f"{'family':<14} {'mode':<10} {'run':<10} {'max |m|':>9} {'s/step':>9}")
+    print(f"{'family':<14} {'mode':<10} {'run':<10} {'max |m|':>9}")
     for name in args.family or TINY:
         true = args.device.type == "cuda" and bool(args.family) and name in ARCHITECTURES
         arch = TINY[name]
         if true:
             arch = replace(ARCHITECTURES[name], shape=ARCHITECTURES[name].small[0])
-        pairs, rows = args.pairs or (4 if true else 12), []
-        for mode in args.modes or (["deferred"] if true else STEPS):
-            for way, found in measure(arch, mode, pairs, args.device).items():
-                margin, seconds = found["max_margin"], found["s_per_step"]
-                print(f"{name:<14} {mode:<10} {way:<10} {margin:9.3g} {seconds:9.4f}", flush=True)
+        pairs = args.pairs or (4 if true else 12)
+        for mode in args.modes or (["deferred"] if true else MODES):
+            for way in WAYS:
+                found = largest(arch, mode, way, pairs, args.device)
+                print(f"{name:<14} {mode:<10} {way:<10} {found:9.3g}", flush=True)
                 what = {"family": name, "model": "true" if true else "tiny", "shape": arch.shape}
                 what |= {"pair_mode": mode, "run": way, "pairs": pairs, "beta": BETA}
-                rows.append({"bench": "margin_noise", **what, **found, **facts})
-        timing.append(args.output, rows)
+                row = {"bench": "margin_noise", **what, "max_margin": found, **facts}
+                with redirect_stdout(None):  # that rows are appended is said once
+                    timing.append(args.output, [row])
+    timing.append(args.output, [])
 
 
 if __name__ == "__main__":

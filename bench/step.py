@@ -158,7 +158,8 @@ class Table:
             self.inductor = Carried(args.inductor, device, told)
             print(f"{self.inductor.load() / 1e6:.1f} MB of compiled code from {args.inductor}")
         self.forecast: Future | None = None
-        if device.type == "cuda":  # beside the start and the first variant, by a process of its own
+        large = arch.tokens(setting.shape) > FEW_TOKENS and setting.dtype == torch.bfloat16
+        if device.type == "cuda" and large:  # beside the first variant, by a process of its own
             self.card = memory.card_of(device)
             self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
             told = (args.family, setting.shape, setting.pairs, args.adapters, list(names))
@@ -215,6 +216,12 @@ class Table:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def leave_forecast(self) -> None:
+        if self.forecast is not None:  # the interpreter would wait for it
+            self.forecast.cancel()
+            for worker in list((self.pool._processes or {}).values()):
+                worker.terminate()
+
     def keep_compiled(self) -> None:
         if self.inductor:
             self.inductor.save()
@@ -224,9 +231,14 @@ class Table:
         if self.forecast is None:
             return None
         if "predicted_gb" not in self.rows["B1"]:
-            for each, row in self.forecast.result().items():
+            try:
+                found = self.forecast.result(timeout=90)
+            except Exception as error:  # the table goes on without
+                print(f"nothing is predicted: {failure(error)}", flush=True)
+                self.forecast = None
+                return None
+            for each, row in found.items():
                 self.rows[each] |= {"predicted_gb": row.peak / 1e9, "predicted_s": row.seconds}
-            self.pool.shutdown(wait=False)
         if self.forecast.result()[name].fits(self.card):
             return None
         gb, room = self.rows[name]["predicted_gb"], self.card.room / 1e9
@@ -332,6 +344,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         table.keep_compiled()  # of the variant that was being prepared
     finally:
         signal.signal(signal.SIGTERM, before)
+        table.leave_forecast()
     return [table.rows[name] for name in sorted(table.rows)]
 
 

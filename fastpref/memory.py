@@ -152,16 +152,18 @@ def predictions(
     """
     alike = simulate.like_each_other(step.model, step.blocks) > 0
     for mode in checkpointing:
+        found = None
         for compiled in compile:
-            found = simulate.passes(
-                step.model,
-                step.predict,
-                step.blocks,
-                step.inputs,
-                checkpoint=mode,
-                compiled=compiled and alike,
-                shared=step.shared and step.online,
-            )
+            if found is None or alike:
+                found = simulate.passes(
+                    step.model,
+                    step.predict,
+                    step.blocks,
+                    step.inputs,
+                    checkpoint=mode,
+                    compiled=compiled and alike,
+                    shared=step.shared and step.online,
+                )
             for pair_mode in pair_modes:
                 yield predict(step, found, on, pair_mode, mode, compiled)
 

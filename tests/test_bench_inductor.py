@@ -53,6 +53,7 @@ def process(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_another_machine_compiles_only_what_is_new(process, tmp_path):
     path = tmp_path / "carried.zip"
     assert process("first", "2.0") == [0, 0, 2], "a forward and a backward"
@@ -98,6 +99,19 @@ def test_code_of_others_stays_and_is_not_read(tmp_path, monkeypatch):
         compiled.more(2000)
         there.save()
     assert mine.load() == 1000 and read == [first]
+
+
+def test_entries_of_others_make_room(tmp_path, monkeypatch):
+    """Those of another torch or card first."""
+    path, compiled = tmp_path / "carried.zip", Compiled(monkeypatch)
+    for version, table in (("2.99.0", "a"), (torch.__version__, "b"), (torch.__version__, "c")):
+        with monkeypatch.context() as other:
+            other.setattr(torch, "__version__", version)
+            monkeypatch.setattr(inductor, "MOST", 10**9 if table != "c" else 2600)
+            compiled.more(1000)
+            Carried(path, CPU, table).save()
+    with zipfile.ZipFile(path) as archive:
+        assert [name[-1] for name in archive.namelist()] == ["b", "c"]
 
 
 def test_a_file_too_large_is_not_written(tmp_path, monkeypatch, capsys):

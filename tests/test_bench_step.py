@@ -59,14 +59,15 @@ def test_margin_noise_of_every_family_run_eagerly_is_zero(tmp_path, monkeypatch)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     expected = {(name, mode) for name in margin_noise.TINY for mode in ("joint", "deferred")}
     assert {(row["family"], row["pair_mode"]) for row in rows} == expected
-    assert all(row["max_margin"] == 0 and row["s_per_step"] > 0 for row in rows)
+    assert all(row["max_margin"] == 0 for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, pairs, most", [("wan", 3, 0.0), ("sd15", 12, 1e-2)])
 def test_margin_noise_of_loose_blocks_shows_and_of_ours_does_not(name, pairs, most):
-    found = margin_noise.measure(margin_noise.TINY[name], "joint", pairs, CPU)
-    assert found["compiled"]["max_margin"] <= most < 0.05 < found["loose"]["max_margin"]
+    ways = ("compiled", "loose")
+    found = {w: margin_noise.largest(margin_noise.TINY[name], "joint", w, pairs, CPU) for w in ways}
+    assert found["compiled"] <= most < 0.05 < found["loose"]
 
 
 def test_options_of_all_benchmarks():

@@ -146,7 +146,7 @@ def test_every_part_runs_and_leaves_at_most_eight_files(machine):
 
 
 def test_the_most_telling_parts_come_first_and_fit_a_call():
-    """PERFORMANCE.md's order; no part eats the whole call, and each has more than is predicted."""
+    """No part eats the whole call, and each has more than is predicted."""
     first = ["build", "test_cuda", "attention", "step_wan", "pair_loss"]
     assert PARTS[:8] == [*first, "step_small_256", "margin_noise", "memcheck"]
     assert all(SHARES[part] <= 500 for part in PARTS)
@@ -184,7 +184,7 @@ def test_the_plan_needs_no_gpu_and_says_what_fits(gib, fits, machine):
         "test_cuda                  45 s, at most 120 s",
         "attention                  15 s, at most 60 s",
     ]
-    assert said[4] == "step_wan                  361 s, at most 420 s"
+    assert said[4] == "step_wan                  361 s, at most 430 s"
     names = ["B1", "deferred/none+compile+cached", "deferred/none+compile", "B4"]
     names += ["deferred/attention+compile", "B5"]
     lines = said[5 : 5 + len(names)]
@@ -200,19 +200,22 @@ def test_the_plan_needs_no_gpu_and_says_what_fits(gib, fits, machine):
 
 
 def test_the_plan_fills_calls_with_what_is_predicted(machine):
-    """Each call builds again; a part takes no more than its share."""
-    calls, left = {}, 0
+    """Each call builds again; a part takes no more than its share; later ones fill what is left."""
+    calls, left, longest = {}, 0, 0
     for line in plan(machine, 141, FASTPREF_SECONDS="400", TAKES="9999")[:]:
         if line.startswith("--- call"):
-            call, left = int(re.match(r"--- call (\d+), 400 s", line).group(1)), 400
+            call, left = int(re.match(r"--- call (\d+), 400 s", line).group(1)), 390
             left -= 20 * (call > 1)
         elif not line.startswith(" "):
             part, seconds, *_, most, _ = line.split()
             calls.setdefault(call, []).append(part)
             left -= min(int(seconds), int(most))
             assert left >= 0 or calls[call] == [part], line
-    assert calls[1] == ["build", "test_cuda", "attention"] and calls[2] == ["step_wan"]
-    assert [part for parts in calls.values() for part in parts] == PARTS
+            longest = max(longest, call)
+    assert calls[1][:4] == ["build", "test_cuda", "attention", "pair_loss"], "step_wan is too long"
+    assert calls[2] == ["step_wan"] and longest < len(PARTS)
+    ran = [part for parts in calls.values() for part in parts]
+    assert sorted(ran) == sorted(PARTS)
 
 
 def test_a_table_without_a_prediction_ends_the_plan(machine):
@@ -323,14 +326,16 @@ def test_a_budget_ends_the_call_in_time(machine):
     assert code == 3 and machine.ran == []
     assert said[-1] == f"no time for {' '.join(PARTS)}: the same command goes on with them"
     code, said = machine.run(FASTPREF_SECONDS="62")
-    short = ["build", "test_cuda", "attention", "margin_noise", "memcheck", "ncu", "overhead"]
+    short = ["build", "test_cuda", "attention", "memcheck", "ncu", "overhead"]
     assert code == 3 and machine.ran == short
     code, said = machine.run(
-        "test_cuda", "step_wan", FASTPREF_SECONDS="200", RESULTS="step_wan=137"
+        "test_cuda", "step_wan", FASTPREF_SECONDS="200", RESULTS="step_wan=124"
     )
     assert code == 3 and said[-1] == "no time for step_wan: name them in the next call"
     assert machine.results()["step_wan"] == "cut"
     assert machine.limits()["test_cuda"] > 180 and machine.limits()["step_wan"] <= 190
+    machine.run("step_wan", RESULTS="step_wan=137")
+    assert machine.results()["step_wan"] == "failed", "killed long before its time was over"
 
 
 def test_a_part_gets_its_share_and_named_all_of_it(machine):
