@@ -404,6 +404,8 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
         f" fits: in {on.room / 1e9:.1f} GB, which leaves 8 % to spare"
     )
     print(memory.table(found.rows, on))
+    if not found.alike and any(row.compile for row in found.rows):
+        print("blocks that differ from each other: compiled ones keep and take less than is said")
     if found.flags is None:
         print("nothing fits: fewer frames, a smaller --train_batch_size or size, or a larger card")
     else:

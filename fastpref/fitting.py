@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, memory, models
+from . import checkpoint, data, memory, models, simulate
 from .assemble import add_lora, frozen_copy, predictor, read_record, weights_dtype
 from .config import Config
 from .files import write_atomic
@@ -121,11 +121,14 @@ def within_memory(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Needs:
-    """The choices of a run with clips of this shape, and the flags of the best."""
+    """The choices of a run with clips of this shape, and the flags of the best. alike: the model's
+    blocks are; else compiled ones are predicted like those that are not.
+    """
 
     shape: str
     rows: list[memory.Prediction]
     flags: str | None
+    alike: bool
 
 
 def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
@@ -184,4 +187,5 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"shapes alone do not run through this model ({reason})") from error
     best = memory.best(rows, on)
-    return Needs(shape, rows, best and best.flags(config.mixed_precision))
+    alike = simulate.like_each_other(model, family.BLOCKS) > 0
+    return Needs(shape, rows, best and best.flags(config.mixed_precision), alike)
