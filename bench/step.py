@@ -158,6 +158,7 @@ class Table:
             self.inductor = Carried(args.inductor, device, told)
             print(f"{self.inductor.load() / 1e6:.1f} MB of compiled code from {args.inductor}")
         self.forecast: Future | None = None
+        self.pool: ProcessPoolExecutor | None = None
         large = arch.tokens(setting.shape) > FEW_TOKENS and setting.dtype == torch.bfloat16
         if device.type == "cuda" and large:  # beside the first variant, by a process of its own
             self.card = memory.card_of(device)
@@ -217,10 +218,11 @@ class Table:
                 torch.cuda.empty_cache()
 
     def leave_forecast(self) -> None:
-        if self.forecast is not None:  # the interpreter would wait for it
-            self.forecast.cancel()
+        """Ends it, done or not: the interpreter would wait for it."""
+        if self.pool is not None:
             for worker in list((self.pool._processes or {}).values()):
                 worker.terminate()
+            self.pool.shutdown(cancel_futures=True)
 
     def keep_compiled(self) -> None:
         if self.inductor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -83,7 +82,6 @@ def test_a_variant_that_is_predicted_not_to_fit_is_not_tried(monkeypatch):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.card, self.forecast = replace(H100, gib=gib), Future()
-            self.pool = Namespace(_processes={})
             made.append(self)
             self.forecast.set_result(found)
 
