@@ -60,9 +60,9 @@ step_frames_161 - 400
 step_flash3 - 300
 step_wan_more - 500
 step_wan_half - 450
-step_small_480 - 150
-step_small_17 - 150
-step_toy - 150
+step_small_480 - 270
+step_small_17 - 270
+step_toy - 270
 synccheck 60 180
 overhead 30 90
 step_attention - 300
