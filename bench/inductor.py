@@ -67,6 +67,6 @@ class Carried:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return {name: archive.read(name) for name in archive.namelist()}
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"{self.path} cannot be read and is begun anew: {error}", stacklevel=3)
             return {}

@@ -47,7 +47,13 @@ def main(arguments: list[str]) -> None:
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
     needs, there = [*project["project"]["dependencies"], *TESTS], None
     if arguments:
-        there = set(map(plain, re.findall(r"[A-Za-z][\w.-]*\w", Path(arguments[0]).read_text())))
+        try:
+            text = Path(arguments[0]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(
+                f"--wheels {arguments[0]}: expected a list of packages ({error})"
+            ) from None
+        there = set(map(plain, re.findall(r"[A-Za-z][\w.-]*\w", text)))
     for name, version in sorted(lacking(needs, there).items()):
         print(f"{name}=={version}" if version else name)
 

@@ -392,7 +392,7 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     values = config_values([*absent, *flags], "fastpref doctor", **open_)
     if not values["family"]:
         raise ValueError("--family: needed to say what a run would need")
-    if card is None and not torch.cuda.is_available():
+    if not card and not torch.cuda.is_available():
         raise ValueError(f"--card: no GPU is here: name one, {', '.join(memory.CARDS)} or its GiB")
     device = device_of(values["device"] or "cuda") if not card else None
     if device is not None and device.type != "cuda":

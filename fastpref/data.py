@@ -174,8 +174,13 @@ class PairDataset:
             named = (part.rpartition(":") for part in text.split())
             return {name: [int(n) for n in shape.split("x")] for name, _, shape in named}
 
-        found = max(map(sizes, set(self.shapes)), key=lambda s: math.prod(s["latents_w"]))
-        made = {name: torch.empty(1, *size, device="meta") for name, size in found.items()}
+        try:
+            found = max(map(sizes, set(self.shapes)), key=lambda s: math.prod(s["latents_w"]))
+            made = {name: torch.empty(1, *size, device="meta") for name, size in found.items()}
+        except (ValueError, KeyError, RuntimeError):
+            raise self._damaged(
+                "has shapes that are none, expected latents_w:CxFxhxw ..."
+            ) from None
         return made["latents_w"], conditions(made)
 
     def __getitem__(self, i: int) -> Pair:

@@ -23,8 +23,8 @@ META = torch.device("meta")
 
 # Of a run's options those that decide what it needs.
 DECIDES = (
-    *("pair_mode", "compile", "train_batch_size", "mixed_precision", "tuning", "reference"),
-    *("lora_rank", "lora_targets"),
+    *("model", "pair_mode", "compile", "train_batch_size", "mixed_precision", "tuning"),
+    *("reference", "lora_rank", "lora_targets"),
 )
 
 
@@ -67,28 +67,46 @@ def pick_checkpointing(
     if config.checkpointing != "auto" or device.type != "cuda":
         return "none" if config.checkpointing == "auto" else config.checkpointing
     record, on = folder / "memory.json", memory.card_of(device)
+    latents, cond = dataset.largest()
     basis = {name: getattr(config, name) for name in DECIDES} | {"card": on.name, "gib": on.gib}
-    known = read_record(record) if record.exists() else {}
-    if known.get("basis") == basis and known.get("checkpointing") in memory.MODES:
+    basis["shapes"] = [list(v.shape) for v in (latents, *cond.values())]
+    known = remembered(record)
+    if known.get("basis") == basis:
+        print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
         return known["checkpointing"]
-    step = memory_step(config, family, model, *dataset.largest(), dtype)
+    step = memory_step(config, family, model, latents, cond, dtype)
     found, why = memory.least(step, on, config.pair_mode, config.compile)
     print(f"checkpointing {found}: {why}")
     note(record, {"checkpointing": found, "why": why, "basis": basis})
     return found
 
 
+def remembered(record: Path) -> dict[str, Any]:
+    """What memory.json says; nothing where it cannot be read, as it can be made again."""
+    try:
+        known = read_record(record)
+    except (ValueError, OSError):
+        return {}
+    return known if known.get("checkpointing") in memory.MODES else {}
+
+
 def note(record: Path, values: dict[str, Any]) -> None:
     write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def exhausted(config: Config, error: torch.OutOfMemoryError) -> ValueError:
+class OutOfMemory(ValueError):
+    """What no choice of a step mends: its line says what does."""
+
+
+def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> ValueError:
     """Out of memory in a training step, in a line that names the next choice. With checkpointing
     auto the folder's memory.json is told too, so that the same command goes on with it.
     """
+    if isinstance(error, OutOfMemory):
+        return error
     folder = Path(config.output_dir)
     record, auto = folder / "memory.json", config.checkpointing == "auto"
-    known = read_record(record) if auto and record.exists() else {}
+    known = remembered(record) if auto else {}
     used = known.get("checkpointing", "none") if auto else config.checkpointing
     more = memory.MODES[memory.MODES.index(used) + 1 :]
     if more and known:
@@ -98,6 +116,8 @@ def exhausted(config: Config, error: torch.OutOfMemoryError) -> ValueError:
         advice = f"run it again with --checkpointing {more[0]}"
     elif config.pair_mode == "joint":
         advice = "run it again with --pair_mode deferred"
+        if config.reference == "cached":
+            advice += " and another --reference_cache, filled by fastpref cache-reference with both"
     else:
         advice = "encode fewer or smaller frames, or take a larger card"
     last, _ = checkpoint.newest(folder)
@@ -111,12 +131,12 @@ def exhausted(config: Config, error: torch.OutOfMemoryError) -> ValueError:
 
 @contextmanager
 def within_memory(what: str) -> Iterator[None]:
-    """ValueError where what is made inside runs out of memory, which no choice of a step mends."""
+    """OutOfMemory where what is made inside runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"out of memory for {what} ({reason})") from None
+        raise OutOfMemory(f"out of memory for {what} ({reason})") from None
 
 
 @dataclass(frozen=True)
@@ -165,10 +185,19 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
     encoded = bool(values["data"]) and (Path(values["data"]) / "index.parquet").exists()
     if values["data"] and not encoded:
         raise ValueError(f"--data {values['data']}: expected a set made by fastpref encode here")
-    if encoded and shape:
-        raise ValueError(f"--shape has no effect: the clips are those of {values['data']}")
+    sizes = [values.get(name) for name in ("num_frames", "height", "width")]
+    if encoded and (shape or any(sizes)):
+        raise ValueError(f"the clips are those of {values['data']}: remove their sizes")
+    if any(sizes):
+        if shape or None in sizes:
+            raise ValueError("expected --shape, or all of --num_frames --height --width")
+        shape = "x".join(map(str, sizes))
     if encoded:
-        latents, cond = data.PairDataset(values["data"]).largest()
+        dataset = data.PairDataset(values["data"])
+        if dataset.fingerprint["family"] != family.__name__:
+            made = dataset.fingerprint["family"]
+            raise ValueError(f"--data {values['data']}: encoded with family {made}")
+        latents, cond = dataset.largest()
         shape = "x".join(map(str, latents.shape[1:])) + " latents"
     elif known:
         shape = shape or known.shape
@@ -188,4 +217,9 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         raise ValueError(f"shapes alone do not run through this model ({reason})") from error
     best = memory.best(rows, on)
     alike = simulate.like_each_other(model, family.BLOCKS) > 0
-    return Needs(shape, rows, best and best.flags(config.mixed_precision), alike)
+    return Needs(
+        shape,
+        rows,
+        best and best.flags(config.mixed_precision, graphs=not config.skip_zeros),
+        alike,
+    )

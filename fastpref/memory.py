@@ -59,7 +59,7 @@ def card(name: str) -> Card:
     """
     if name in CARDS:
         return CARDS[name]
-    if not re.fullmatch(r"\d{1,4}(\.\d+)?", name) or not float(name):
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", name) or float(name) * GIB < 2 * CONTEXT:
         raise ValueError(f"--card: expected {', '.join(CARDS)} or its memory in GiB, got {name}")
     near = [c for c in CARDS.values() if abs(c.gib - float(name)) < 1]
     return near[0] if near else Card(f"{name} GiB", float(name))
@@ -103,12 +103,14 @@ class Prediction:
     def peak(self) -> int:
         return self.weights + self.trained + self.kept + self.transients
 
-    def flags(self, mixed_precision: str) -> str:
-        """Of `fastpref train`."""
+    def flags(self, mixed_precision: str, *, graphs: bool = True) -> str:
+        """Of `fastpref train`; graphs: a step can be recorded."""
         compiled = str(self.compile).lower()
         return (
             f"--mixed_precision {mixed_precision} --pair_mode {self.pair_mode} --checkpointing "
-            f"{self.checkpointing} --compile {compiled}" + " --cuda_graphs true" * self.launch_bound
+            f"{self.checkpointing} --compile {compiled}"
+            + " --cuda_graphs true"
+            * (self.launch_bound and graphs)
         )
 
     def fits(self, on: Card) -> bool:

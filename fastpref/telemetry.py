@@ -43,7 +43,7 @@ class Meter:
         self.counts.index_add_(0, bins, torch.ones_like(stacked[:, :1]))
 
     def begin(self) -> None:
-        """A step begins: `forget` takes back what it adds."""
+        """What is added from here on `forget` takes back."""
         self.before = (self.names, self.sums.clone(), self.counts.clone()) if self.names else ([],)
 
     def forget(self) -> None:

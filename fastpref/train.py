@@ -34,7 +34,7 @@ from .assemble import (
 )
 from .config import Config
 from .files import differences, identity, model_identity, write_atomic
-from .fitting import exhausted, pick_checkpointing, within_memory
+from .fitting import OutOfMemory, exhausted, pick_checkpointing, within_memory
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, Signals
@@ -204,18 +204,18 @@ def train(config: Config) -> dict[str, Any]:
             online = off(model, predict)
         try:
             noise = margin_noise(config, objective.beta, dataset, prepare, process, policy, online)
+            if config.reference == "cached" and noise is not None:
+                cache.drift(
+                    says,
+                    online,
+                    process,
+                    first_pairs(config, dataset, prepare),
+                    pair_mode=config.pair_mode,
+                    beta=objective.beta,
+                    margin_noise=noise,
+                )
         except torch.OutOfMemoryError as error:
             raise exhausted(config, error) from None
-        if config.reference == "cached" and noise is not None:
-            cache.drift(
-                says,
-                online,
-                process,
-                first_pairs(config, dataset, prepare),
-                pair_mode=config.pair_mode,
-                beta=objective.beta,
-                margin_noise=noise,
-            )
     config.save(folder / "config.yaml")
     warn_of_repeats(config, dataset.shapes)
     announce(config, model, dataset, objective, device, dtype, noise, kept)
@@ -239,7 +239,13 @@ def train(config: Config) -> dict[str, Any]:
         if prompts and step % config.validation_steps == 0 and not there:
             seeds = range(len(prompts.prompts))
             shape = dataset[0].latents_w.shape
-            with compiling.eagerly(), within_memory("the validation clips"):
+            with (
+                compiling.eagerly(),
+                within_memory(
+                    "the validation clips: another run may have fewer validation_prompts, this one"
+                    " a validation_steps beyond its end"
+                ),
+            ):
                 clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
             write_sheet(folder / "validation", step, prompts.prompts, clips)
 
@@ -269,9 +275,9 @@ def train(config: Config) -> dict[str, Any]:
     interrupted = Signals()
     waited, since, step, logged, saved = 0.0, time.perf_counter(), begin, begin, begin
     clock = time.perf_counter()
+    meter.begin()
     try:
         while step < config.max_train_steps:
-            meter.begin()
             for _ in range(accumulate):
                 fetched = time.perf_counter()
                 epoch, batch = next(batches)
@@ -293,6 +299,7 @@ def train(config: Config) -> dict[str, Any]:
             grad_norm = update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            meter.begin()
             progress.update()
             if step == 1 and config.tuning == "lora":
                 reference.check_on(model, probe)
@@ -301,6 +308,7 @@ def train(config: Config) -> dict[str, Any]:
 
             if step % config.logging_steps == 0 or step == config.max_train_steps:
                 metrics = meter.flush(by_level=("rewards/margins", "importance/weight"))
+                meter.begin()
                 now = time.perf_counter()
                 metrics |= {
                     "grad_norm": grad_norm.item(),
@@ -332,7 +340,7 @@ def train(config: Config) -> dict[str, Any]:
                 raise Interrupted(
                     f"saved at step {step} in {folder}; run the same command to go on"
                 )
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OutOfMemory) as error:
         meter.forget()
         if step > saved:
             save(step)

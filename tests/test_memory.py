@@ -164,7 +164,14 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     # A run that goes on keeps to its choice, with other options or another card it is made anew;
     # what is named, or a CPU, is not looked at.
     fitting.note(tmp_path / "memory.json", record | {"checkpointing": "full"})
-    assert pick(H100) == "full" and not capsys.readouterr().out
+    assert pick(H100) == "full" and "checkpointing full: as " in capsys.readouterr().out
+    for text in ("garbage", "[]", '{"checkpointing": "some"}'):  # it can be made again
+        (tmp_path / "memory.json").write_text(text)
+        assert pick(H100) == "none"
+    capsys.readouterr()
+    monkeypatch.setattr(dataset, "shapes", [s.replace("12x12", "24x12") for s in dataset.shapes])
+    assert pick(replace(H100, gib=0.56)) == "full" and pick(H100) == "none"
+    capsys.readouterr()
     assert pick(H100, pair_mode="joint") == "none"
     assert pick(replace(H100, gib=0.56)) == "full"
     assert "checkpointing full: predicted" in capsys.readouterr().out
@@ -199,6 +206,45 @@ def exhausted(monkeypatch, at: int) -> None:
         return real(*args, **options)
 
     monkeypatch.setattr(loop, "joint", joint)
+
+
+@pytest.mark.parametrize("at", ["save", "judge", "clips"])
+def test_memory_that_ends_after_a_step_loses_nothing_either(at, pairs, tmp_path, monkeypatch):
+    """In a checkpoint's save, after a flush, in the validation clips: the step is done."""
+    change = {"logging_steps": 2, "checkpointing_steps": 3, "checkpointing": "none"}
+    if at == "clips":
+        change |= {"validation_prompts": ["a red disc moving left"], "validation_steps": 2}
+        change["validation_sampling_steps"] = 2
+    train(Config(**options(pairs, tmp_path / "unbroken", **change)))
+    place, name, number = {
+        "save": (loop.checkpoint, "save", 1),
+        "judge": (loop.Guard, "judge", 2),
+        "clips": (loop.Prompts, "clips", 3),
+    }[at]
+    calls, real = [], getattr(place, name)
+
+    def once(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **options)
+
+    monkeypatch.setattr(place, name, once)
+    run = Config(**options(pairs, tmp_path / "run", **change))
+    with pytest.raises(ValueError, match="out of memory"):
+        train(run)
+    assert loop.checkpoint.newest(tmp_path / "run")[0] is not None
+    train(run)
+    a, b = (
+        load_file(tmp_path / folder / "pytorch_lora_weights.safetensors")
+        for folder in ("run", "unbroken")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    rows = [
+        {row["global_step"]: row["loss"] for row in map(json.loads, file.open())}
+        for file in (tmp_path / f / "metrics.jsonl" for f in ("run", "unbroken"))
+    ]
+    assert rows[0] == rows[1] and list(rows[0]) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -265,7 +311,7 @@ def test_other_memory_is_not_a_steps(pairs, tmp_path, monkeypatch, capsys):
     flags = arguments(options(pairs, tmp_path / "run", validation_prompts=["a red disc"]))
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
-    assert "fastpref train: out of memory for the validation clips (CUDA out of memory)" in said
+    assert "fastpref train: out of memory for the validation clips: another run may have" in said
     monkeypatch.setattr("fastpref.train.load_model", full)
     assert main(["train", *arguments(options(pairs, tmp_path / "other"))]) == 1
     assert "fastpref train: CUDA out of memory\n" in capsys.readouterr().err
@@ -336,6 +382,10 @@ def test_doctor_reads_the_largest_shape_of_a_set(pairs, capsys):
         (("--family", "wan", "--card", "24", "--model", "/nowhere"), "/nowhere: no such folder"),
         (("--family", "wan", "--card", "24", "--data", "/nowhere"), "--data /nowhere: expected a"),
         (("--family", "wan", "--device", "cpu"), "--card: no GPU is here"),
+        (("--family", "wan", "--card", ""), "--card: no GPU is here"),
+        (("--family", "wan", "--card", "24", "--num_frames", "17"), "all of --num_frames --height"),
+        (("--family", "toy", "--card", "24", "--shape", "9" * 20 + "x12x12"), "expected FRAMESx"),
+        (("--family", "stable_diffusion", "--card", "24", "--shape", "5x512x512"), "makes images"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

@@ -157,8 +157,12 @@ def shaped(
     kind: type, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """A model that is not loaded but made, frozen, in the dtypes that loading would give it."""
-    with device:
-        model = kind.from_config(config).requires_grad_(False)
+    try:
+        with device:
+            model = kind.from_config(config).requires_grad_(False)
+    except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"config.json makes no {kind.__name__} ({reason:.200})") from None
     kept = kind._keep_in_fp32_modules
     if kept is None:
         return nn.Module.to(model, dtype)  # diffusers' own warns of what is not the case here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,10 +37,11 @@ class Architecture:
 
         Raises ValueError on another form, or on sizes that do not divide.
         """
-        try:
-            frames, height, width = (int(n) for n in shape.split("x"))
-        except ValueError:
-            raise ValueError(f"--shape: expected FRAMESxHEIGHTxWIDTH, got {shape}") from None
+        if not re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}x[0-9]{1,6}", shape):
+            raise ValueError(f"--shape: expected FRAMESxHEIGHTxWIDTH, got {shape}")
+        frames, height, width = (int(n) for n in shape.split("x"))
+        if self.kind.startswith("UNet2D") and frames != 1:
+            raise ValueError(f"--shape {shape}: expected 1 frame, {self.family} makes images")
         time, space = self.stride
         sizes = ((frames - 1) // time + 1, height // space, width // space)
         exact = (frames - 1) % time == 0 and height % space == 0 and width % space == 0
