@@ -185,14 +185,14 @@ class Table:
         expected = None
         for name in self.rows:
             begin = time.perf_counter()
-            if self.variants and self.deadline - begin < self.kept_for_timing():
-                self.leave_out(name, self.late)
-                continue
             if name != "B1" and expected is None:
                 self.leave_out(name, "nothing to compare with: B1 is left out")
                 continue
             if name != "B1" and (why := self.predicted_too_large(name)):
                 self.leave_out(name, why)
+                continue
+            if self.variants and self.deadline - begin < self.kept_for_timing():
+                self.leave_out(name, self.late)
                 continue
             try:
                 variant, known = prepare(name, self.setting, expected)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastpref
+import fastpref.ops  # defines the operators
 from fastpref import native as core
 from fastpref import objective
 from fastpref.objectives import OBJECTIVES
