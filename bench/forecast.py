@@ -1,6 +1,8 @@
 """What the variants of a table are predicted to take, from shapes alone: no GPU is needed."""
 
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -67,3 +69,34 @@ def plan(found: dict[str, memory.Prediction], pairs: int, rounds: int, on: memor
                 compiled.add((row.checkpointing, name in BASELINES))
                 seconds += COMPILED
     print(f"predicted {seconds:.0f} s")
+
+
+class Beside:
+    """A table's forecast, made by a process of its own while the first variant is prepared."""
+
+    def __init__(self, on: memory.Card, *told: object) -> None:
+        self.on, self.found = on, None
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.future: Future = self.pool.submit(forecast, *told, on)
+
+    def why_not(self, name: str, rows: dict[str, dict[str, object]]) -> str | None:
+        """Why a variant cannot fit, or None; what is predicted goes to all rows, once."""
+        if self.found is None:
+            try:
+                self.found = self.future.result(timeout=90)
+            except Exception as error:  # the table goes on without
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"nothing is predicted: {reason}", flush=True)
+                self.found = {}
+            for each, row in self.found.items():
+                rows[each] |= {"predicted_gb": row.peak / 1e9, "predicted_s": row.seconds}
+        row = self.found.get(name)
+        if row is None or row.fits(self.on):
+            return None
+        return f"{row.peak / 1e9:.1f} GB, {self.on.room / 1e9:.1f} are there to plan with"
+
+    def leave(self) -> None:
+        """Ends it, done or not: the interpreter would wait for it."""
+        for worker in list((self.pool._processes or {}).values()):
+            worker.terminate()
+        self.pool.shutdown(cancel_futures=True)

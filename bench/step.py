@@ -39,21 +39,20 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stdout
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.architectures import ARCHITECTURES, PEAK, Architecture
+from bench.architectures import ARCHITECTURES, Architecture
 from bench.baselines import BASELINES
-from bench.forecast import forecast, plan
+from bench.forecast import Beside, forecast, plan
 from bench.inductor import Carried
 from bench.meters import Power, SavedBytes, attention_kernel
+from bench.rows import describe, energy, print_table
 from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
 from fastpref import attention, memory
 
@@ -157,14 +156,11 @@ class Table:
             told = "-".join(map(str, [*told, setting.attention.name, *names]))
             self.inductor = Carried(args.inductor, device, told)
             print(f"{self.inductor.load() / 1e6:.1f} MB of compiled code from {args.inductor}")
-        self.forecast: Future | None = None
-        self.pool: ProcessPoolExecutor | None = None
+        self.forecast: Beside | None = None
         large = arch.tokens(setting.shape) > FEW_TOKENS and setting.dtype == torch.bfloat16
-        if device.type == "cuda" and large:  # beside the first variant, by a process of its own
-            self.card = memory.card_of(device)
-            self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        if device.type == "cuda" and large:
             told = (args.family, setting.shape, setting.pairs, args.adapters, list(names))
-            self.forecast = self.pool.submit(forecast, *told, self.card)
+            self.forecast = Beside(memory.card_of(device), *told)
         self.open = list(names)  # whose rows are not written yet
         self.variants: dict[str, Usual | Ours] = {}
         self.samples: dict[str, list[float]] = {}
@@ -188,8 +184,8 @@ class Table:
             if name != "B1" and expected is None:
                 self.leave_out(name, "nothing to compare with: B1 is left out")
                 continue
-            if name != "B1" and (why := self.predicted_too_large(name)):
-                self.leave_out(name, why)
+            if name != "B1" and self.forecast and (why := self.forecast.why_not(name, self.rows)):
+                self.leave_out(name, f"{NO_MEMORY}, as predicted: {why}")
                 continue
             if self.variants and self.deadline - begin < self.kept_for_timing():
                 self.leave_out(name, self.late)
@@ -217,34 +213,9 @@ class Table:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def leave_forecast(self) -> None:
-        """Ends it, done or not: the interpreter would wait for it."""
-        if self.pool is not None:
-            for worker in list((self.pool._processes or {}).values()):
-                worker.terminate()
-            self.pool.shutdown(cancel_futures=True)
-
     def keep_compiled(self) -> None:
         if self.inductor:
             self.inductor.save()
-
-    def predicted_too_large(self, name: str) -> str | None:
-        """Why a variant is not even tried; what is predicted goes to all rows."""
-        if self.forecast is None:
-            return None
-        if "predicted_gb" not in self.rows["B1"]:
-            try:
-                found = self.forecast.result(timeout=90)
-            except Exception as error:  # the table goes on without
-                print(f"nothing is predicted: {failure(error)}", flush=True)
-                self.forecast = None
-                return None
-            for each, row in found.items():
-                self.rows[each] |= {"predicted_gb": row.peak / 1e9, "predicted_s": row.seconds}
-        if self.forecast.result()[name].fits(self.card):
-            return None
-        gb, room = self.rows[name]["predicted_gb"], self.card.room / 1e9
-        return f"{NO_MEMORY}, as predicted: {gb:.1f} GB, {room:.1f} are there to plan with"
 
     def kept_for_timing(self) -> float:
         """Seconds that no variant is prepared in: the optimisers' states, three rounds and the
@@ -346,7 +317,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
         table.keep_compiled()  # of the variant that was being prepared
     finally:
         signal.signal(signal.SIGTERM, before)
-        table.leave_forecast()
+        if table.forecast:
+            table.forecast.leave()
     return [table.rows[name] for name in sorted(table.rows)]
 
 
@@ -369,43 +341,6 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def describe(
-    variant: Usual | Ours, taken: timing.Timing, first: timing.Timing | None, setting: Setting
-) -> dict[str, object]:
-    """Seconds a pair, their parts, MFU; first: B1's."""
-    pairs, parts = setting.pairs, variant.clock.medians()
-    split = {name: parts.get(name) for name in ("reference", "forward", "optimizer")}
-    if variant.cached:
-        split["reference"] = 0.0
-    if None not in split.values():
-        split["backward"] = max(0.0, taken.median - sum(split.values()))
-    flops = setting.arch.pair_flops(setting.shape, online=not variant.cached)
-    low, high = taken.quartiles
-    counted = setting.device.type == "cuda" and setting.adapters == "all"
-    mfu = flops * pairs / taken.median / PEAK if counted else None
-    without = [graph.why_not for graph in variant.graphs if graph.why_not]
-    return {
-        "what": without[0] if without else variant.what,
-        "s_per_pair": taken.median / pairs,
-        "s_per_pair_quartiles": [low / pairs, high / pairs],
-        "times_faster_than_B1": first and first.times_slower_than(taken),
-        "split": {name: v if v is None else v / pairs for name, v in split.items()},
-        "mfu": mfu,
-    }
-
-
-def energy(call: Callable, seconds: float, setting: Setting, power: Power) -> float | None:
-    """Pairs per kWh, over at least 1.5 seconds: the counter moves every tenth."""
-    steps = max(1, math.ceil(1.5 / seconds))
-    torch.cuda.synchronize()
-    before = power.joules()
-    for _ in range(steps):
-        call()
-    torch.cuda.synchronize()
-    spent = power.joules() - before
-    return round(3.6e6 * steps * setting.pairs / spent, 1) if spent else None
-
-
 def default_variants(setting: Setting) -> tuple[str, ...]:
     return CPU if setting.device.type == "cpu" else usual(setting.arch, setting.shape)
 
@@ -413,41 +348,6 @@ def default_variants(setting: Setting) -> tuple[str, ...]:
 def usual(arch: Architecture, shape: str | None) -> tuple[str, ...]:
     """On a GPU, of clips of this shape."""
     return SMALL if arch.tokens(shape or arch.shape) <= FEW_TOKENS else LARGE
-
-
-def print_table(rows: list[dict[str, object]]) -> None:
-    first = rows[0]
-    print(
-        f"{first['family']} {first['shape']}, {first['tokens']} tokens, {first['pairs']} pair(s) a"
-        f" step, {first['dtype']}; adapters {first['adapters']}; attention {first['attention']}"
-        f" {first.get('attention_kernel', '')}\n{first['device']}, {first['threads']} threads,"
-        f" torch {first['torch']}, commit {first['commit']}"
-    )
-    heads = ("s/pair", "quartiles", "x B1", "ref", "fwd", "bwd", "opt", "peak GB", "MFU", "/kWh")
-    heads += ("pred. s", "pred. GB") if "predicted_gb" in first else ()
-    print(f"{'variant':<32} {heads[0]:>8} {heads[1]:>17} {heads[2]:>6}", end="")
-    print("".join(f" {head:>7}" for head in heads[3:]))
-    for row in rows:
-        if "left_out" in row:
-            print(f"{row['variant']:<32} {row['left_out']}")
-            continue
-        low, high = row["s_per_pair_quartiles"]
-        print(f"{row['variant']:<32} {row['s_per_pair']:8.4f} {low:8.4f} {high:8.4f}", end="")
-        times = row["times_faster_than_B1"]
-        print(f" {'-' if times is None else format(times, '.2f'):>6}", end="")
-        values = [row["split"].get(part) for part in ("reference", "forward", "backward")]
-        values += [row["split"].get("optimizer"), row["peak_gb"], row["mfu"], row["pairs_per_kwh"]]
-        values += [row[name] for name in ("predicted_s", "predicted_gb") if name in row]
-        print("".join(f" {'-' if v is None else format(v, '.3g'):>7}" for v in values))
-    by_name = {row["variant"]: row for row in rows if "s_per_pair" in row}
-    saved = [by_name.get(n, {}).get("activation_bytes") for n in ("deferred/none", "joint/none")]
-    if all(saved):
-        print(f"activations held, deferred over joint: {saved[0] / saved[1]:.2f} (goal <= 0.6)")
-    cached = [row for name, row in by_name.items() if "+cached" in name]
-    if cached and "B0" in by_name:
-        best = min(cached, key=lambda row: row["s_per_pair"])
-        ratio = by_name["B0"]["s_per_pair"] / best["s_per_pair"]
-        print(f"cached over B0: {ratio:.2f}x ({best['variant']}; goal on a CPU >= 1.2)")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from test_bench_variants import setting
 
 from bench import step
-from bench.forecast import forecast, plan
+from bench.forecast import Beside, forecast, plan
 from fastpref import memory
 
 NAMES = ["B0", "B1", "joint/none", "joint/none+graph", "deferred/none+cached"]
@@ -68,6 +68,33 @@ def test_the_headline_on_both_cards(capsys):
     assert all(row.fits(H200) for row in found.values())
 
 
+def beside(found: dict | Exception, on: memory.Card) -> Beside:
+    """A forecast that is done, or failed."""
+    made = Beside.__new__(Beside)
+    made.on, made.found, made.future = on, None, Future()
+    made.pool = ProcessPoolExecutor(1)
+    done = made.future.set_exception if isinstance(found, Exception) else made.future.set_result
+    done(found)
+    return made
+
+
+def test_a_forecast_that_fails_leaves_the_table_alone(capsys):
+    failed = beside(RuntimeError("no\nsuch operator"), H100)
+    assert failed.why_not("B5", {}) is None and failed.why_not("B4", {}) is None
+    assert capsys.readouterr().out == "nothing is predicted: RuntimeError: no such operator\n"
+
+
+def test_a_forecast_beside_the_table_is_the_same():
+    """In a process of its own, which is ended with the table."""
+    told, rows = ("tiny", None, 1, "all", ["B1"]), {"B1": {}}
+    made = Beside(H100, *told)
+    assert made.why_not("B1", rows) is None
+    assert rows["B1"]["predicted_gb"] == forecast(*told, H100)["B1"].peak / 1e9
+    (worker,) = made.pool._processes.values()
+    made.leave()
+    assert not worker.is_alive()
+
+
 def test_a_variant_that_is_predicted_not_to_fit_is_not_tried(monkeypatch):
     """As on a card, here with a forecast of the CPU's table: it is named in its row."""
     args = ["--variants", "joint/none", "deferred/none", "--family", "tiny", "--device", "cpu"]
@@ -81,9 +108,8 @@ def test_a_variant_that_is_predicted_not_to_fit_is_not_tried(monkeypatch):
     class Table(step.Table):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.card, self.forecast = replace(H100, gib=gib), Future()
+            self.forecast = beside(found, replace(H100, gib=gib))
             made.append(self)
-            self.forecast.set_result(found)
 
     real = step.prepare
     monkeypatch.setattr(step, "prepare", lambda name, *a: (tried.append(name), real(name, *a))[1])
