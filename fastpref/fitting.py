@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from . import checkpoint, data, memory, models, simulate
 from .assemble import add_lora, frozen_copy, predictor, read_record, weights_dtype
 from .config import Config
 from .files import write_atomic
+from .guard import OutOfMemory
 from .models import published
 from .models.folder import shapes_alone
 
@@ -94,10 +93,6 @@ def note(record: Path, values: dict[str, Any]) -> None:
     write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
-class OutOfMemory(ValueError):
-    """What no choice of a step mends: its line says what does."""
-
-
 def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> ValueError:
     """Out of memory in a training step, in a line that names the next choice. With checkpointing
     auto the folder's memory.json is told too, so that the same command goes on with it.
@@ -127,16 +122,6 @@ def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> Va
         f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
         f"{advice} ({reason})"
     )
-
-
-@contextmanager
-def within_memory(what: str) -> Iterator[None]:
-    """OutOfMemory where what is made inside runs out of memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = " ".join(str(error).split())
-        raise OutOfMemory(f"out of memory for {what} ({reason})") from None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Says when a run goes wrong or must stop: not finite, a rising winner's error, signals."""
+"""Says when a run goes wrong or must stop: not finite, a rising winner's error, memory, signals."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ class Guard:
                 "is leaving the data. Try a higher beta, sft_weight 0.1, or objective dpo_cm"
             )
         return None
+
+
+class OutOfMemory(ValueError):
+    """What no choice of a step mends: its line says what does."""
+
+
+@contextlib.contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """OutOfMemory where what is made inside runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise OutOfMemory(f"out of memory for {what} ({reason})") from None
 
 
 class Interrupted(Exception):

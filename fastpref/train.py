@@ -8,8 +8,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ from .assemble import (
 )
 from .config import Config
 from .files import differences, identity, model_identity, write_atomic
-from .fitting import OutOfMemory, exhausted, pick_checkpointing, within_memory
+from .fitting import exhausted, pick_checkpointing
 from .functional import Draws, PairLoss
 from .graphs import StepGraph
-from .guard import Diverged, Guard, Interrupted, Signals
+from .guard import Diverged, Guard, Interrupted, OutOfMemory, Signals
 from .process import Times
 from .step import deferred, joint
 from .telemetry import Log, Meter, announce, check_trackers, pair_values, postfix
-from .validation import Prompts, write_sheet
+from .validation import Prompts, draw_sheet
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -202,18 +204,12 @@ def train(config: Config) -> dict[str, Any]:
         if config.reference == "cached":  # before its first step the policy is the reference
             off = reference.adapters_off if config.tuning == "lora" else reference.base
             online = off(model, predict)
+        few = partial(first_pairs, config, dataset, prepare)
+        how = {"pair_mode": config.pair_mode, "beta": objective.beta}
         try:
-            noise = margin_noise(config, objective.beta, dataset, prepare, process, policy, online)
+            noise = margin_noise(policy, online, process, few(), **how)
             if config.reference == "cached" and noise is not None:
-                cache.drift(
-                    says,
-                    online,
-                    process,
-                    first_pairs(config, dataset, prepare),
-                    pair_mode=config.pair_mode,
-                    beta=objective.beta,
-                    margin_noise=noise,
-                )
+                cache.drift(says, online, process, few(), margin_noise=noise, **how)
         except torch.OutOfMemoryError as error:
             raise exhausted(config, error) from None
     config.save(folder / "config.yaml")
@@ -237,17 +233,8 @@ def train(config: Config) -> dict[str, Any]:
         """Clips of the validation prompts, base beside tuned at the same seeds, as pictures."""
         there = (folder / "validation" / f"step-{begin:06d}.png").exists() and step == begin
         if prompts and step % config.validation_steps == 0 and not there:
-            seeds = range(len(prompts.prompts))
-            shape = dataset[0].latents_w.shape
-            with (
-                compiling.eagerly(),
-                within_memory(
-                    "the validation clips: another run may have fewer validation_prompts, this one"
-                    " a validation_steps beyond its end"
-                ),
-            ):
-                clips = prompts.clips(model, shape, config.validation_sampling_steps, seeds)
-            write_sheet(folder / "validation", step, prompts.prompts, clips)
+            shape, steps = dataset[0].latents_w.shape, config.validation_sampling_steps
+            draw_sheet(folder / "validation", step, prompts, model, shape, steps)
 
     validate(begin)
 
@@ -409,22 +396,21 @@ def first_pairs(config: Config, dataset: data.PairDataset, prepare: Any) -> Any:
 
 
 def margin_noise(
-    config: Config,
-    beta: float,
-    dataset: data.PairDataset,
-    prepare: Any,
-    process: Any,
     policy: reference.Policy,
     online: reference.Reference,
+    process: Any,
+    batches: Iterable[tuple[data.Batch, Draws]],
+    *,
+    pair_mode: reference.PairMode,
+    beta: float,
 ) -> float | None:
-    """max |m| over the first 8 pairs while policy and reference are the same model: what rounding
-    alone makes of the margin in the run's own step, whose forwards it runs. None: it is not finite.
+    """max |m| over the batches while policy and reference are the same model: what rounding alone
+    makes of the margin in the run's own step, whose forwards it runs. None: it is not finite.
     """
     print("measuring margin noise: forwards of the first 8 pairs", flush=True)
     seen = []
-    for batch, draws in first_pairs(config, dataset, prepare):
-        change = reference.changes(policy, online, process, batch, draws, config.pair_mode)
-        w, l = change.chunk(2)
+    for batch, draws in batches:
+        w, l = reference.changes(policy, online, process, batch, draws, pair_mode).chunk(2)
         seen.append((0.5 * beta * (w - l)).abs().max())
     worst = torch.stack(seen).max().item()
     if not worst <= 0.05:

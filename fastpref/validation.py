@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from . import compiling
 from .files import write_atomic
+from .guard import within_memory
 from .report import Comparison, contact_sheet
 from .sample import sample
 
@@ -66,6 +68,20 @@ class Prompts:
             negative=self.negative,
         )
         return [self.family.decode(self.pipe, latent).cpu() for latent in latents]
+
+
+def draw_sheet(
+    folder: Path, step: int, prompts: Prompts, model: nn.Module, shape: Sequence[int], steps: int
+) -> None:
+    """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's.
+
+    Raises:
+        OutOfMemory: what it needs beside a run's own memory is not there.
+    """
+    advice = "another run may have fewer validation_prompts, this one later validation_steps"
+    with compiling.eagerly(), within_memory(f"the validation clips: {advice}"):
+        clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
+    write_sheet(folder, step, prompts.prompts, clips)
 
 
 def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]) -> None:

@@ -41,3 +41,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pairs import write_pairs
 
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def encoded_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoded set of six pairs, so that a file's runs share it and its cache."""
+    from pairs import encoded, write_pairs
+
+    folder = tmp_path_factory.mktemp("data")
+    return encoded(write_pairs(folder / "media", count=6), folder / "encoded").folder

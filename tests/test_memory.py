@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES
-from pairs import BASE, arguments, options, write_pairs
+from pairs import BASE, arguments, options
 from safetensors.torch import load_file
 
 from fastpref import assemble, fitting, memory, models
@@ -24,11 +24,8 @@ H100, H200 = memory.CARDS["h100-80"], memory.CARDS["h200"]
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "media", count=6)
-    train(Config(**options(folder / "media", folder / "run", max_train_steps=1)))
-    return folder / "run" / "encoded"
+def pairs(encoded_pairs):
+    return encoded_pairs
 
 
 def predicted(family: str, on: memory.Card = H100, shape: str | None = None, **fields):

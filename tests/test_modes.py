@@ -8,7 +8,7 @@ from threading import Timer
 
 import pytest
 import torch
-from pairs import arguments, options, write_pairs
+from pairs import arguments, options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,12 +21,8 @@ from fastpref.train import train
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """An encoded set, so that runs share it and its cache."""
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "media", count=6)
-    train(Config(**options(folder / "media", folder / "run", max_train_steps=1)))
-    return folder / "run" / "encoded"
+def pairs(encoded_pairs):
+    return encoded_pairs
 
 
 def rows(folder):

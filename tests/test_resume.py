@@ -10,7 +10,7 @@ from hashlib import blake2b
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pairs import BASE, arguments, fails, options, write_pairs
+from pairs import BASE, arguments, fails, options
 from safetensors.torch import load, load_file, save_file
 
 from fastpref import attention, models
@@ -25,11 +25,8 @@ ARTIFACT = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "media", count=6)
-    train(Config(**options(folder / "media", folder / "run", max_train_steps=1)))
-    return folder / "run" / "encoded"
+def pairs(encoded_pairs):
+    return encoded_pairs
 
 
 def run(pairs, folder, **changes):
