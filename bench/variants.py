@@ -5,7 +5,6 @@ import re
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -201,15 +200,10 @@ class Ours:
             options = None if "loose" in added else compiling.AS_EAGER
             compiling.compile_blocks(self.model, setting.family.BLOCKS, options=options)
         predict = setting.family.predict
-        if self.cached:
-            policy = partial(predict, self.model)
-            online = reference.adapters_off(self.model, predict)
-        else:
-            policy, online = reference.shared_prefix(self.model, predict)
+        policy, online = reference.shared_prefix(self.model, predict)
         self.policy = self._part("forward", policy)
         self.reference = self._part("reference", online)
-        if self.cached:
-            self.reference = self._fill(mode)
+        self.known = self._fill(mode) if self.cached else [None] * DRAWS
         self.graphs: list[StepGraph] = []
         if "graph" in added:
             options = {"parameters": setting.parameters, "name": name}
@@ -226,43 +220,43 @@ class Ours:
                 pair_id=draws.pair_id,
                 index=draws.index,
                 times=self.setting.times(draws),
+                ref_err=self.known[index],
                 **inputs,
             )
 
     def _step(
-        self, latents: Tensor, pair_id: Tensor, index: Tensor, times: Tensor, **cond: Tensor
+        self,
+        latents: Tensor,
+        pair_id: Tensor,
+        index: Tensor,
+        times: Tensor,
+        ref_err: Tensor | None,
+        **cond: Tensor,
     ) -> Tensor:
         draws = fastpref.Draws(SEED, pair_id, index)
         noisy, t, target = self.setting.process.noise(latents, draws, Times(*times))
+        ref = self.reference if ref_err is None else ref_err
         return self.pair_step(
-            self.policy, self.reference, noisy, t, target, cond, draws, self.setting.objective,
+            self.policy, ref, noisy, t, target, cond, self.setting.objective,
             parameters=self.setting.parameters,
         ).loss  # fmt: skip
 
     def _part(self, name: str, call: Callable) -> Callable:
-        def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], *rest: object) -> Tensor:
+        def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
             with self.clock.part(name), self.setting.autocast():
                 return call(noisy, t, cond)
 
         return run
 
-    def _fill(self, mode: str) -> Callable:
-        """The errors of all draws that are timed, as `fastpref cache-reference` fills them."""
+    def _fill(self, mode: str) -> list[Tensor]:
+        """The errors [2B] of all draws that are timed, as a cache gives them to a step."""
         setting = self.setting
         batch = Batch(setting.latents, setting.cond, torch.ones(setting.pairs), torch.empty(0), [])
         with setting.attention_of(self.model):
-            each = [
+            return [
                 reference.errors(self.reference, setting.process, batch, setting.draws(k), mode)
                 for k in range(DRAWS)
             ]
-        table = torch.stack([errors.view(2, -1).T for errors in each], dim=1)  # [B, K, 2]
-        tables = {"cpu": table.cpu(), setting.device.type: table}
-
-        def cache(noisy: Tensor, t: Tensor, cond: dict, draws: fastpref.Draws) -> Tensor:
-            found = tables[draws.index.device.type][draws.pair_id - 1, draws.index]
-            return found.T.reshape(-1).to(table.device, non_blocking=True)
-
-        return cache
 
 
 def tensors(model: nn.Module) -> list[Tensor]:

@@ -262,10 +262,24 @@ def cache_mark(
     )
 
 
-def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
-    """Fills the reference cache of the run that `config` says; returns (folder, pairs computed).
+def open_cache(
+    config: Config,
+    dataset: data.PairDataset,
+    process: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+) -> cache.ErrorCache:
+    """The run's cached reference errors, as far as they are there."""
+    mark = cache_mark(config, dataset, process, device, dtype, backend)
+    return cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
 
-    Killed and called again it goes on. Each rank of world fills its share, on its own device.
+
+def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
+    """Fills the reference cache of the run that `config` says; returns (folder, errors computed).
+
+    A run fills what it needs itself: this is to be ahead of it, or on more devices. Killed and
+    called again it goes on. Each rank of world fills its share, on its own device.
 
     Raises:
         ValueError: as `train`, a reference other than cached, or several ranks and no encoded set.
@@ -302,19 +316,9 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     with attention.use(model, backend.name):
         if config.compile:
             compiling.compile_blocks(model, family.BLOCKS)
-        count = cache.fill(
-            where,
-            recorded_pass(says, device) if config.cuda_graphs else says,
-            process,
-            dataset,
-            prepare,
-            cache_mark(config, dataset, process, device, dtype, backend.name),
-            batch_size=config.train_batch_size,
-            draws_per_pair=config.draws_per_pair,
-            pair_mode=config.pair_mode,
-            rank=rank,
-            world=world,
-        )
+        errors = open_cache(config, dataset, process, device, dtype, backend.name)
+        says = recorded_pass(says, device) if config.cuda_graphs else says
+        count = cache.fill(errors, says, process, prepare, rank=rank, world=world)
     return where, count
 
 
@@ -325,7 +329,7 @@ def recorded_pass(says: reference.Reference, device: torch.device) -> reference.
         return says(noisy, t, cond)
 
     graph = StepGraph(whole, device, name="reference pass")
-    return lambda noisy, t, cond, draws=None: graph(noisy=noisy, t=t, **cond)
+    return lambda noisy, t, cond: graph(noisy=noisy, t=t, **cond)
 
 
 def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
@@ -353,10 +357,8 @@ def device_of(name: str) -> torch.device:
 
 
 def frozen_copy(config: Config) -> bool:
-    """Whether the reference is a second copy of the model."""
-    return config.reference == "frozen_copy" or (
-        (config.reference, config.tuning) == ("auto", "full")
-    )
+    """Whether the reference, where it is asked, is a second copy of the model."""
+    return config.reference == "frozen_copy" or config.tuning == "full"
 
 
 def place(config: Config) -> tuple[torch.device, torch.dtype]:

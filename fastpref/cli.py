@@ -181,7 +181,7 @@ def cache_reference(rest: list[str]) -> None:
     if config.device is None and world > 1 and torch.cuda.is_available():
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     folder, count = run(config, rank, world)
-    print(f"{folder}: {count} pairs computed, {config.draws_per_pair} draws each")
+    print(f"{folder}: {count} errors computed")
 
 
 def sweep(rest: list[str]) -> None:
@@ -190,7 +190,7 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .assemble import alone, cache_reference, open_data
+    from .assemble import alone, open_data
     from .config import OFFLINE, Config, belongs
     from .parsing import betas, config_values, names
     from .train import train as run
@@ -223,8 +223,6 @@ def sweep(rest: list[str]) -> None:
             if config.data != str(data):  # encoded now: its size is that of the set
                 config.data = str(data)
                 config.num_frames = config.height = config.width = config.fps = None
-        if runs[0].reference == "cached":
-            cache_reference(runs[0])
         lines = []
         for config in runs:
             print(f"--- {config.output_dir}")

@@ -34,9 +34,10 @@ def memory_step(
     latents: Tensor,
     cond: dict[str, Tensor],
     dtype: torch.dtype,
+    online: bool,
 ) -> memory.Step:
     """The run's step for `memory` to look at; latents and cond of one sample, their values do not
-    matter.
+    matter. online: the reference's errors are not all known.
     """
     return memory.Step(
         model,
@@ -44,8 +45,8 @@ def memory_step(
         family.BLOCKS,
         (latents.to(dtype), torch.empty(1, device=latents.device), cond),
         pairs=config.train_batch_size,
-        online=config.reference != "cached",
-        copies=2 if frozen_copy(config) else 1,
+        online=online,
+        copies=2 if online and frozen_copy(config) else 1,
         graphs=config.cuda_graphs,
     )
 
@@ -58,6 +59,7 @@ def pick_checkpointing(
     device: torch.device,
     dtype: torch.dtype,
     folder: Path,
+    online: bool,
 ) -> str:
     """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
     the largest shape of the data; a run that goes on keeps to what the folder's memory.json says
@@ -73,7 +75,7 @@ def pick_checkpointing(
     if known.get("basis") == basis:
         print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
         return known["checkpointing"]
-    step = memory_step(config, family, model, latents, cond, dtype)
+    step = memory_step(config, family, model, latents, cond, dtype, online)
     found, why = memory.least(step, on, config.pair_mode, config.compile)
     print(f"checkpointing {found}: {why}")
     note(record, {"checkpointing": found, "why": why, "basis": basis})
@@ -112,7 +114,7 @@ def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> Va
     elif config.pair_mode == "joint":
         advice = "run it again with --pair_mode deferred"
         if config.reference == "cached":
-            advice += " and another --reference_cache, filled by fastpref cache-reference with both"
+            advice += " and another --reference_cache"
     else:
         advice = "encode fewer or smaller frames, or take a larger card"
     last, _ = checkpoint.newest(folder)
@@ -190,7 +192,8 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         latents, cond = both[:1], {n: v[:1] for n, v in cond.items()}
     else:
         raise ValueError(f"--data: an encoded set is needed, family {name} tells no latents' shape")
-    step = memory_step(config, family, model, latents, cond, dtype)
+    online = config.reference != "cached"
+    step = memory_step(config, family, model, latents, cond, dtype, online)
     every = {"pair_mode": ("joint", "deferred"), "checkpointing": memory.MODES}
     every["compile"] = (False, True)
     open_ = {n: v if wanted[n] in (None, "auto") else (wanted[n],) for n, v in every.items()}

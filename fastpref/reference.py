@@ -1,7 +1,7 @@
-"""What the reference says of a batch: the policy with its adapters off, a frozen copy, or a cache.
+"""What the reference says of a batch: the policy with its adapters off, or a frozen copy.
 
-A reference is a function (noisy, t, cond, draws) -> predictions like noisy, or the errors [2B] of
-the draws' pairs, winners first, float64.
+A reference is a function (noisy, t, cond) -> predictions like noisy, without gradient. Where its
+errors are known (`cache`), a step takes those in its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .prefix import Prefix
 # (model, noisy, t, cond) -> prediction
 Predict = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
 Policy = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
-Reference = Callable[..., Tensor]
+Reference = Policy
 PairMode = Literal["joint", "deferred"]
 
 
@@ -53,9 +53,7 @@ def adapters_off(model: nn.Module, predict: Predict) -> Reference:
     layers = _adapters(model)
 
     @torch.no_grad()
-    def reference(
-        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
-    ) -> Tensor:
+    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with disabled(layers):
             return predict(model, noisy, t, cond)
 
@@ -76,9 +74,7 @@ def shared_prefix(
     prefix.checked = checked
 
     @torch.no_grad()
-    def reference(
-        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
-    ) -> Tensor:
+    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         with disabled(layers), prefix.record(noisy, t, cond):
             return predict(model, noisy, t, cond)
 
@@ -141,20 +137,13 @@ def base(model: nn.Module, predict: Predict) -> Reference:
     """The model as it is, without gradient: a frozen copy, or what a cache is filled from."""
 
     @torch.no_grad()
-    def reference(
-        noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: Draws | None = None
-    ) -> Tensor:
+    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return predict(model, noisy, t, cond)
 
     return reference
 
 
 # ---- Errors of a batch
-
-
-def errors_of(ref: Tensor, target: Tensor | Target) -> Tensor:
-    """Errors, float64, of what a reference said: of its predictions, or as they came."""
-    return ref.double() if ref.dim() == 1 else pair_error(ref, target)
 
 
 def member(
@@ -178,20 +167,17 @@ def member(
 
 def passes(
     process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
-) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Draws, Tensor | Target, slice]]:
+) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor | Target]]:
     """What a training step asks of a model: all members at once (joint), or one after the other
-    (deferred). Each time ((noisy, t, cond), draws, target, where the errors stand in the pair's).
+    (deferred). Each time ((noisy, t, cond), target).
     """
     noisy, t, target = process.noise(batch.latents, draws)
     if pair_mode == "joint":
-        yield (noisy, t, batch.cond), draws, target, slice(None)
+        yield (noisy, t, batch.cond), target
         return
     pairs = len(draws.pair_id)
     for row in range(2 * pairs):
-        inputs, own = member(noisy, t, target, batch.cond, row, pairs)
-        pair, side = slice(row % pairs, row % pairs + 1), row // pairs
-        one = Draws(draws.seed, draws.pair_id[pair], draws.index[pair])
-        yield inputs, one, own, slice(side, side + 1)
+        yield member(noisy, t, target, batch.cond, row, pairs)
 
 
 @torch.no_grad()
@@ -199,10 +185,8 @@ def errors(
     reference: Reference, process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
 ) -> Tensor:
     """The reference's errors [2B] float64 of a batch, in the compositions of a training step."""
-    parts = []
-    for inputs, own, target, side in passes(process, batch, draws, pair_mode):
-        parts.append(_own_errors(reference(*inputs, own), target, side))
-    return torch.cat(parts)
+    each = passes(process, batch, draws, pair_mode)
+    return torch.cat([pair_error(reference(*inputs), target) for inputs, target in each])
 
 
 def changes(
@@ -217,12 +201,7 @@ def changes(
     alone: the policy's with gradient, its graph freed as soon as it has spoken.
     """
     parts = []
-    for inputs, own, target, side in passes(process, batch, draws, pair_mode):
-        ref_err = _own_errors(reference(*inputs, own), target, side)
+    for inputs, target in passes(process, batch, draws, pair_mode):
+        ref_err = pair_error(reference(*inputs), target)
         parts.append(pair_error(policy(*inputs).detach(), target) - ref_err)
     return torch.cat(parts)
-
-
-def _own_errors(said: Tensor, target: Tensor | Target, side: slice) -> Tensor:
-    err = errors_of(said, target)
-    return err[side] if said.dim() == 1 else err  # a cache gives both of the pair

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .functional import (
-    Draws,
     PairLoss,
     Target,
     loss_from_errors,
@@ -21,17 +20,16 @@ from .functional import (
     unit_seed,
 )
 from .objectives import Objective
-from .reference import Policy, Reference, errors_of, member
+from .reference import Policy, Reference, member
 
 
 def joint(
     policy: Policy,
-    reference: Reference,
+    reference: Reference | Tensor,
     noisy: Tensor,
     t: Tensor,
     target: Tensor | Target,
     cond: dict[str, Tensor],
-    draws: Draws,
     objective: Objective | None,
     *,
     gain: Tensor | None = None,
@@ -42,15 +40,18 @@ def joint(
 ) -> PairLoss:
     """All 2B members in one forward and one backward; adds d(scale loss)/dp to each p.grad.
 
-    noisy, t, target, cond: [2B, ...], winners first. draws: of the B pairs. objective None is the
-    sft control: loss = mean of weight e_w. gain, weight: [B] as in `preference_loss`.
+    noisy, t, target, cond: [2B, ...], winners first. reference: a function, or where they are known
+    its errors [2B] float64. objective None is the sft control: loss = mean of weight e_w. gain,
+    weight: [B] as in `preference_loss`.
     skip_zeros reads the coefficients on the host and leaves out a backward that could only add
     zeros (every pair masked, or beyond hinge's margin): the same gradient, one synchronisation.
     """
-    ref = reference(noisy, t, cond, draws)
+    known = isinstance(reference, Tensor)
+    ref = reference if known else reference(noisy, t, cond)
     pred = policy(noisy, t, cond)
     if objective is None:
-        out = supervised(pair_error(pred, target), errors_of(ref, target), weight)
+        ref_err = ref if known else pair_error(ref, target)
+        out = supervised(pair_error(pred, target), ref_err, weight)
     else:
         out = preference_loss(pred, target, ref, objective, gain=gain, weight=weight)
     if skip_zeros and not out.coef.any():
@@ -62,12 +63,11 @@ def joint(
 
 def deferred(
     policy: Policy,
-    reference: Reference,
+    reference: Reference | Tensor,
     noisy: Tensor,
     t: Tensor,
     target: Tensor | Target,
     cond: dict[str, Tensor],
-    draws: Draws,
     objective: Objective | None,
     *,
     gain: Tensor | None = None,
@@ -87,28 +87,28 @@ def deferred(
 
     Raises ValueError for spo, where one prediction serves both members: there is nothing to split.
     """
-    pairs = len(draws.pair_id)
-    if len(noisy) != 2 * pairs:
+    rows = len(target.x0 if isinstance(target, Target) else target)
+    if len(noisy) != rows:
         raise ValueError(
-            f"deferred: noisy must have {2 * pairs} rows, a winner and a loser for each pair of"
-            f" draws, got {len(noisy)} (where one prediction serves both members use joint)"
+            f"deferred: noisy must have {rows} rows like target, winners then losers, got"
+            f" {len(noisy)} (where one prediction serves both members use joint)"
         )
+    pairs = rows // 2
+    known = isinstance(reference, Tensor)
     err, ref_err = [], []
     for i in range(pairs):
-        pair = Draws(draws.seed, draws.pair_id[i : i + 1], draws.index[i : i + 1])
         own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
 
         inputs, y = member(noisy, t, target, cond, i, pairs)
-        ref = reference(*inputs, pair)
-        refs = [errors_of(ref, y)]
+        refs = [reference[i::pairs]] if known else [pair_error(reference(*inputs), y)]
         pred = policy(*inputs)
         err_w, seed, unit = unit_seed(pred, y)
         side = torch.autograd.grad(pred, parameters, seed, allow_unused=True)
-        del ref, pred, seed
+        del pred, seed
 
         inputs, y = member(noisy, t, target, cond, pairs + i, pairs)
-        if len(refs[0]) == 1:  # a cache gives both errors of the pair at once
-            refs.append(errors_of(reference(*inputs, pair), y))
+        if not known:
+            refs.append(pair_error(reference(*inputs), y))
         err_l = pair_error(policy(*inputs), y)
         if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
             err_l = err_l.detach()  # other code to compile

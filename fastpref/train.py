@@ -23,10 +23,10 @@ from . import attention, cache, checkpoint, checkpointing, compiling, data, mode
 from .assemble import (
     add_lora,
     cache_folder,
-    cache_mark,
     frozen_copy,
     load_model,
     make_process,
+    open_cache,
     open_data,
     open_run,
     pick_attention,
@@ -91,33 +91,35 @@ def train(config: Config) -> dict[str, Any]:
         with compiling.eagerly():
             return predict(model, *inputs)
 
-    errors, record = cache_folder(config, dataset), folder / "attention.json"
-    earlier = errors / "fingerprint.json" if config.reference == "cached" else record
+    cached, record = cache_folder(config, dataset), folder / "attention.json"
+    earlier = cached / "fingerprint.json" if config.reference == "cached" else record
     backend = pick_attention(config, model, probe, device, earlier)
     write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
     settings = ExitStack()  # of the process, as long as the run lasts
     settings.enter_context(attention.use(model, backend.name))
 
+    errors, online = None, True  # what is known of the reference, whether it has to say more
+    if config.reference == "cached":
+        errors = open_cache(config, dataset, process, device, dtype, backend.name)
+        online = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
     frozen = None
-    if frozen_copy(config):
+    if online and frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if config.tuning == "lora":
         base_says = probe()
         add_lora(model, config, family.LORA_TARGETS)
         reference.check_off(model, probe, base_says)
-    kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder)
+    kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder, online)
     checkpointing.apply(model, family.BLOCKS, kept)
     if config.compile:
         compiling.compile_blocks(model, family.BLOCKS)
         if frozen is not None:
             compiling.compile_blocks(frozen, family.BLOCKS)
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
-    if config.reference == "cached":
-        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
-        says = cache.cached(errors, mark, dataset.pair_ids, device)
-    elif frozen is not None:
+    says: reference.Reference | None = None  # as of a fully tuned model whose errors are all known
+    if frozen is not None:
         says = reference.base(frozen, predict)
-    else:
+    elif config.tuning == "lora":
         policy, says = reference.shared_prefix(model, predict)
     parameters = list(checkpoint.trainable(model).values())
     graphs = config.cuda_graphs and device.type == "cuda"
@@ -134,41 +136,39 @@ def train(config: Config) -> dict[str, Any]:
 
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
 
-    def pair_step(batch: data.Batch, draws: Draws, times: Times, scale: float) -> PairLoss:
-        """Noise, reference, policy, loss and backward of one batch; gradients add up in `.grad`."""
-        noisy, t, target = process.noise(batch.latents, draws, times)
-        return take(
-            policy,
-            says,
-            noisy,
-            t,
-            target,
-            batch.cond,
-            draws,
-            objective,
-            gain=times.gain if objective is not None and objective.needs_gain else None,
-            weight=batch.weight,
-            scale=scale,
-            parameters=parameters,
-            skip_zeros=config.skip_zeros,
-        )
-
     def whole_step(
         latents: Tensor,
         weight: Tensor,
         pair_id: Tensor,
         index: Tensor,
         times: Tensor,
+        ref_err: Tensor | None,
         **cond: Tensor,
     ) -> tuple[PairLoss, dict[str, Tensor]]:
-        """The same from tensors alone, and what the metrics want of it: what a graph records."""
-        batch = data.Batch(latents, cond, weight, pair_id, [])
-        draws = Draws(config.seed, pair_id, index)
-        out = pair_step(batch, draws, Times(*times), 1 / config.gradient_accumulation_steps)
+        """Noise, reference, policy, loss and backward of one batch, and what the metrics want of
+        it, from tensors alone: what a graph records. Gradients add up in `.grad`.
+        """
+        draws, at = Draws(config.seed, pair_id, index), Times(*times)
+        noisy, t, target = process.noise(latents, draws, at)
+        out = take(
+            policy,
+            says if ref_err is None else ref_err,
+            noisy,
+            t,
+            target,
+            cond,
+            objective,
+            gain=at.gain if objective is not None and objective.needs_gain else None,
+            weight=weight,
+            scale=1 / config.gradient_accumulation_steps,
+            parameters=parameters,
+            skip_zeros=config.skip_zeros,
+        )
         return out, pair_values(out, objective)
 
     if config.cuda_graphs:
-        whole_step = StepGraph(whole_step, device, parameters=parameters)
+        both = 2 if errors else 1  # a shape is recorded with the reference, then without
+        whole_step = StepGraph(whole_step, device, parameters=parameters, limit=8 * both)
     guard = Guard(device, patience=min(20, config.max_train_steps))
 
     def update() -> Tensor:
@@ -200,22 +200,20 @@ def train(config: Config) -> dict[str, Any]:
         (folder / "result.json").unlink(missing_ok=True)  # of fewer steps
         print(f"resumed from {start}")
     elif objective is not None:
-        online = says
-        if config.reference == "cached":  # before its first step the policy is the reference
-            off = reference.adapters_off if config.tuning == "lora" else reference.base
-            online = off(model, predict)
-        few = partial(first_pairs, config, dataset, prepare)
-        how = {"pair_mode": config.pair_mode, "beta": objective.beta}
+        few, beta = partial(first_pairs, config, dataset, prepare), objective.beta
+        now = says or reference.base(model, predict)  # before its first step it is the reference
         try:
-            noise = margin_noise(policy, online, process, few(), **how)
-            if config.reference == "cached" and noise is not None:
-                cache.drift(says, online, process, few(), margin_noise=noise, **how)
+            noise = margin_noise(policy, now, process, few(), pair_mode=config.pair_mode, beta=beta)
+            if errors and noise is not None:
+                cache.drift(errors, now, process, few(), beta=beta, margin_noise=noise)
         except torch.OutOfMemoryError as error:
             raise exhausted(config, error) from None
     config.save(folder / "config.yaml")
     warn_of_repeats(config, dataset.shapes)
     announce(config, model, dataset, objective, device, dtype, noise, kept)
     print(f"attention  {backend}")
+    if errors:
+        print(f"cache      {errors}")
 
     prompts = None
     if config.validation_prompts:
@@ -240,6 +238,8 @@ def train(config: Config) -> dict[str, Any]:
 
     def save(step: int) -> None:
         """A checkpoint that the run goes on from."""
+        if errors:
+            errors.flush()
         state = {"margin_noise": noise, "made_of": made_of}
         state |= {"meter": meter.state(), "metrics": metrics}
         checkpoint.save(folder, step, model, optimizer, state, config.checkpoints_total_limit)
@@ -260,7 +260,7 @@ def train(config: Config) -> dict[str, Any]:
         total=config.max_train_steps, initial=begin, unit="step", disable=None, file=sys.stderr
     )
     interrupted = Signals()
-    waited, since, step, logged, saved = 0.0, time.perf_counter(), begin, begin, begin
+    waited, since, step, logged, saved, found = 0.0, time.perf_counter(), begin, begin, begin, 0
     clock = time.perf_counter()
     meter.begin()
     try:
@@ -271,14 +271,21 @@ def train(config: Config) -> dict[str, Any]:
                 waited += time.perf_counter() - fetched
                 batch, draws = prepare(epoch, batch)
                 times = torch.stack(process.times(draws)).to(device, non_blocking=True)
+                ref_err = None
+                if errors:
+                    ref_err = cache.look_up(errors, says, process, prepare, epoch, draws)
+                    found += ref_err is not None
                 out, values = whole_step(
                     latents=batch.latents,
                     weight=batch.weight,
                     pair_id=draws.pair_id,
                     index=draws.index,
                     times=times,
+                    ref_err=ref_err,
                     **batch.cond,
                 )
+                if errors and ref_err is None:
+                    errors.put(draws, out.ref_err)
                 meter.add(values, Times(*times).level)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
@@ -303,9 +310,11 @@ def train(config: Config) -> dict[str, Any]:
                     "perf/seconds_per_pair": (now - since) / ((step - logged) * per_step),
                     "perf/data_wait_fraction": waited / (now - since),
                 }
+                if errors:
+                    metrics["perf/reference_cached"] = found / ((step - logged) * accumulate)
                 if device.type == "cuda":
                     metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-                waited, since, logged = 0.0, now, step
+                waited, since, logged, found = 0.0, now, step, 0
                 log.write({"global_step": step, "epoch": epoch, **metrics})
                 progress.set_postfix_str(postfix(metrics))
                 if progress.disable:  # no terminal

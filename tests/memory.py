@@ -13,6 +13,7 @@ import fastpref
 from fastpref import cache, data
 
 K = 3
+KIND = {"draws_per_pair": K, "train_batch_size": 2, "seed": 11, "pair_mode": "joint"}
 
 
 class Pairs:
@@ -43,16 +44,15 @@ def prepare(k: int, batch: data.Batch) -> tuple[data.Batch, fastpref.Draws]:
 
 
 def fill(folder: Path, pause: float) -> int:
-    """Fills `folder` by a reference that takes `pause` seconds a batch."""
+    """Fills `folder` by a reference that takes `pause` seconds a batch, each batch written."""
 
-    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor], draws: object) -> Tensor:
+    def reference(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         time.sleep(pause)
         return noisy * cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1)
 
-    return cache.fill(
-        folder, reference, fastpref.FlowMatching(), Pairs(), prepare, {"draws_per_pair": K},
-        batch_size=2, draws_per_pair=K,
-    )  # fmt: skip
+    cache.SECONDS = -1
+    errors = cache.ErrorCache(folder, KIND, Pairs())
+    return cache.fill(errors, reference, fastpref.FlowMatching(), prepare)
 
 
 if __name__ == "__main__":

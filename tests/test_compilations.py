@@ -61,7 +61,5 @@ def test_the_sft_control_needs_no_compilation_of_its_own(form):
     policy, ref = reference.shared_prefix(c.model, c.family.predict)
     for objective in (None, DPO, None):
         noisy, t, target = c.inputs()
-        STEPS[form](
-            policy, ref, noisy, t, target, c.cond, c.draws, objective, parameters=c.parameters
-        )
+        STEPS[form](policy, ref, noisy, t, target, c.cond, objective, parameters=c.parameters)
         assert counters["stats"]["unique_graphs"] == 3

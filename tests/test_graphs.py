@@ -145,7 +145,7 @@ def sample_step(model: nn.Module, process, pair_step):
         noisy, t, target = process.noise(latents, draws)
         return pair_step(
             lambda x, t, cond: family.predict(model, x, t, cond),
-            says, noisy, t, target, {"text": text}, draws, OBJECTIVE,
+            says, noisy, t, target, {"text": text}, OBJECTIVE,
             scale=1.0, parameters=parameters,
         )  # fmt: skip
 
@@ -199,7 +199,7 @@ def test_a_reference_pass_is_recorded(device):
     model = torch.nn.Linear(5, 5).to(device)
 
     @torch.no_grad()
-    def says(noisy, t, cond, draws=None):
+    def says(noisy, t, cond):
         return model(noisy) * t[:, None] + cond["text"]
 
     graph = recorded_pass(says, device)

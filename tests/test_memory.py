@@ -137,13 +137,13 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     family, dataset, gpu = models.family("toy"), PairDataset(pairs), torch.device("cuda")
     model = family.load(BASE, torch.bfloat16).requires_grad_(False)
     assemble.add_lora(model, config, family.LORA_TARGETS)
-    step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16)
+    step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16, True)
 
     def pick(on: memory.Card, device=gpu, **changes) -> str:
         monkeypatch.setattr(memory, "card_of", lambda device: on)
         changed = replace(config, **changes)
         return fitting.pick_checkpointing(
-            changed, family, model, dataset, device, torch.bfloat16, tmp_path
+            changed, family, model, dataset, device, torch.bfloat16, tmp_path, online=True
         )
 
     for expected, on in (
@@ -175,6 +175,16 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     assert pick(H100, checkpointing="full") == "full"
     assert pick(replace(H100, gib=0.56), device=torch.device("cpu")) == "none"
     assert not capsys.readouterr().out
+
+
+def test_full_tuning_holds_a_copy_while_its_cache_lacks_errors(pairs, tmp_path):
+    change = {"tuning": "full", "lora_rank": None, "reference": "cached"}
+    config = Config(**options(pairs, tmp_path, **change))
+    family, dataset = models.family("toy"), PairDataset(pairs)
+    model = family.load(BASE, torch.float32)
+    where = (config, family, model, *dataset.largest(), torch.float32)
+    asked, known = (fitting.memory_step(*where, online) for online in (True, False))
+    assert (asked.copies, asked.online) == (2, True) and (known.copies, known.online) == (1, False)
 
 
 def test_a_model_that_shapes_cannot_run_recomputes_all():

@@ -1,14 +1,18 @@
 """Whole runs in every mode of the step: the same training as the plain one."""
 
+import copy
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from threading import Timer
 
 import pytest
 import torch
-from pairs import arguments, options
+from diffusers import WanTransformer3DModel
+from pairs import arguments, command, options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +23,8 @@ from fastpref.config import Config
 from fastpref.data import PairDataset
 from fastpref.train import train
 
+ARTIFACT = "pytorch_lora_weights.safetensors"
+
 
 @pytest.fixture(scope="module")
 def pairs(encoded_pairs):
@@ -27,6 +33,17 @@ def pairs(encoded_pairs):
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def errors_in(cache):
+    """{(pair, draw): errors} of a cache's files, equal where a draw stands in two of them."""
+    found = {}
+    for file in cache.glob("errors-*"):
+        part = load_file(file)
+        columns = (part[name].tolist() for name in ("pair_id", "index", "errors"))
+        for pair, index, errors in zip(*columns, strict=True):
+            assert found.setdefault((pair, index), errors) == errors
+    return found
 
 
 def assert_close(folder, plain):
@@ -54,11 +71,9 @@ def test_a_recorded_reference_pass_fills_the_same_cache(pairs, tmp_path, capsys)
         folder = tmp_path / f"cache-{graphs}"
         change = {"reference": "cached", "draws_per_pair": 2, "cuda_graphs": graphs}
         cache_reference(Config(**options(pairs, tmp_path, reference_cache=str(folder), **change)))
-        tables.append([load_file(file) for file in sorted(folder.glob("errors-*"))])
+        tables.append(errors_in(folder))
     assert "graphs: the reference pass runs without CUDA graphs" in capsys.readouterr().err
-    assert len(tables[0]) == 3
-    for eager, recorded in zip(*tables, strict=True):
-        assert all(torch.equal(eager[name], recorded[name]) for name in ("pair_id", "errors"))
+    assert len(tables[0]) == 12 and tables[0] == tables[1]
 
 
 def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
@@ -71,23 +86,50 @@ def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["joint", "deferred"])
-def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
-    folder = tmp_path / "set"
-    shutil.copytree(pairs, folder)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_run_fills_its_cache_as_it_goes(size, mode, pairs, tmp_path, capsys):
+    """Bit for bit the run that was filled ahead, and while draws are new the online one. Batches of
+    four leave two of the six pairs over in each epoch.
+    """
     change = {"pair_mode": mode, "draws_per_pair": 2, "prompt_dropout": 0.3}
-    train(Config(**options(folder, tmp_path / "online", **change)))
-    change["reference"] = "cached"
-    flags = arguments(options(folder, tmp_path / "cached", **change))
-    assert main(["train", *flags]) == 1
-    assert "holds no reference errors; run fastpref cache-reference" in capsys.readouterr().err
-    assert main(["cache-reference", *flags]) == 0
-    assert "6 pairs computed, 2 draws each" in capsys.readouterr().out
-    assert main(["train", *flags]) == 0
-    said = capsys.readouterr()
-    assert "reference  cached, margin noise" in said.out and "differ by" not in said.err
-    assert_close(tmp_path / "cached", tmp_path / "online")
+    change |= {"train_batch_size": size, "max_train_steps": 5 * (6 // size)}
+    caches = {name: tmp_path / f"cache-{name}" for name in ("ahead", "through")}
+    for name, where in caches.items():
+        own = {"reference": "cached", "reference_cache": str(where), **change}
+        flags = arguments(options(pairs, tmp_path / name, **own))
+        if name == "ahead":
+            assert main(["cache-reference", *flags]) == 0
+            assert f"{where}: 12 errors computed" in capsys.readouterr().out
+        assert main(["train", *flags]) == 0
+        said = capsys.readouterr()
+        assert "reference  cached, margin noise" in said.out and "differ by" not in said.err
+        known = 12 if name == "ahead" else 0
+        assert f"cache      {where}, {known} of 12 errors are there" in said.out
+    ahead, through = (load_file(tmp_path / name / ARTIFACT) for name in caches)
+    assert all(torch.equal(ahead[key], through[key]) for key in ahead)
+    through = errors_in(caches["through"])
+    assert errors_in(caches["ahead"]).items() >= through.items() and len(through) >= 8
+    shares = {
+        name: [row["perf/reference_cached"] for row in rows(tmp_path / name)] for name in caches
+    }
+    epoch = 6 // size
+    assert shares["ahead"] == [1.0] * 5 * epoch
+    assert shares["through"] == [0.0] * 2 * epoch + [1.0] * 3 * epoch
+    train(Config(**options(pairs, tmp_path / "online", **change)))
+    seen = [
+        [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows(folder)]
+        for folder in (tmp_path / "online", tmp_path / "ahead", tmp_path / "through")
+    ]
+    assert all(each[: 2 * epoch] == seen[0][: 2 * epoch] for each in seen)
+    assert_close(tmp_path / "through", tmp_path / "online")
+
+
+def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys):
+    folder, other = tmp_path / "set", tmp_path / "doctored"
+    shutil.copytree(pairs, folder)
+    change = {"draws_per_pair": 2, "reference": "cached"}
+    train(Config(**options(folder, tmp_path / "first", **change)))
     # A cache of a reference that is not this one: the margins move by beta/2 of the difference.
-    other = tmp_path / "doctored"
     shutil.copytree(folder, other)
     for file in (other / "reference").glob("errors-*"):
         with safe_open(file, "pt") as opened:
@@ -95,12 +137,47 @@ def test_cached_trains_as_online(mode, pairs, tmp_path, capsys):
         values = load_file(file)
         values["errors"][..., 0] += 1e-2
         save_file(values, file, metadata=metadata)
+    assert "differ by" not in capsys.readouterr().err
     train(Config(**options(other, tmp_path / "drifted", **change, max_train_steps=1)))
     assert "cached and online margins differ by 5, expected at most" in capsys.readouterr().err
     # Other objectives and betas read the same cache; another seed does not fit it.
     train(Config(**options(folder, tmp_path / "other", objective="sdpo", beta=300.0, **change)))
+    assert [row["perf/reference_cached"] for row in rows(tmp_path / "other")] == [1.0] * 6
     assert main(["train", *arguments(options(folder, tmp_path / "seed", seed=1, **change))]) == 1
     assert "filled with another seed (0 there, 1 here)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_runs_that_share_a_cache_keep_what_they_computed(pairs, tmp_path):
+    """Two at once, of two objectives, killed at some step and started again: each is the unbroken
+    run with an online reference, and a third finds every error.
+    """
+    shared = {"draws_per_pair": 2, "max_train_steps": 12, "checkpointing_steps": 1}
+    kinds = {"dpo": {"objective": "dpo"}, "dmpo": {"objective": "dmpo"}}
+    cached = {"reference": "cached", "reference_cache": str(tmp_path / "cache")}
+    flags = {
+        name: arguments(options(pairs, tmp_path / name, **shared, **cached, **kind))
+        for name, kind in kinds.items()
+    }
+    for kill in (True, False):
+        running = {name: command("train", *own) for name, own in flags.items()}
+        for name, process in running.items():
+            end = time.time() + 300
+            while kill and not list((tmp_path / name).glob("checkpoint-[4-9]")):
+                assert process.poll() is None and time.time() < end, process.communicate()
+                time.sleep(0.01)
+            if kill:
+                process.kill()
+            said = process.communicate()
+            assert process.returncode == (-signal.SIGKILL if kill else 0), said
+    for name, kind in kinds.items():
+        train(Config(**options(pairs, tmp_path / f"whole-{name}", **shared, **cached, **kind)))
+        assert all(row["perf/reference_cached"] == 1 for row in rows(tmp_path / f"whole-{name}"))
+        a, b = (load_file(tmp_path / f / ARTIFACT) for f in (name, f"whole-{name}"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        train(Config(**options(pairs, tmp_path / f"online-{name}", **shared, **kind)))
+        assert_close(tmp_path / name, tmp_path / f"online-{name}")
+    assert len(errors_in(tmp_path / "cache")) == 12
 
 
 def test_a_cache_knows_which_run_it_is_of(pairs, tmp_path):
@@ -135,20 +212,37 @@ def test_a_frozen_copy_says_what_adapters_off_say(pairs, tmp_path):
     assert first["errors/reference_w"] == other["errors/reference_w"]
 
 
-def test_full_tuning_needs_no_second_copy_with_a_cache(pairs, tmp_path, capsys):
+def test_full_tuning_needs_a_second_copy_until_the_cache_is_filled(
+    pairs, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "set"
     shutil.copytree(pairs, folder)
     change = {"tuning": "full", "lora_rank": None, "draws_per_pair": 2, "learning_rate": 1e-4}
-    train(Config(**options(folder, tmp_path / "copy", max_train_steps=3, **change)))
+    change["max_train_steps"] = 9  # three epochs
+    train(Config(**options(folder, tmp_path / "copy", **change)))
     change["reference"] = "cached"
-    config = Config(**options(folder, tmp_path / "cached", max_train_steps=3, **change))
-    assert cache_reference(config)[1] == 6
-    train(config)
+    copies, real = [], copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda x, *a: copies.append(type(x)) or real(x, *a))
+    for name, count in (("first", 1), ("second", 0)):
+        copies.clear()
+        train(Config(**options(folder, tmp_path / name, **change)))
+        assert copies.count(WanTransformer3DModel) == count
     assert "differ by" not in capsys.readouterr().err
     name = "transformer/diffusion_pytorch_model.safetensors"
-    a, b = (load_file(tmp_path / f / name) for f in ("cached", "copy"))
+    a, b, c = (load_file(tmp_path / f / name) for f in ("first", "second", "copy"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+        assert torch.equal(a[key], b[key])
+        torch.testing.assert_close(a[key], c[key], rtol=1e-3, atol=1e-5)
+    # A longer run needs what is not there again: errors of the trained model are never kept.
+    cache = folder / "reference"
+    shutil.rmtree(cache)
+    copies.clear()
+    train(Config(**options(folder, tmp_path / "second", **change | {"max_train_steps": 11})))
+    assert copies.count(WanTransformer3DModel) == 1
+    again = errors_in(cache)
+    shutil.rmtree(cache)
+    cache_reference(Config(**options(folder, tmp_path / "fill", **change)))
+    assert errors_in(cache).items() >= again.items() and again
 
 
 def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
@@ -177,15 +271,13 @@ def test_ranks_fill_one_cache(pairs, tmp_path, monkeypatch, capsys):
     for rank, count in ((1, 3), (0, 3)):
         monkeypatch.setenv("RANK", str(rank))
         assert main(["cache-reference", *flags]) == 0
-        assert f"{count} pairs computed" in capsys.readouterr().out
+        assert f"{count} errors computed" in capsys.readouterr().out
     assert main(["train", *flags]) == 0
 
 
 @pytest.mark.slow
 def test_torchrun_fills_the_cache_of_one_process(pairs, tmp_path, capsys):
-    """Two ranks of a real launcher, six batches: the same numbers in the same files, and a run
-    reads them.
-    """
+    """Two ranks of a real launcher: the same numbers, and a run reads them."""
     ranks, alone = tmp_path / "ranks", tmp_path / "alone"
     change = {"reference": "cached", "draws_per_pair": 2, "train_batch_size": 1}
     flags = {
@@ -199,14 +291,10 @@ def test_torchrun_fills_the_cache_of_one_process(pairs, tmp_path, capsys):
         [*launcher, "--nproc-per-node", "2", *program], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 pairs computed, 2 draws each") == 2
+    assert done.stdout.count(": 6 errors computed") == 2
     assert main(["cache-reference", *flags[alone]]) == 0
-    assert "6 pairs computed" in capsys.readouterr().out
-    files = [sorted(f.name for f in where.glob("errors-*")) for where in (ranks, alone)]
-    assert files[0] == files[1] and len(files[0]) == 6
-    for name in files[0]:
-        a, b = load_file(ranks / name), load_file(alone / name)
-        assert torch.equal(a["pair_id"], b["pair_id"]) and torch.equal(a["errors"], b["errors"])
+    assert "12 errors computed" in capsys.readouterr().out
+    assert errors_in(ranks) == errors_in(alone)
     assert (ranks / "fingerprint.json").read_bytes() == (alone / "fingerprint.json").read_bytes()
     assert main(["train", *flags[ranks]]) == 0
     assert "differ by" not in capsys.readouterr().err

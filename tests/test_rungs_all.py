@@ -42,18 +42,16 @@ class Pairs(list):
 
 def cached(c, form, folder):
     """The errors of the base, filled and read back."""
-    mark = {"draws_per_pair": len(c.draws.pair_id)}
+    count = len(c.draws.pair_id)
+    kind = {"draws_per_pair": count, "train_batch_size": count, "seed": 0, "pair_mode": form}
 
     def prepare(k, batch):
         index = torch.full_like(batch.pair_id, k)
         return batch, type(c.draws)(c.draws.seed, batch.pair_id, index)
 
-    count = len(c.draws.pair_id)
-    cache.fill(
-        folder, reference.base(c.base, c.family.predict), c.process, Pairs(c), prepare, mark,
-        batch_size=count, draws_per_pair=count, pair_mode=form,
-    )  # fmt: skip
-    return cache.cached(folder, mark, c.draws.pair_id.tolist())
+    errors = cache.ErrorCache(folder, kind, Pairs(c))
+    cache.fill(errors, reference.base(c.base, c.family.predict), c.process, prepare)
+    return cache.ErrorCache(folder, kind, Pairs(c)).get(c.draws)
 
 
 def take(c, form, rung, folder):
@@ -69,13 +67,14 @@ def take(c, form, rung, folder):
         compiling.compile_blocks(c.model, c.family.BLOCKS, backend="aot_eager")
     if rung in ("shared prefix", "compiled"):
         policy, ref = reference.shared_prefix(c.model, c.family.predict)
-    ref = ref or reference.adapters_off(c.model, c.family.predict)
+    elif ref is None:
+        ref = reference.adapters_off(c.model, c.family.predict)
 
     def step(latents, pair_id, index, weight, **cond):
         draws = type(c.draws)(c.draws.seed, pair_id, index)
         noisy, t, target = c.process.noise(latents, draws)
         return STEPS[form](
-            policy, ref, noisy, t, target, cond, draws, DPO,
+            policy, ref, noisy, t, target, cond, DPO,
             weight=weight, parameters=c.parameters,
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ def run(c: Case, form: str, objective, *, policy=None, ref=None, **changes):
     out = STEPS[form](
         policy or c.policy,
         ref or reference.adapters_off(c.model, c.family.predict),
-        noisy, t, target, c.cond, c.draws, objective, **{**how, **changes},
+        noisy, t, target, c.cond, objective, **{**how, **changes},
     )  # fmt: skip
     return out, gradients(c.parameters)
 
@@ -122,13 +122,8 @@ def test_a_target_may_be_a_tensor_and_the_reference_errors(form):
         for half in c.latents.chunk(2)
     ])  # fmt: skip
 
-    def errors(noisy, t, cond, draws):
-        """As a cache says them: those of the asked pairs."""
-        rows = torch.cat([torch.nonzero(c.draws.pair_id == i)[0] for i in draws.pair_id])
-        return out.ref_err.view(2, -1)[:, rows].reshape(-1)
-
     again = STEPS[form](
-        c.policy, errors, noisy, t, y, c.cond, c.draws, objective, weight=c.weight,
+        c.policy, out.ref_err, noisy, t, y, c.cond, objective, weight=c.weight,
         parameters=c.parameters,
     )  # fmt: skip
     assert torch.equal(again.ref_err, out.ref_err) and distance(again.err, out.err) < 1e-12
@@ -265,9 +260,9 @@ def test_a_window_on_the_timestep_is_a_mask_without_the_waste():
         noisy, t, target = process.noise(x0, draws)
         level = process.level(draws)
         mask = ((level >= window[0]) & (level < window[1])).double() if weight else None
-        zero = lambda noisy, t, cond, draws: torch.zeros_like(noisy)  # noqa: E731
+        zero = lambda noisy, t, cond: torch.zeros_like(noisy)  # noqa: E731
         step.joint(
-            policy, zero, noisy, t, target, {}, draws, None, weight=mask, parameters=[a]
+            policy, zero, noisy, t, target, {}, None, weight=mask, parameters=[a]
         )  # fmt: skip
         return gradients([a])
 
@@ -285,7 +280,7 @@ def test_deferred_refuses_one_prediction_for_both_members():
     noisy, t, target = c.inputs()
     with pytest.raises(ValueError, match=r"noisy must have 4 rows.*got 2.*use joint"):
         step.deferred(
-            c.policy, c.policy, noisy[:2], t[:2], target, c.cond, c.draws, make("dpo"),
+            c.policy, c.policy, noisy[:2], t[:2], target, c.cond, make("dpo"),
             parameters=c.parameters,
         )  # fmt: skip
 

@@ -39,7 +39,10 @@ def test_every_objective_at_every_beta_pays_the_reference_once(media, tmp_path, 
     steps = {name: record["importance_steps"] for name, record in records.items()}
     assert steps == dict(zip(runs, (None, None, 5, 5), strict=True))
     caches = list((folder / "encoded").glob("reference/errors-*.safetensors"))
-    assert sum(len(load_file(file)["pair_id"]) for file in caches) == 6
+    assert [len(load_file(file)["pair_id"]) for file in caches] == [4]  # two steps' pairs
+    for name, known in zip(runs, (0, 1, 1, 1), strict=True):
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["perf/reference_cached"] for line in lines] == [known, known]
     written = [file.stat().st_mtime_ns for file in caches]
 
     # A run alone on the same data is the sweep's; a second sweep computes nothing again.

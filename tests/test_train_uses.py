@@ -228,6 +228,23 @@ def test_the_cache_is_filled_with_compiled_blocks(pairs, tmp_path, spied, monkey
         assert len(calls) == compiled
 
 
+@pytest.mark.parametrize("mode", ["joint", "deferred"])
+def test_the_reference_is_asked_once_a_draw(mode, pairs, tmp_path, block_calls):
+    """Two draws of four pairs in batches of two: four steps ask it, all later ones do not."""
+    change = {"pair_mode": mode, "reference": "cached", "draws_per_pair": 2, "train_batch_size": 2}
+    change["checkpointing_steps"] = 100
+    calls = {}
+    for cache, steps in (("a", 1), ("b", 4), ("c", 9), ("c", 9)):
+        block_calls.clear()
+        folder, change["reference_cache"] = tmp_path / f"run-{len(calls)}", str(tmp_path / cache)
+        run(pairs, folder, max_train_steps=steps, **change)
+        calls[len(calls)] = block_calls[0]
+    a_pass = {"joint": 1, "deferred": 4}[mode]
+    one, four, nine, again = calls.values()
+    assert four - one == 3 * 2 * a_pass and nine - four == 5 * a_pass
+    assert again - one == (9 - 2 + 4) * a_pass, "and once for each batch that is checked"
+
+
 def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatch):
     def add(model, *args):
         assemble.add_lora(model, *args)

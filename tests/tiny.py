@@ -163,7 +163,7 @@ def run(
     """One step of `form` on DPO: (its numbers, the gradient)."""
     noisy, t, target = c.inputs()
     out = STEPS[form](
-        policy, ref, noisy, t, target, c.cond, c.draws, DPO,
+        policy, ref, noisy, t, target, c.cond, DPO,
         **{"weight": c.weight, "parameters": c.parameters, **changes},
     )  # fmt: skip
     return out, gradients(c.parameters)
