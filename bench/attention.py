@@ -21,10 +21,9 @@ from bench import timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import attention_kernel
 from fastpref import attention
-from fastpref.attention import BACKENDS, Call
+from fastpref.attention import BACKENDS, SCALES, Call
 
 FAMILIES = ("wan", "cogvideox-2b")
-SCALES = (1.0, 16.0)
 ROWS = 4096  # queries at a time in float32: their scores are what takes the memory
 
 

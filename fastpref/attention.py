@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-Name = Literal["auto", "native", "cudnn", "flash", "flash3", "xformers"]
+Name = Literal["auto", "native", "cudnn", "flash", "flash3", "flash_attn", "xformers"]
 
 # native: whatever PyTorch itself prefers. flash: the FlashAttention-2 inside PyTorch. flash3: the
-# same operator, served by the package flash-attn-3. First the name in diffusers' dispatcher.
+# same operator, served by the package flash-attn-3. flash_attn: FlashAttention-2 as its package
+# flash-attn has it, with operators of its own. First the name in diffusers' dispatcher.
 BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "native": ("native", None),
     "cudnn": ("_native_cudnn", SDPBackend.CUDNN_ATTENTION),
     "flash": ("_native_flash", SDPBackend.FLASH_ATTENTION),
     "flash3": ("_native_flash", SDPBackend.FLASH_ATTENTION),
+    "flash_attn": ("flash", None),
     "xformers": ("xformers", None),
 }
 _PACKAGES = {
@@ -31,12 +35,15 @@ _PACKAGES = {
         "flash_attn_interface",
         "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
     ),
+    # Compiled where it is installed, against the torch that is there, hence the flag.
+    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
     "xformers": ("xformers", "pip install fastpref[attention]"),
 }
 
 # Norm of the difference to native attention over the norm of native attention, outputs and
 # gradients: a few roundings of the dtype.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+SCALES = (1.0, 16.0)  # of the inputs: a kernel may be right at one size alone
 _MARGIN = 0.03  # of native attention's time: what another has to be faster by
 
 
@@ -92,9 +99,9 @@ def choose(
 
     auto times forward and backward of every backend at hand on the largest attention that `probe`
     (a forward of the run's batch) computes, leaves out those that are not finite or stray from
-    native attention, and takes the fastest, native unless another is faster by 3 %. Where there is
-    nothing to choose, as on a CPU, it is native at once. Another name is checked on the same
-    attention and taken.
+    native attention, on inputs of size 1 or of size 16, and takes the fastest, native unless
+    another is faster by 3 %. Where there is nothing to choose, as on a CPU, it is native at once.
+    Another name is checked on the same attention and taken.
 
     Raises:
         ValueError: `wanted` does not exist, is not installed, or does not run on this shape, dtype,
@@ -146,6 +153,8 @@ def use(model: nn.Module, name: str) -> Iterator[None]:
             # That leaves the process's default, which the dispatcher was told too.
             stack.callback(model.set_attention_backend, "native")
             model.set_attention_backend(dispatched)
+            if name == "flash_attn":
+                stack.enter_context(_casting(model))
         elif name == "xformers":
             model.enable_xformers_memory_efficient_attention()
             stack.callback(model.disable_xformers_memory_efficient_attention)
@@ -184,8 +193,7 @@ def observe(run: Callable[[], object]) -> list[Call]:
 
 def through_dispatcher(model: nn.Module) -> bool:
     """Whether the model's attention asks diffusers' dispatcher which backend to run."""
-    processors = (getattr(module, "processor", None) for module in model.modules())
-    return any(hasattr(processor, "_attention_backend") for processor in processors)
+    return bool(_dispatched(model))
 
 
 def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device) -> str | None:
@@ -193,11 +201,19 @@ def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device
     if why := why_not_here(name, device):
         return why
     dispatcher = through_dispatcher(model)
-    if name == "xformers" and not dispatcher and not _swappable(model):
+    foreign = name == "flash_attn" or (name == "xformers" and not _swappable(model))
+    if foreign and not dispatcher:
         return f"{type(model).__name__} calls PyTorch's attention itself: use cudnn or flash"
     # Who is not dispatched falls back where a backend cannot serve one of the smaller attentions.
     reasons = (why_not_on(call, name) for call in (calls if dispatcher else calls[:1]))
-    return next((why for why in reasons if why), None)
+    for why in reasons:
+        if why:
+            return why
+    try:
+        with use(model, name):  # diffusers refuses old versions of a package, say
+            return None
+    except (RuntimeError, ImportError, ValueError) as error:
+        return f"cannot be set ({_line(error)}): use another"
 
 
 def why_not_here(name: str, device: torch.device) -> str | None:
@@ -220,14 +236,25 @@ def why_not_on(call: Call, name: str) -> str | None:
         return f"computes in bfloat16 or float16, this run in {kind}: use mixed_precision bf16"
     if call.mixed and name == "xformers":  # the others are PyTorch's, which autocast casts for
         return f"does not cast queries, keys and values of {call} to one dtype: use another"
-    try:
-        off = difference(results(name, call), results("native", call))
-    except (RuntimeError, ImportError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        return f"does not run on {call} ({reason}): use another"
-    if not off <= _TOLERANCE.get(call.dtype, 1e-3):
-        return f"strays from native attention on {call}, by {off:.2g} of its norm: use another"
+    for scale in SCALES:
+        # Far from 0 a softmax has all but decided, and q's and k's gradients are small differences
+        # of products this large: where few queries are undecided they may be rounding alone.
+        size = scale * math.sqrt(call.batch * call.heads * call.queries * call.dim)
+        least = (0.0, size, size, 0.0) if scale > 1 else (0.0,) * 4
+        try:
+            off = difference(results(name, call, scale), results("native", call, scale), least)
+        except (RuntimeError, ImportError, ValueError) as error:
+            return f"does not run on {call} ({_line(error)}): use another"
+        if not off <= _TOLERANCE.get(call.dtype, 1e-3):
+            return (
+                f"strays from native attention on {call} with inputs of size {scale:g}, by"
+                f" {off:.2g} of its norm: use another"
+            )
     return None
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class _Watch(torch.overrides.TorchFunctionMode):
@@ -276,6 +303,10 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return out.transpose(1, 2)
+    if name == "flash_attn":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     if name == "cudnn":  # as diffusers does
         q, k, v = (x.contiguous() for x in (q, k, v))
     with sdpa_kernel(BACKENDS[name][1]):
@@ -290,12 +321,16 @@ def results(name: str, call: Call, scale: float = 1.0) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def difference(mine: list[Tensor], others: list[Tensor]) -> float:
-    """How far `mine` are from `others` at most, relative to their norms; inf if not finite."""
+def difference(
+    mine: list[Tensor], others: list[Tensor], least: tuple[float, ...] = (0.0,) * 4
+) -> float:
+    """How far `mine` are from `others` at most, relative to their norms, or to `least` where that
+    is more; inf if not finite.
+    """
     worst = 0.0
-    for one, other in zip(mine, others, strict=True):
+    for one, other, floor in zip(mine, others, least, strict=True):
         other = other.float()
-        off = ((one.float() - other).norm() / other.norm()).item()
+        off = ((one.float() - other).norm() / other.norm().clamp(min=floor)).item()
         worst = max(worst, off) if off == off else float("inf")
     return worst
 
@@ -334,3 +369,36 @@ def _swappable(model: nn.Module) -> bool:
     return bool(processors) and {type(p).__name__ for p in processors} <= {
         "AttnProcessor", "AttnProcessor2_0",
     }  # fmt: skip
+
+
+def _dispatched(model: nn.Module) -> list[Any]:
+    """The attention processors that ask diffusers' dispatcher."""
+    processors = (getattr(module, "processor", None) for module in model.modules())
+    return [p for p in processors if hasattr(p, "_attention_backend")]
+
+
+def _cast(
+    dispatch: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **how: Any
+) -> Tensor:
+    place = query.device.type
+    if torch.is_autocast_enabled(place):
+        dtype = torch.get_autocast_dtype(place)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    return dispatch(query, key, value, **how)
+
+
+@contextmanager
+def _casting(model: nn.Module) -> Iterator[None]:
+    """What `model` asks the dispatcher for has autocast's dtype inside.
+
+    Autocast casts for PyTorch's attention, not for a package's, and leaves the norms of queries and
+    keys in float32.
+    """
+    with ExitStack() as stack:
+        for module in {sys.modules[type(p).__module__] for p in _dispatched(model)}:
+            dispatch = getattr(module, "dispatch_attention_fn", None)
+            if dispatch is None:
+                raise ValueError(f"{module.__name__} has no dispatch_attention_fn")
+            stack.callback(setattr, module, "dispatch_attention_fn", dispatch)
+            module.dispatch_attention_fn = partial(_cast, dispatch)
+        yield

@@ -116,8 +116,9 @@ class Config:
             attention keeps what attention gave and computes the rest again; auto: on a GPU the
             first of none, attention, full that is predicted to fit in its memory (fastpref doctor),
             else none.
-        attention: backend of the attention: native is PyTorch's choice; auto times what is
-            installed on the run's shape and keeps to its pick when the run goes on.
+        attention: backend of the attention: native is PyTorch's choice; flash is the
+            FlashAttention-2 inside PyTorch, flash_attn that of the package flash-attn; auto times
+            what is installed on the run's shape and keeps to its pick when the run goes on.
         compile: compile every block with its adapters (torch.compile): three compilations per shape
             of batch (four where some blocks have no adapter), in the first step.
         cuda_graphs: record a batch's whole step, and the optimiser's (cache-reference: the
@@ -185,7 +186,9 @@ class Config:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "no"
     checkpointing: Literal["auto", "none", "attention", "full"] = "auto"
-    attention: Literal["auto", "native", "cudnn", "flash", "flash3", "xformers"] = "auto"
+    attention: Literal["auto", "native", "cudnn", "flash", "flash3", "flash_attn", "xformers"] = (
+        "auto"
+    )
     compile: bool = False
     cuda_graphs: bool = False
     seed: int = 0

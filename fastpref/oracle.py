@@ -4,10 +4,13 @@ Written from the formulas, independently of csrc/; it also serves the ops where 
 Everything is differentiable by autograd; importance weights are detached, as defined.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import logsigmoid
 
 
@@ -142,6 +145,10 @@ def loss(
     return _evaluate(objective.number, Hyper(*hyper), err_w, err_l, ref_w, ref_l, gain)[0]
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 # The thread's dispatch state outside any op, as it is at import.
 _DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
@@ -158,20 +165,24 @@ def epilogue(
 
     err, ref_err [2B], winners first; pair_loss carries the weight. Nothing returned has a graph.
     """
-    h = Hyper(*hyper.detach())
-    ref_w, ref_l = ref_err.detach().chunk(2)
-    gain = torch.zeros_like(ref_w) if gain is None else gain.detach()
-    weight = torch.ones_like(ref_w) if weight is None else weight.detach()
-
-    def total(err_w: Tensor, err_l: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        value, m = _evaluate(number, h, err_w, err_l, ref_w, ref_l, gain)
-        return (value * weight).sum(), (value * weight, m)
-
-    err = err.detach()
-    # torch.func works inside an op's implementation too, where autograd itself is switched off;
-    # under torch.compile its own dispatch keys are off as well, hence the guard.
-    with torch._C._ForceDispatchKeyGuard(*_DISPATCH):
-        coefs, (pair_loss, m) = torch.func.grad(total, (0, 1), has_aux=True)(*err.chunk(2))
+    gain = torch.zeros_like(ref_err[: len(ref_err) // 2]) if gain is None else gain
+    weight = torch.ones_like(gain) if weight is None else weight
+    # What is saved here for a moment is no business of the caller's hooks, least of all of a
+    # checkpoint's, which would run its region again. (torch.func.grad refuses to work under hooks,
+    # and inside torch.func's transforms there are none, and none may be set.)
+    aside = saved_tensors_hooks(_same, _same) if _hooks_allowed() else nullcontext()
+    # Inside an op autograd's keys are off, under torch.compile more than those: hence the guard.
+    # Outside of inference mode operations are recorded, and copies of what it made can be saved.
+    dispatch = torch._C._ForceDispatchKeyGuard(*_DISPATCH)
+    with dispatch, torch.inference_mode(False), aside:
+        hyper, err, ref_err, gain, weight = (
+            x.detach().clone() for x in (hyper, err, ref_err, gain, weight)
+        )
+        leaves = [e.requires_grad_() for e in err.clone().chunk(2)]
+        value, m = _evaluate(number, Hyper(*hyper), *leaves, *ref_err.chunk(2), gain)
+        value = value * weight
+        coefs = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+    pair_loss, m = value.detach(), m.detach()
     coef = torch.cat(coefs) + pair_loss.mul(0).repeat(2)
     weighted = OBJECTIVES[number] in _WEIGHTED
     wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)

@@ -7,13 +7,16 @@ import importlib.util
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers.models.transformers import transformer_wan
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from fastpref import attention, models
+from fastpref import attention, checkpointing, compiling, models
 from fastpref.attention import Call
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BOTH = ("flash", "native")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -97,7 +100,7 @@ def test_on_a_cpu_it_is_native_at_once(wanted):
     assert choice == attention.Choice("native") and str(choice) == "native"
 
 
-@pytest.mark.parametrize("wanted", ["cudnn", "flash", "flash3", "xformers"])
+@pytest.mark.parametrize("wanted", ["cudnn", "flash", "flash3", "flash_attn", "xformers"])
 def test_on_a_cpu_a_kernel_of_gpus_is_refused(wanted):
     with pytest.raises(ValueError) as raised:
         attention.choose(wanted, wan()[0], untouchable, CPU)
@@ -114,7 +117,11 @@ def test_an_unknown_name():
 
 @pytest.mark.parametrize(
     "name, install",
-    [("flash3", "pip install flash-attn-3"), ("xformers", "pip install fastpref[attention]")],
+    [
+        ("flash3", "pip install flash-attn-3"),
+        ("flash_attn", "pip install flash-attn --no-build-isolation"),
+        ("xformers", "pip install fastpref[attention]"),
+    ],
 )
 def test_what_is_not_installed_names_what_to_install(name, install):
     if importlib.util.find_spec(attention._PACKAGES[name][0]) is not None:
@@ -124,9 +131,23 @@ def test_what_is_not_installed_names_what_to_install(name, install):
     assert install in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_kernels_for_half_precision_say_so():
+@pytest.mark.parametrize("name", ["flash", "flash_attn"])
+def test_kernels_for_half_precision_say_so(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="this run in float32: use mixed_precision bf16"):
-        attention.choose("flash", *wan(), CUDA)
+        attention.choose(name, *wan(), CUDA)
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "unet"])
+def test_a_package_is_refused_where_pytorchs_attention_is_called(family, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    model, probe = half(*FAMILIES[family]())
+    with pytest.raises(ValueError) as raised:
+        attention.choose("flash_attn", model, probe, CUDA)
+    assert str(raised.value) == (
+        f"attention flash_attn: {type(model).__name__} calls PyTorch's attention itself: use cudnn"
+        " or flash, or use attention auto"
+    )
 
 
 def half(model: nn.Module, probe: callable) -> tuple[nn.Module, callable]:
@@ -182,6 +203,42 @@ def test_a_kernel_that_does_not_run_on_the_shape_is_refused_in_one_line():
     assert "\n" not in said
 
 
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is here")
+def test_a_package_that_diffusers_does_not_take_is_refused_in_one_line(monkeypatch):
+    """As an old one is, which computes all the same."""
+    right = attention.attend
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        attention, "attend",
+        lambda name, *qkv: right("native" if name == "flash_attn" else name, *qkv),
+    )  # fmt: skip
+    model, probe = half(*wan())
+    with pytest.raises(ValueError) as raised:
+        attention.choose("flash_attn", model, probe, CUDA)
+    said = str(raised.value)
+    assert said.startswith("attention flash_attn: cannot be set (Flash Attention backend 'flash'")
+    assert "flash-attn>=" in said and "\n" not in said
+
+
+def test_a_package_gets_what_autocast_would_cast(monkeypatch):
+    """Queries and keys leave their norms in float32; what is computed is the same to the bit."""
+    asked, dispatch = [], transformer_wan.dispatch_attention_fn
+
+    def ask(query, key, value, **how):
+        asked.append({x.dtype for x in (query, key, value)})
+        return dispatch(query, key, value, **how)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", ask)
+    model, probe = as_on_a_gpu(*wan())
+    before = probe()
+    assert asked == 4 * [{torch.float32, torch.bfloat16}]
+    with attention._casting(model):
+        inside = probe()
+    assert asked[4:] == 4 * [{torch.bfloat16}]
+    assert torch.equal(inside, before)
+    assert transformer_wan.dispatch_attention_fn is ask
+
+
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_auto_times_what_runs_and_says_why_the_rest_does_not(family):
     """On CPU tensors PyTorch's flash attention runs and agrees; cuDNN does not run."""
@@ -223,6 +280,42 @@ def test_auto_leaves_out_what_is_wrong(monkeypatch):
         assert "flash" not in choice.seconds
         with pytest.raises(ValueError, match="attention flash: strays from native attention"):
             attention.choose("flash", *half(*wan()), CUDA)
+
+
+def test_a_kernel_that_is_right_at_one_size_alone_is_refused(monkeypatch):
+    """Attention as it is written down, all in bfloat16: right within rounding, as long as no score
+    is so large that its own rounding counts.
+    """
+    right = attention.attend
+
+    def written(name, q, k, v):
+        if name != "flash":
+            return right(name, q, k, v)
+        return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    monkeypatch.setattr(attention, "attend", written)
+    call = Call(2, 2, 48, 48, 16, torch.bfloat16, CPU)
+    off = {
+        scale: attention.difference(*(attention.results(n, call, scale) for n in BOTH))
+        for scale in attention.SCALES
+    }
+    assert off[1.0] < 1e-2 and off[16.0] > 0.1
+    said = r"attention flash: strays from native attention on \[2, 2, 48, 16\] on 48 keys in "
+    with pytest.raises(ValueError, match=said + "bfloat16 with inputs of size 16, by 0"):
+        attention.choose("flash", *half(*wan()), CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 2, 16, 16, 32), (1, 2, 48, 7, 16), (1, 1, 512, 300, 128)])
+def test_two_kernels_that_are_right_are_not_refused(size, dtype):
+    """PyTorch's flash kernel for a CPU beside its plain one; where no query of a few is undecided
+    their gradients of queries and keys are rounding alone at size 16.
+    """
+    call = Call(*size, dtype, CPU)
+    with sdpa_kernel(SDPBackend.MATH):  # attention native, that is
+        flash, native = (attention.results(n, call, 16.0) for n in BOTH)
+        assert (attention.difference(flash, native) > 0.1) == (call.queries == 16)
+        assert attention.why_not_on(call, "flash") is None
 
 
 def test_difference_is_relative_to_the_norm_of_output_and_gradients(monkeypatch):
@@ -276,11 +369,8 @@ def test_the_dispatcher_is_told_and_untold():
     assert torch.equal(other_probe(), probe())
 
 
-@pytest.mark.cuda
-@GPU
-@pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
-    """Every name: chosen and equal to native within tolerance, or refused in one line."""
+def on_a_gpu(family: str) -> tuple[nn.Module, callable]:
+    """The model there and its forward under autocast."""
     model, _ = FAMILIES[family]()
     model.cuda()
     random = torch.Generator("cuda").manual_seed(0)
@@ -295,6 +385,15 @@ def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
         with torch.autocast("cuda", torch.bfloat16):
             return predict(model, noisy, t, cond)
 
+    return model, run
+
+
+@pytest.mark.cuda
+@GPU
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
+    """Every name: chosen and equal to native within tolerance, or refused in one line."""
+    model, run = on_a_gpu(family)
     choice = attention.choose("auto", model, run, CUDA)
     assert choice.name in choice.seconds and {"cudnn", "flash"} & choice.seconds.keys(), choice
     base = run()
@@ -306,6 +405,31 @@ def test_on_a_gpu_every_backend_that_is_chosen_agrees_with_native(family):
     for name in choice.refused:
         with pytest.raises(ValueError, match=f"attention {name}: "):
             attention.choose(name, model, run, CUDA)
+
+
+@pytest.mark.cuda
+@GPU
+def test_on_a_gpu_every_backend_is_compiled_and_checkpointed():
+    """Wan's blocks, whole, keeping what attention gave; gradients against eager native ones."""
+    model, run = on_a_gpu("wan")
+    names = attention.choose("auto", model, run, CUDA).seconds
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        run().float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    wanted = gradients()
+    checkpointing.apply(model, "blocks", "attention")
+    eager = [block.forward for block in model.blocks]
+    for name in names:
+        torch._dynamo.reset()
+        for block, forward in zip(model.blocks, eager, strict=True):
+            block.forward = forward
+        with attention.use(model, name):
+            compiling.compile_blocks(model, "blocks")
+            off = (gradients() - wanted).norm() / wanted.norm()
+        assert off < 2e-2, name
 
 
 def test_watch_sees_what_pytorch_is_asked():

@@ -92,3 +92,4 @@ def test_on_a_gpu_two_backends_at_least_are_timed(tmp_path):
     ran = [name for name, row in rows.items() if "left_out" not in row]
     assert "native" in ran and {"cudnn", "flash"} & set(ran)
     assert all(rows[name]["off_at_1"] < 1e-2 and rows[name]["kernel"] for name in ran)
+    assert all(rows[name]["off_at_16"] < 2e-2 for name in ran)

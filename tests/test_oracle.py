@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastpref
 from fastpref import oracle
@@ -81,6 +82,38 @@ def test_no_mask_hides_an_error_that_is_not_finite(name, bad, where):
     out = oracle.epilogue(obj.number, f64(*obj.hyper()), err, ref, gain, None)
     assert not out[0].isfinite() and not out[4][[0, 2]].isfinite().any()
     assert out[4][[1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_epilogue_is_the_same_wherever_it_is_called(name):
+    """Under a caller's saved-tensor hooks, which see nothing of it; in a checkpoint, which it would
+    otherwise run again; where hooks are forbidden; without gradients; in inference mode.
+    """
+    obj = objective(name, beta=10.0)
+    err, ref = f64(0.5, 0.625, 0.25, 0.75), f64(0.375, 0.5, 0.5, 0.625)
+    rest = [f64(*obj.hyper()), f64(0.25, 0.5), f64(0.5, 2.0)]
+
+    def run(err, ref, hyper, gain, weight):
+        return oracle.epilogue(obj.number, hyper, err, ref, gain, weight)
+
+    def refuse(_):
+        raise AssertionError("a caller's hook saw the epilogue's own tensors")
+
+    expected, ran = run(err, ref, *rest), []
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        found = [run(err, ref, *rest)]
+    with torch.autograd.graph.disable_saved_tensors_hooks("as torch.func does"):
+        found.append(run(err, ref, *rest))
+    leaf = err.clone().requires_grad_()
+    checkpoint(lambda x: ran.append(run(x, ref, *rest)) or x.sin(), leaf, use_reentrant=False)
+    with torch.no_grad():
+        found.append(run(err, ref, *rest))
+    with torch.inference_mode():
+        found += [run(err, ref, *rest), run(*(x.clone() for x in (err, ref, *rest)))]
+    assert len(ran) == 1
+    for each in (*found, *ran):
+        assert all(torch.equal(a, b) for a, b in zip(each, expected, strict=True))
+        assert not any(x.requires_grad for x in each)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
