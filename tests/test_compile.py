@@ -295,7 +295,7 @@ def tuned(name, form, mode="none", *, backend=None, dtype=torch.float32, device=
     cond = {key: value.to(device) for key, value in c.cond.items()}
     STEPS[form](
         lambda *inputs: predict(model, *inputs), reference.base(frozen, predict),
-        noisy, t, target, cond, draws, DPO,
+        noisy, t, target, cond, DPO,
         weight=c.weight.to(device), parameters=list(model.parameters()),
     )  # fmt: skip
     return {key: p.grad for key, p in model.named_parameters()}
