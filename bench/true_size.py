@@ -165,7 +165,8 @@ def make(size: Size, path: Path, text_encoder: str) -> None:
     import transformers
 
     torch.manual_seed(0)
-    index: dict[str, Any] = {"_class_name": size.pipeline, "_diffusers_version": "0.35.0"}
+    index: dict[str, Any] = {"_class_name": size.pipeline}
+    index["_diffusers_version"] = diffusers.__version__
     if size.pipeline == "StableDiffusionPipeline":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
         index |= {"image_encoder": [None, None], "requires_safety_checker": False}
@@ -180,7 +181,8 @@ def make(size: Size, path: Path, text_encoder: str) -> None:
                 model = kind.from_config(config)
         finally:
             torch.set_default_dtype(before)
-        model.to(dtype).save_pretrained(path / part)
+        torch.nn.Module.to(model, dtype)  # what a constructor made in float32; quietly
+        model.save_pretrained(path / part)
         count = sum(p.numel() for p in model.parameters())
         index[part] = [kind.__module__.partition(".")[0], kind.__name__]
         spent = time.perf_counter() - begin
@@ -292,14 +294,16 @@ def run(name: str, command: list[str]) -> dict[str, object]:
 
 def stages(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """All of them, one after the other; a row each."""
-    size, model, encoded, out = SIZES[args.family], *(folder / n for n in ("model", "encoded", "run"))
+    size = SIZES[args.family]
+    model, encoded, out = (folder / name for name in ("model", "encoded", "run"))
     here, device = [sys.executable, "-m", "bench.true_size"], str(args.device)
     own = ["--family", args.family, "--text_encoder", args.text_encoder, "--device", device]
     own += ["--folder", str(folder)]
     fastpref = [sys.executable, "-c", "import sys; from fastpref.cli import main; sys.exit(main())"]
     family = ["--family", size.architecture.family, "--model", str(model), "--device", device]
     frames, height, width = size.clip.split("x")
-    clip = ["--num_frames", frames, "--height", height, "--width", width, "--dtype", "bfloat16"]
+    clip = ["--num_frames", frames, "--height", height, "--width", width]
+    clip += ["--dtype", "bfloat16", "--batch_size", str(len(PROMPTS))]  # no more text than there is
     flags = [part for key, value in RUN.items() for part in (f"--{key}", str(value))]
 
     def train(steps: int) -> list[str]:
@@ -350,9 +354,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if args.folder is not None and args.folder.exists() and any(args.folder.iterdir()):
         parser.error(f"--folder {args.folder}: expected a new or an empty one")
+    facts = timing.environment(args.device)  # of what is about to run
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         rows = stages(args, Path(folder))
-    facts = timing.environment(args.device)
     what = {"bench": "true_size", "family": args.family, "text_encoder": args.text_encoder}
     what |= {"clip": size.clip, "pairs": len(PROMPTS)}
     rows = [{**what, **row, **facts} for row in rows]
