@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -274,10 +275,21 @@ def open_cache(
     device: torch.device,
     dtype: torch.dtype,
     backend: str,
-) -> cache.ErrorCache:
-    """The run's cached reference errors, as far as they are there."""
+) -> tuple[cache.ErrorCache, bool]:
+    """The run's cached reference errors, and whether it will ask for some that are not there.
+
+    Raises:
+        ValueError: they do not fit, or some are lacking and nothing can be written there.
+    """
     mark = cache_mark(config, dataset, process, device, dtype, backend)
-    return cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
+    errors = cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
+    lacks = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
+    if lacks and not os.access(errors.folder, os.W_OK):
+        raise ValueError(
+            f"reference cache {errors}, and nothing can be written there: make the folder "
+            "writable, or name another reference_cache"
+        )
+    return errors, lacks
 
 
 def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
@@ -321,7 +333,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     with attention.use(model, backend.name):
         if config.compile:
             compiling.compile_blocks(model, family.BLOCKS)
-        errors = open_cache(config, dataset, process, device, dtype, backend.name)
+        errors, _ = open_cache(config, dataset, process, device, dtype, backend.name)
         says = recorded_pass(says, device) if config.cuda_graphs else says
         count = cache.fill(errors, says, process, prepare, rank=rank, world=world)
     return where, count

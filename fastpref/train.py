@@ -109,8 +109,7 @@ def train(config: Config) -> dict[str, Any]:
 
     errors, online = None, True  # what is known of the reference, whether it has to say more
     if config.reference == "cached":
-        errors = open_cache(config, dataset, process, device, dtype, backend.name)
-        online = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
+        errors, online = open_cache(config, dataset, process, device, dtype, backend.name)
     frozen = None
     if online and frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)

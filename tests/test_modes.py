@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,7 @@ def test_a_run_fills_its_cache_as_it_goes(size, mode, pairs, tmp_path, capsys):
     assert_close(tmp_path / "through", tmp_path / "online")
 
 
-def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys):
+def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys, monkeypatch):
     folder, other = tmp_path / "set", tmp_path / "doctored"
     shutil.copytree(pairs, folder)
     change = {"draws_per_pair": 2, "reference": "cached"}
@@ -140,6 +141,16 @@ def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys):
     assert "differ by" not in capsys.readouterr().err
     train(Config(**options(other, tmp_path / "drifted", **change, max_train_steps=1)))
     assert "cached and online margins differ by 5, expected at most" in capsys.readouterr().err
+    # Nothing has to be written where all is there.
+    access = os.access
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda p, how: "reference" not in str(p) and access(p, how))
+        train(Config(**options(folder, tmp_path / "read", beta=5.0, **change)))
+        shutil.rmtree(folder / "reference")
+        assert main(["train", *arguments(options(folder, tmp_path / "lost", **change))]) == 1
+        said = capsys.readouterr().err
+        assert "reference, 0 of 12 errors are there, and nothing can be written there: make" in said
+    train(Config(**options(folder, tmp_path / "again", **change)))
     # Other objectives and betas read the same cache; another seed does not fit it.
     train(Config(**options(folder, tmp_path / "other", objective="sdpo", beta=300.0, **change)))
     assert [row["perf/reference_cached"] for row in rows(tmp_path / "other")] == [1.0] * 6
