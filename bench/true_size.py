@@ -14,7 +14,6 @@ or, with --text_encoder true, as published: UMT5-XXL takes 11 GB of disk and of 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -31,6 +30,7 @@ import torch
 from bench import timing
 from bench.architectures import ARCHITECTURES
 from fastpref.models.published import PUBLISHED, Architecture
+from fastpref.telemetry import stage
 
 PROMPTS = ["a red fox jumps over the old stone wall", "snow falls on a quiet street with lamps"]
 RUN = {
@@ -172,23 +172,20 @@ def make(size: Size, path: Path, text_encoder: str) -> None:
         index |= {"image_encoder": [None, None], "requires_safety_checker": False}
 
     def write(part: str, kind: type, config: dict[str, Any], dtype: torch.dtype) -> None:
-        begin, before = time.perf_counter(), torch.get_default_dtype()
+        before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # the classes' own initial values, at once in the dtype
         try:
-            if issubclass(kind, transformers.PreTrainedModel):
-                model = kind(kind.config_class(**config))
-            else:
-                model = kind.from_config(config)
+            with stage(f"making the {part}, {kind.__name__}"):
+                if issubclass(kind, transformers.PreTrainedModel):
+                    model = kind(kind.config_class(**config))
+                else:
+                    model = kind.from_config(config)
         finally:
             torch.set_default_dtype(before)
         torch.nn.Module.to(model, dtype)  # what a constructor made in float32; quietly
-        model.save_pretrained(path / part)
-        count = sum(p.numel() for p in model.parameters())
+        with stage(f"writing {sum(p.numel() for p in model.parameters()):,} parameters"):
+            model.save_pretrained(path / part)
         index[part] = [kind.__module__.partition(".")[0], kind.__name__]
-        spent = time.perf_counter() - begin
-        print(f"{part}: {kind.__name__}, {count:,} parameters, {spent:.1f} s", flush=True)
-        del model
-        gc.collect()
 
     for part, (name, config) in size.texts.items():
         beside = path / part.replace("text_encoder", "tokenizer")
