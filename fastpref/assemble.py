@@ -23,6 +23,7 @@ from .functional import Draws
 from .graphs import StepGraph
 from .models.folder import encoders_of, scheduler_config
 from .oracle import PROMPT_DROPOUT, uniform
+from .telemetry import stage
 
 
 def claim(folder: Path, kind: str = "train") -> Path:
@@ -134,13 +135,14 @@ def open_data(config: Config, folder: Path) -> data.PairDataset:
             dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
             device=config.device,
         )
-    dataset = data.PairDataset(path)
+    with stage("reading the data, and which encoders the model has"):
+        dataset = data.PairDataset(path)
+        before = dataset.fingerprint.get("encoders", {})
+        own = encoders_of(config.model) if before else {}
     family, now = dataset.fingerprint["family"], models.family(config.family).__name__
     if family != now:
         raise ValueError(f"data {path}: encoded with family {family}, got family {now}")
-    before = dataset.fingerprint.get("encoders", {})
-    now = encoders_of(config.model) if before else {}
-    listed = differences(before, now, before.keys() ^ now.keys())
+    listed = differences(before, own, before.keys() ^ own.keys())
     if listed:
         raise ValueError(
             f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
@@ -219,7 +221,10 @@ def pick_attention(
     wanted = config.attention
     if wanted == "auto" and record.exists():
         wanted = read_record(record).get("attention", wanted)
-    return attention.choose(wanted, model, probe, device)
+    if device.type != "cuda":  # nothing is timed
+        return attention.choose(wanted, model, probe, device)
+    with stage("attention: what is installed, on the first batch"):
+        return attention.choose(wanted, model, probe, device)
 
 
 def wait_for(path: Path, seconds: float = 600) -> None:
@@ -353,7 +358,8 @@ def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The family's model on the device, its weights in what the run keeps them in."""
-    model = family.load(config.model, weights_dtype(config, dtype)).to(device)
+    with stage("loading the model"):
+        model = family.load(config.model, weights_dtype(config, dtype)).to(device)
     warn_of_another_model(config)  # not earlier: a model that cannot be loaded is the real mistake
     return model
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import models, oracle
 from .data import pair_file, read_fingerprint
 from .files import differences, identity, locked, mark, model_identity, write_atomic
 from .media import Sampling
-from .models.folder import check_path, encoders_of
+from .models.folder import Encoders, check_path, encoders_of
 from .prepare import Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Row, Rows
+from .telemetry import stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")
@@ -97,10 +99,14 @@ def encode(
     before = 0
 
     def flush() -> None:
-        for part in ("media", "text"):  # loaded here: a fault of the model's is not the rows'
-            if waiting and hasattr(type(pipe), part):
-                getattr(pipe, part)
-        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], seed, batch_size):
+        for part, name in (("media", "VAE"), ("text", "text encoder")):
+            # Loaded here: a fault of the model's is not the rows'.
+            if waiting and hasattr(type(pipe), part) and part not in vars(pipe):
+                bar.clear()
+                with stage(f"loading the {name}") if progress else nullcontext():
+                    getattr(pipe, part)
+        how = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()
 
@@ -124,7 +130,8 @@ def encode(
         counts = finish(folder, rows, len(index), bad, before)
         empty = folder / "empty.safetensors"
         if stored_shapes(empty) is None:
-            cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
+            with text_progress(pipe, "the empty prompt", progress):
+                cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
             write_tensors(empty, stored(cond, DTYPES[dtype]))
         write_index(folder, index)
     if progress:
@@ -176,8 +183,10 @@ def encode_pairs(
     items: list[Prepared],
     folder: Path,
     dtype: torch.dtype,
+    *,
     seed: int | None,
     batch_size: int,
+    progress: bool,
 ) -> Iterator[dict[str, Any] | BadRow]:
     """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
 
@@ -187,7 +196,10 @@ def encode_pairs(
     prompts = list(dict.fromkeys(item.row.prompt for item in items))
     # Filled up, so that the encoder's batch has one shape whatever an interruption left to encode.
     filled = prompts + [""] * (batch_size - len(prompts)) if prompts else []
-    texts = dict(zip(filled, module.encode_text(pipe, filled), strict=True)) if filled else {}
+    texts = {}
+    if filled:
+        with text_progress(pipe, f"{len(prompts)} prompts", progress):
+            texts = dict(zip(filled, module.encode_text(pipe, filled), strict=True))
     modes: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
 
     def latents(item: Prepared, index: int) -> Tensor:
@@ -219,6 +231,33 @@ def encode_pairs(
             continue
         write_tensors(pair_file(folder, item.pair_id), tensors)
         yield entry(item)
+
+
+@contextmanager
+def text_progress(pipe: Any, what: str, progress: bool) -> Iterator[None]:
+    """How far text encoders are, which take minutes on a CPU: a bar over their layers; without a
+    terminal a line. Nothing of a pipe that is no `Encoders`.
+    """
+    if not (progress and isinstance(pipe, Encoders)):
+        yield
+        return
+    layers: list[nn.Module] = []
+    for part in pipe.text.components.values():
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        layers += next((m for m in modules if isinstance(m, nn.ModuleList)), [])
+    how = {"desc": f"text encoder, {what}", "unit": "layer", "leave": False, "disable": None}
+    with tqdm(total=len(layers), **how) as bar:
+
+        def tick(*_: Any) -> None:
+            bar.update()
+
+        hooks = [layer.register_forward_hook(tick) for layer in layers]
+        try:
+            with stage(f"text encoder, {what}") if bar.disable else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def entry(item: Prepared) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .files import write_atomic
 from .guard import OutOfMemory
 from .models import published
 from .models.folder import shapes_alone
+from .telemetry import stage
 
 META = torch.device("meta")
 
@@ -76,7 +77,8 @@ def pick_checkpointing(
         print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
         return known["checkpointing"]
     step = memory_step(config, family, model, latents, cond, dtype, online)
-    found, why = memory.least(step, on, config.pair_mode, config.compile)
+    with stage("checkpointing: memory, predicted from shapes"):
+        found, why = memory.least(step, on, config.pair_mode, config.compile)
     print(f"checkpointing {found}: {why}")
     note(record, {"checkpointing": found, "why": why, "basis": basis})
     return found

@@ -7,11 +7,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import checkpoint
 from .files import write_atomic, writing
@@ -191,6 +196,38 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
             (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
         )
     return values
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Prints what begins, at once, and behind it the seconds that it took: `NAME ... 2.6 s`."""
+    print(f"{name} ... ", end="", flush=True)
+    begin = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print(flush=True)  # what it says of itself gets a line of its own
+        raise
+    print(f"{time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def announced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose first call is a `stage`: what is compiled or recorded is so in that one."""
+    waiting = [stage(name)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with waiting.pop() if waiting else nullcontext():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def steps_bar(total: int, done: int) -> tqdm:
+    """The loop's bar, on a terminal alone; it is drawn once a step is done, below what a `stage`
+    says of the first one.
+    """
+    how = {"unit": "step", "disable": None, "delay": 1e-9, "file": sys.stderr}
+    return tqdm(total=total, initial=done, **how)
 
 
 def announce(config, model, dataset, objective, device, dtype, noise, kept) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import attention, cache, checkpoint, checkpointing, compiling, data, models, reference
 from .assemble import (
@@ -42,7 +41,17 @@ from .graphs import StepGraph
 from .guard import Diverged, Guard, Interrupted, OutOfMemory, Signals
 from .process import Times
 from .step import deferred, joint
-from .telemetry import Log, Meter, announce, check_trackers, pair_values, postfix
+from .telemetry import (
+    Log,
+    Meter,
+    announce,
+    announced,
+    check_trackers,
+    pair_values,
+    postfix,
+    stage,
+    steps_bar,
+)
 from .validation import Prompts, draw_sheet
 
 
@@ -105,12 +114,14 @@ def train(config: Config) -> dict[str, Any]:
     if online and frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if config.tuning == "lora":
-        base_says = probe()
-        add_lora(model, config, family.LORA_TARGETS)
-        reference.check_off(model, probe, base_says)
+        with stage("self-check: forwards of the first batch without adapters, with idle ones"):
+            base_says = probe()
+            add_lora(model, config, family.LORA_TARGETS)
+            reference.check_off(model, probe, base_says)
     kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder, online)
     checkpointing.apply(model, family.BLOCKS, kept)
     if config.compile:
+        print("compiling: each kind of block in the first forward and backward that reach it")
         compiling.compile_blocks(model, family.BLOCKS)
         if frozen is not None:
             compiling.compile_blocks(frozen, family.BLOCKS)
@@ -168,6 +179,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.cuda_graphs:
         both = 2 if errors else 1  # a shape is recorded with the reference, then without
         whole_step = StepGraph(whole_step, device, parameters=parameters, limit=8 * both)
+    whole_step = announced("first batch, forward and backward", whole_step)
     guard = Guard(device, patience=min(20, config.max_train_steps))
 
     def update() -> Tensor:
@@ -182,10 +194,8 @@ def train(config: Config) -> dict[str, Any]:
 
     # ---- where to begin
     begin, noise, metrics, meter = 0, None, {}, Meter(device)
-    made_of = {
-        "data": identity(dataset.folder / "index.parquet"),
-        "model": model_identity(config.model),
-    }
+    made_of = {"data": identity(dataset.folder / "index.parquet")}
+    made_of["model"] = model_identity(config.model)
     if start is not None:
         state = checkpoint.load(start, model, optimizer)
         changed = differences(state["made_of"], made_of)
@@ -255,9 +265,7 @@ def train(config: Config) -> dict[str, Any]:
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
     )
-    progress = tqdm(
-        total=config.max_train_steps, initial=begin, unit="step", disable=None, file=sys.stderr
-    )
+    progress = steps_bar(config.max_train_steps, begin)
     interrupted = Signals()
     waited, since, step, logged, saved, found = 0.0, time.perf_counter(), begin, begin, begin, 0
     clock = time.perf_counter()
@@ -415,12 +423,12 @@ def margin_noise(
     """max |m| over the batches while policy and reference are the same model: what rounding alone
     makes of the margin in the run's own step, whose forwards it runs. None: it is not finite.
     """
-    print("measuring margin noise: forwards of the first 8 pairs", flush=True)
     seen = []
-    for batch, draws in batches:
-        w, l = reference.changes(policy, online, process, batch, draws, pair_mode).chunk(2)
-        seen.append((0.5 * beta * (w - l)).abs().max())
-    worst = torch.stack(seen).max().item()
+    with stage("margin noise: forwards of the first 8 pairs"):
+        for batch, draws in batches:
+            w, l = reference.changes(policy, online, process, batch, draws, pair_mode).chunk(2)
+            seen.append((0.5 * beta * (w - l)).abs().max())
+        worst = torch.stack(seen).max().item()
     if not worst <= 0.05:
         print(
             f"warning: margin noise {worst:.3g} is above 0.05: rounding moves the loss",

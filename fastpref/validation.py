@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from .files import write_atomic
 from .guard import within_memory
 from .report import Comparison, contact_sheet
 from .sample import sample
+from .telemetry import stage
 
 
 class Prompts:
@@ -36,7 +38,8 @@ class Prompts:
     ) -> None:
         self.family, self.process, self.guidance = family, process, guidance_scale
         self.prompts, self.device = list(prompts), device
-        *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
+        with stage("text encoder: loading, and the prompts"):
+            *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         self.negative = None
         if guidance_scale != 1:
@@ -79,7 +82,8 @@ def draw_sheet(
         OutOfMemory: what it needs beside a run's own memory is not there.
     """
     advice = "another run may have fewer validation_prompts, this one later validation_steps"
-    with compiling.eagerly(), within_memory(f"the validation clips: {advice}"):
+    said = stage("validation clips of the base") if step == 0 else nullcontext()
+    with said, compiling.eagerly(), within_memory(f"the validation clips: {advice}"):
         clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
     write_sheet(folder, step, prompts.prompts, clips)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bench.true_size import clip_tokenizer, t5_tokenizer
 from fastpref import models
 from fastpref.media import write_clip
 from fastpref.process import Diffusion, FlowMatching
@@ -49,48 +50,12 @@ def seeded(make: Callable[..., nn.Module], *arguments: Any, **config: Any) -> nn
     return module
 
 
-def t5_tokenizer() -> Any:
-    """A tokenizer of the prompts' words that ends every text with </s>, as T5's do.
-
-    Of words, since ties make trained subwords differ from run to run.
-    """
-    from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(PROMPTS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> Any:
-    """A CLIP tokenizer of 77 tokens: CLIP's alphabet of bytes, without merges."""
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(f"{a}</w>" for a in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    options = {"pad_token": pad, "unk_token": "<|endoftext|>", "model_max_length": 77}
-    return CLIPTokenizer.from_pretrained(folder, **options)
-
-
 def build_wan(path: Path) -> Path:
     """Wan2.1: UniPC with flow_shift 3, UMT5, AutoencoderKLWan with its mean and std."""
     import diffusers
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tokenizer = t5_tokenizer()
+    tokenizer = t5_tokenizer(PROMPTS)
     pipe = diffusers.WanPipeline(
         tokenizer=tokenizer,
         text_encoder=seeded(UMT5EncoderModel, t5_config(UMT5Config, tokenizer)),
@@ -126,7 +91,7 @@ def build_cogvideox(path: Path, *, large: bool = False, patch_t: int | None = No
     import diffusers
     from transformers import T5Config, T5EncoderModel
 
-    tokenizer = t5_tokenizer()
+    tokenizer = t5_tokenizer(PROMPTS)
     scheduler = diffusers.CogVideoXDPMScheduler if large else diffusers.CogVideoXDDIMScheduler
     extra = {} if patch_t is None else {"patch_size_t": patch_t, "patch_bias": False}
     pipe = diffusers.CogVideoXPipeline(

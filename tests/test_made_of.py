@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from fastpref.config import Config
 from fastpref.data import Batch
 from fastpref.functional import PairLoss
 from fastpref.process import MASKED
-from fastpref.telemetry import pair_values
+from fastpref.telemetry import pair_values, stage
 from fastpref.train import schedule, train
 
 
@@ -201,3 +202,24 @@ def test_a_pass_with_no_grad_is_not_checkpointed(mode, monkeypatch):
     assert not calls
     c.policy(noisy, t, c.cond)
     assert len(calls) == len(c.model.blocks)
+
+
+def test_a_stage_is_said_before_it_ends_and_a_fault_has_its_own_line(capsys):
+    with stage("loading"):
+        assert capsys.readouterr().out == "loading ... "
+    assert re.fullmatch(r"\d+\.\d s\n", capsys.readouterr().out)
+    with pytest.raises(ValueError), stage("reading"):
+        raise ValueError
+    assert capsys.readouterr().out == "reading ... \n"
+
+
+def test_a_run_says_what_it_does_before_its_first_step(pairs, tmp_path, capsys):
+    """Each with its seconds, the first pass of the loop too; one that goes on measures no noise."""
+    before, noise = ["reading the data", "loading the model", "self-check"], ["margin noise"]
+    for steps, measured in ((1, noise), (2, [])):
+        train(Config(**options(pairs, tmp_path, max_train_steps=steps)))
+        lines = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if re.search(r" \.\.\. \d+\.\d s$", line)]
+        assert [re.split("[,:]| \\.", line)[0] for line in said] == [
+            *before, *measured, "first batch",
+        ]  # fmt: skip
