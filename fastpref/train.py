@@ -214,7 +214,8 @@ def train(config: Config) -> dict[str, Any]:
         try:
             noise = margin_noise(policy, now, process, few(), pair_mode=config.pair_mode, beta=beta)
             if errors and noise is not None:
-                cache.drift(errors, now, process, few(), beta=beta, margin_noise=noise)
+                with stage("cache: what it has of those pairs, against the reference"):
+                    cache.drift(errors, now, process, few(), beta=beta, margin_noise=noise)
         except torch.OutOfMemoryError as error:
             raise exhausted(config, error) from None
     config.save(folder / "config.yaml")
