@@ -286,7 +286,11 @@ def run(name: str, command: list[str]) -> dict[str, object]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{name} failed with exit code {process.returncode}")
-    return {"stage": name, "seconds": round(seconds, 1), "peak_gb": round(used.ru_maxrss / 1e6, 2)}
+    return {
+        "stage": name,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
+    }
 
 
 def stages(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,11 @@ class Ours:
             options = None if "loose" in added else compiling.AS_EAGER
             compiling.compile_blocks(self.model, setting.family.BLOCKS, options=options)
         predict = setting.family.predict
-        policy, online = reference.shared_prefix(self.model, predict)
+        if self.cached:
+            policy = partial(predict, self.model)
+            online = reference.adapters_off(self.model, predict)
+        else:
+            policy, online = reference.shared_prefix(self.model, predict)
         self.policy = self._part("forward", policy)
         self.reference = self._part("reference", online)
         self.known = self._fill(mode) if self.cached else [None] * DRAWS

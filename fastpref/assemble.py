@@ -335,7 +335,8 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             compiling.compile_blocks(model, family.BLOCKS)
         errors, _ = open_cache(config, dataset, process, device, dtype, backend.name)
         says = recorded_pass(says, device) if config.cuda_graphs else says
-        count = cache.fill(errors, says, process, prepare, rank=rank, world=world)
+        ahead = {"num_workers": config.num_workers}
+        count = cache.fill(errors, says, process, prepare, rank=rank, world=world, **ahead)
     return where, count
 
 

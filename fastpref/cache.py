@@ -16,8 +16,9 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Batch, PairDataset, batches_per_epoch, collate, epoch_batches
-from .files import differences, identity, model_identity, write_atomic
+from .data import Batch, PairDataset, batches_per_epoch, collate, epoch_batches, map_ahead
+from .files import differences, identity, model_identity, write_atomic, write_new
 from .functional import Draws
 from .reference import PairMode, Reference, errors
 
@@ -88,8 +89,8 @@ def fingerprint(
 class ErrorCache:
     """Errors of the reference that `fingerprint` describes: in memory, and in the folder `path`.
 
-    dataset: of its pairs. device: where errors are given. What other processes have written is
-    read when it is opened, and again with each of its own writes. Draws are on the host.
+    dataset: of its pairs. device: of what `get` returns. What other processes have written is read
+    when it is opened, and again with each of its own writes. Draws are on the host.
 
     Raises:
         ValueError: the folder holds errors of another fingerprint (the fields are named), or a
@@ -106,18 +107,19 @@ class ErrorCache:
     ) -> None:
         self.folder, self.fingerprint, self.device = Path(path), fingerprint, device
         record = self.folder / "fingerprint.json"
-        if record.exists():
-            _same(record, fingerprint)
-        else:
-            write_atomic(record, (json.dumps(fingerprint, indent=1) + "\n").encode())
+        if not record.exists():
+            write_new(record, (json.dumps(fingerprint, indent=1) + "\n").encode())
+        _same(record, fingerprint)  # or that of another run, which began at the same moment
         self.dataset = dataset
         self.ids, self.order = torch.tensor(dataset.pair_ids).sort()
         shape = (len(self.ids), fingerprint["draws_per_pair"], 2)
         self.table = torch.full(shape, torch.nan, dtype=torch.float64)  # rows as the set has them
         self.waiting: list[tuple[Draws, Tensor]] = []  # as they came, still on their device
+        self.pending = torch.zeros(shape[:2], dtype=torch.bool)  # whose they are
         self.name, self.part = f"errors-{secrets.token_hex(4)}", 0
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []  # of the file in hand
-        self.unwritten = False
+        self.computed, self.unwritten, self.failed = 0, False, False
+        self.asked = self.found = 0  # batches that `look_up` was asked for, and knew
         self.seen: dict[Path, int] = {}  # files of others that were read, at this size
         self.written = time.monotonic()
         self._read_others()
@@ -129,7 +131,7 @@ class ErrorCache:
     def get(self, draws: Draws) -> Tensor | None:
         """The errors [2B] float64 of a batch's draws, winners first; None: not all are known."""
         at = self.rows(draws.pair_id), draws.index
-        if self.waiting and not self.table[at].isfinite().all():
+        if self.waiting and self.pending[at].any():
             self._settle()
         found = self.table[at]  # [B, 2]
         known = bool(found.isfinite().all())
@@ -139,32 +141,42 @@ class ErrorCache:
         """Keeps the errors [2B] of a batch's draws, winners first, without waiting for their
         device; every `SECONDS` it waits and writes. What is known, or not finite, is left out.
         """
-        self.waiting.append((draws, errors.detach().clone()))  # a recorded step overwrites its own
+        self.waiting.append((draws, errors.detach().clone()))  # a recorded pass overwrites its own
+        self.pending[self.rows(draws.pair_id), draws.index] = True
         if time.monotonic() - self.written > SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Writes what is not on the disk yet, and reads what others have written there."""
-        from safetensors.torch import save
-
+    def flush(self) -> bool:
+        """Writes what is not on the disk yet, and reads what others have written there. A failure
+        is a warning, and tried again the next time; returns whether there was none.
+        """
         self._settle()
-        if self.unwritten:
-            ids, index, errors = (torch.cat(column) for column in zip(*self.own, strict=True))
-            content = {"pair_id": ids, "index": index, "errors": errors}
-            file = self.folder / f"{self.name}-{self.part:06d}.safetensors"
-            write_atomic(file, save(content, {"fingerprint": _digest(self.fingerprint)}))
-            self.unwritten = False
-            if len(ids) >= ROWS:
-                self.part, self.own = self.part + 1, []
-        try:
-            self._read_others()
-        except (OSError, ValueError) as error:  # a run goes on with what it has
-            print(f"warning: {error}", file=sys.stderr)
         self.written = time.monotonic()
+        try:
+            self._write()
+            self._read_others()
+        except (OSError, ValueError) as error:
+            if not self.failed:
+                print(f"warning: {error}", file=sys.stderr)
+            self.failed = True
+        else:
+            self.failed = False
+        return not self.failed
+
+    def share(self) -> float:
+        """Of the batches looked up since the last call, how many were known."""
+        share = self.found / max(self.asked, 1)
+        self.asked = self.found = 0
+        return share
 
     def rows(self, pair_ids: Tensor) -> Tensor:
         """Where pairs stand in the set."""
         return self.order[torch.searchsorted(self.ids, pair_ids)]
+
+    def lacking(self, draw: int) -> Tensor:
+        """Of each row of the set, whether its errors at a draw are not known."""
+        self._settle()
+        return self.table[:, draw].isnan().any(1)
 
     def covers(self, batches: int) -> bool:
         """Whether the errors of a run's first `batches` batches are there."""
@@ -172,28 +184,43 @@ class ErrorCache:
         shapes = self.dataset.shapes
         lacking = [self.lacking(draw) for draw in range(self.table.shape[1])]
         per_epoch = batches_per_epoch(shapes, size)
-        for epoch in range(-(-batches // per_epoch) if any(lacking) else 0):
-            of_epoch = epoch_batches(shapes, size, seed, epoch)
-            of_run = islice(of_epoch, batches - epoch * per_epoch)
+        for epoch in range(-(-batches // per_epoch)):
             here = lacking[epoch % len(lacking)]
-            if here and any(not here.isdisjoint(rows) for rows in of_run):
-                return False
+            if here.any():
+                of_epoch = epoch_batches(shapes, size, seed, epoch)
+                of_run = islice(of_epoch, batches - epoch * per_epoch)
+                if any(here[list(rows)].any() for rows in of_run):
+                    return False
         return True
 
-    def lacking(self, draw: int) -> set[int]:
-        """The rows of the set whose errors at a draw are not known."""
-        self._settle()
-        return set(self.table[:, draw].isnan().any(1).nonzero().flatten().tolist())
-
     def _settle(self) -> None:
-        for draws, said in self.waiting:
-            row, index = self.rows(draws.pair_id), draws.index
-            found = said.double().cpu().view(2, -1).T
-            new = found.isfinite().all(1) & self.table[row, index].isnan().any(1)
-            self.table[row[new], index[new]] = found[new]
-            self.own.append((draws.pair_id[new], index[new], found[new]))
-            self.unwritten |= bool(new.any())
+        """What was put goes into the table and into the file in hand."""
+        if not self.waiting:
+            return
+        found = torch.cat([said.double().view(2, -1).T for _, said in self.waiting]).cpu()
+        ids = torch.cat([draws.pair_id for draws, _ in self.waiting])
+        index = torch.cat([draws.index for draws, _ in self.waiting])
+        row = self.rows(ids)
+        new = found.isfinite().all(1) & self.table[row, index].isnan().any(1)
+        self.table[row[new], index[new]] = found[new]
+        self.own.append((ids[new], index[new], found[new]))
+        self.computed += int(new.sum())
+        self.unwritten |= bool(new.any())
+        self.pending[:] = False
         self.waiting.clear()
+
+    def _write(self) -> None:
+        from safetensors.torch import save
+
+        if not self.unwritten:
+            return
+        ids, index, errors = (torch.cat(column) for column in zip(*self.own, strict=True))
+        content = {"pair_id": ids, "index": index, "errors": errors}
+        file = self.folder / f"{self.name}-{self.part:06d}.safetensors"
+        write_atomic(file, save(content, {"fingerprint": _digest(self.fingerprint)}))
+        self.unwritten = False
+        if len(ids) >= ROWS:
+            self.part, self.own = self.part + 1, []
 
     def _read_others(self) -> None:
         for file in sorted(self.folder.glob("errors-*.safetensors")):
@@ -207,71 +234,50 @@ class ErrorCache:
             self.table[row[new], index[new]] = found[new]
 
 
-def draw_batches(
-    shapes: Sequence[str], batch_size: int, seed: int, draw: int
-) -> Iterator[tuple[int, ...]]:
-    """The batches of rows in which a draw is computed: those of the epoch of its number, then what
-    it leaves over of each shape, which fills no batch.
-    """
-    left = dict.fromkeys(range(len(shapes)))
-    for rows in epoch_batches(shapes, batch_size, seed, draw):
-        for row in rows:
-            del left[row]
-        yield rows
-    buckets: dict[str, list[int]] = {}
-    for row in left:
-        buckets.setdefault(shapes[row], []).append(row)
-    yield from map(tuple, buckets.values())
-
-
 def fill(
     cache: ErrorCache,
     reference: Reference,
     process: Any,
     prepare: Prepare,
     *,
-    only: Draws | None = None,
     rank: int = 0,
     world: int = 1,
+    num_workers: int = 0,
 ) -> int:
     """Computes the errors that `cache` lacks; returns how many.
 
-    Each is computed in its batch of `draw_batches`; one that is not full is filled up with its own
-    pairs. Killed and called again it goes on. rank of world computes every world-th batch and waits
-    for nobody. only: no more than the batches that these draws, all of one number, are in.
+    Each in its batch of the epoch of its number; pairs that fill none there are batches of their
+    own, filled up with themselves. Killed and called again it goes on. rank of world computes every
+    world-th batch and waits for nobody. num_workers: threads that read ahead.
 
     Raises:
-        ValueError: an error is not finite (with `only` it stays unknown).
+        ValueError: an error is not finite.
+        OSError: the folder cannot be written.
     """
     from tqdm import tqdm
 
-    kind, dataset = cache.fingerprint, cache.dataset
-    size, draws_per_pair = kind["train_batch_size"], kind["draws_per_pair"]
     work = []
-    for k in range(draws_per_pair) if only is None else only.index[:1].tolist():
+    for k in range(cache.fingerprint["draws_per_pair"]):
         lacking = cache.lacking(k)
-        if only is not None:
-            lacking &= set(cache.rows(only.pair_id).tolist())
-        every = list(draw_batches(dataset.shapes, size, kind["seed"], k))
-        work += [(k, rows) for rows in every[rank::world] if not lacking.isdisjoint(rows)]
-    total, quiet = sum(len(rows) for _, rows in work), True if rank or only is not None else None
-    with tqdm(total=total, unit="draw", disable=quiet, file=sys.stderr) as bar:
-        for k, rows in work:
-            batch = collate([dataset[rows[i % len(rows)]] for i in range(size)])
-            ready, draws = prepare(k, batch)
-            found = errors(reference, process, ready, draws, kind["pair_mode"]).cpu().view(2, -1)
-            found, ids = found[:, : len(rows)], draws.pair_id[: len(rows)]
-            if only is None and not found.isfinite().all():
+        every = islice(_batches(cache, k), rank, None, world)
+        work += [(k, rows) for rows in every if lacking[list(rows)].any()]
+    before, total = cache.computed, sum(len(rows) for _, rows in work)
+    with tqdm(total=total, unit="draw", disable=True if rank else None, file=sys.stderr) as bar:
+        load = partial(_load, cache)
+        for (k, rows), batch in zip(work, map_ahead(load, work, num_workers), strict=True):
+            _compute(cache, reference, process, prepare, k, rows, batch)
+            ids = torch.tensor([cache.dataset.pair_ids[row] for row in rows])
+            if cache.get(Draws(0, ids, torch.full_like(ids, k))) is None:
                 cache.flush()
-                pair = ids[~found.isfinite().all(0)][0]
+                pair = ids[cache.lacking(k)[list(rows)]][0]
                 raise ValueError(
                     f"cache-reference: the reference's error of pair {pair:016x} is not finite: "
                     "try mixed_precision no, or remove the pair"
                 )
-            cache.put(Draws(draws.seed, ids, draws.index[: len(rows)]), found.reshape(-1))
             bar.update(len(rows))
-    cache.flush()
-    return total
+    if not cache.flush():
+        cache._write()  # raises what the warning said
+    return cache.computed - before
 
 
 def look_up(
@@ -280,19 +286,63 @@ def look_up(
     process: Any,
     prepare: Prepare,
     epoch: int,
+    batch: Batch,
     draws: Draws,
-) -> Tensor | None:
-    """The errors [2B] float64 of a training batch's draws, winners first. None: they are not known,
-    and the step that computes them does so as `fill` would.
+) -> Tensor:
+    """The errors [2B] float64 of a training batch, winners first; what is not known is computed and
+    kept, as `fill` would.
 
-    In an epoch beyond draws_per_pair those that the earlier one left over, or that are lost, would
-    be computed in another batch: here they are in theirs.
+    So beyond draws_per_pair, where a draw comes again in another batch, what its own epoch left
+    over (or what is lost) is computed in the batch that it would have had there.
     """
+    cache.asked += 1
     found = cache.get(draws)
-    if found is None and epoch >= cache.fingerprint["draws_per_pair"]:
-        fill(cache, reference, process, prepare, only=draws)
+    if found is not None:
+        cache.found += 1
+        return found
+    if epoch >= cache.fingerprint["draws_per_pair"]:
+        k, row = int(draws.index[0]), cache.rows(draws.pair_id)
+        lacking = set(row[cache.lacking(k)[row]].tolist())
+        for rows in _batches(cache, k):
+            if not lacking.isdisjoint(rows):
+                _compute(cache, reference, process, prepare, k, rows, _load(cache, (k, rows)))
+                lacking.difference_update(rows)
+            if not lacking:
+                break
         found = cache.get(draws)
+    if found is None:
+        found = errors(reference, process, batch, draws, cache.fingerprint["pair_mode"])
+        cache.put(draws, found)
     return found
+
+
+def _batches(cache: ErrorCache, draw: int) -> Iterator[tuple[int, ...]]:
+    """The batches of rows in which a draw is computed: those of its epoch, then what is left."""
+    size, seed = (cache.fingerprint[name] for name in ("train_batch_size", "seed"))
+    return epoch_batches(cache.dataset.shapes, size, seed, draw, rest=True)
+
+
+def _load(cache: ErrorCache, work: tuple[int, tuple[int, ...]]) -> Batch:
+    """A batch of `_batches`, filled up with its own pairs."""
+    _, rows = work
+    size = cache.fingerprint["train_batch_size"]
+    return collate([cache.dataset[rows[i % len(rows)]] for i in range(size)])
+
+
+def _compute(
+    cache: ErrorCache,
+    reference: Reference,
+    process: Any,
+    prepare: Prepare,
+    draw: int,
+    rows: tuple[int, ...],
+    batch: Batch,
+) -> None:
+    ready, draws = prepare(draw, batch)
+    found = errors(reference, process, ready, draws, cache.fingerprint["pair_mode"])
+    count = len(rows)
+    own = Draws(draws.seed, draws.pair_id[:count], draws.index[:count])
+    cache.put(own, found.view(2, -1)[:, :count].reshape(-1))
 
 
 @torch.no_grad()
@@ -377,7 +427,7 @@ def _read(file: Path, fingerprint: dict[str, Any], known: Tensor) -> tuple[Tenso
             raise ValueError("it has a draw beyond draws_per_pair")
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
-            f"reference cache {file}: cannot be used ({error}); delete it and run the same "
-            "command again"
+            f"reference cache {file}: cannot be used ({error}); delete it (or the whole "
+            "folder) and run the same command again"
         ) from None
     return ids, index, table

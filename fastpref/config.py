@@ -87,8 +87,8 @@ class Config:
         tuning: lora trains adapters; full trains every parameter of the model.
         reference: adapters_off (one copy of the model; lora), frozen_copy (full) or cached: errors
             are computed as they are needed, kept on disk, and read from then on (with full tuning a
-            copy of the model is there while the run needs errors that are not); auto picks one of
-            the first two by tuning.
+            run that begins while it lacks some holds a copy of the model); auto picks one of the
+            first two by tuning.
         reference_cache: folder of the cached reference errors, for any number of runs; default:
             reference/ in the encoded set.
         pair_mode: joint runs all members of a batch at once; deferred one after the other, with

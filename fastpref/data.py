@@ -246,10 +246,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> Iterator[int]:
 
 
 def epoch_batches(
-    shapes: Sequence[str], batch_size: int, seed: int, epoch: int
+    shapes: Sequence[str], batch_size: int, seed: int, epoch: int, *, rest: bool = False
 ) -> Iterator[tuple[int, ...]]:
     """One epoch's batches of row numbers, each of equal shapes, found as they are asked for; what
-    fills no batch is left out.
+    fills no batch is left out, or (rest) comes last, as batches that are not full.
     """
     waiting: dict[str, list[int]] = {}
     for i in epoch_order(len(shapes), seed, epoch):
@@ -258,6 +258,8 @@ def epoch_batches(
         if len(bucket) == batch_size:
             yield tuple(bucket)
             bucket.clear()
+    if rest:
+        yield from (tuple(bucket) for bucket in waiting.values() if bucket)
 
 
 def batches_per_epoch(shapes: Iterable[str], batch_size: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
@@ -96,16 +98,19 @@ def encode(
     index: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     waiting: list[Prepared] = []
-    before = 0
+    before, spoken = 0, -math.inf
 
     def flush() -> None:
+        nonlocal spoken
         for part, name in (("media", "VAE"), ("text", "text encoder")):
             # Loaded here: a fault of the model's is not the rows'.
             if waiting and hasattr(type(pipe), part) and part not in vars(pipe):
                 bar.clear()
                 with stage(f"loading the {name}") if progress else nullcontext():
                     getattr(pipe, part)
-        how = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        loud = progress and (sys.stderr.isatty() or time.monotonic() - spoken > 30)
+        spoken = time.monotonic() if loud else spoken  # in a log a line now and then
+        how = {"seed": seed, "batch_size": batch_size, "progress": loud}
         for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
             (bad if isinstance(result, BadRow) else index).append(result)
         waiting.clear()

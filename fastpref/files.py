@@ -58,6 +58,22 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """`write_atomic` where there is no such file yet; of two processes at once the first one's
+    stands.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    write_atomic(temporary, data)
+    with writing(path):
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
+
+
 def mark(folder: Path, kind: str) -> Path:
     """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
     need be. ValueError: another command's folder. (Empty, as it once was: any command's.)

@@ -48,6 +48,7 @@ def memory_step(
         pairs=config.train_batch_size,
         online=online,
         copies=2 if online and frozen_copy(config) else 1,
+        shared=config.reference != "cached",
         graphs=config.cuda_graphs,
     )
 
@@ -72,6 +73,7 @@ def pick_checkpointing(
     latents, cond = dataset.largest()
     basis = {name: getattr(config, name) for name in DECIDES} | {"card": on.name, "gib": on.gib}
     basis["shapes"] = [list(v.shape) for v in (latents, *cond.values())]
+    basis["online"] = online
     known = remembered(record)
     if known.get("basis") == basis:
         print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")

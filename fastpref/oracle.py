@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import logsigmoid
 
@@ -170,9 +169,11 @@ def epilogue(
     # What is saved here for a moment is no business of the caller's hooks, least of all of a
     # checkpoint's, which would run its region again. (torch.func.grad refuses to work under hooks,
     # and inside torch.func's transforms there are none, and none may be set.)
-    aside = saved_tensors_hooks(_same, _same) if _hooks_allowed() else nullcontext()
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()
+    aside = saved_tensors_hooks(_same, _same) if allowed else nullcontext()
     # Inside an op autograd's keys are off, under torch.compile more than those: hence the guard.
-    # Outside of inference mode operations are recorded, and copies of what it made can be saved.
+    # Outside of inference mode operations are recorded (also where gradients were off: leaving it
+    # turns them on), and copies of what it made can be saved.
     dispatch = torch._C._ForceDispatchKeyGuard(*_DISPATCH)
     with dispatch, torch.inference_mode(False), aside:
         hyper, err, ref_err, gain, weight = (

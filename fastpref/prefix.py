@@ -94,12 +94,9 @@ class Prefix:
             self.inputs, self.outputs = inputs, outputs
 
     def run(self, predict: Callable[[], Tensor], *inputs: Any) -> Tensor:
-        """`predict()`: the second pass if `inputs` are the recorded ones, else a whole one, and
-        what was recorded is freed.
-        """
+        """`predict()`: the second pass if `inputs` are the recorded ones, else a whole one."""
         same = len(inputs) == len(self.inputs)
         if not same or not all(a is b for a, b in zip(inputs, self.inputs, strict=True)):
-            self.forget()
             return predict()
         # The recorded values live on in the stand-ins as long as a checkpointed graph needs them.
         outputs = self.outputs

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,15 +216,20 @@ def announced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     waiting = [stage(name)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with waiting.pop() if waiting else nullcontext():
+        if not waiting:
             return function(*args, **kwargs)
+        with waiting.pop():
+            result = function(*args, **kwargs)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # or the seconds would be those of launching it
+            return result
 
     return call
 
 
 def steps_bar(total: int, done: int) -> tqdm:
-    """The loop's bar, on a terminal alone; it is drawn once a step is done, below what a `stage`
-    says of the first one.
+    """The loop's bar, on a terminal alone. delay: tqdm draws it with the first update, not at once,
+    so it stands below what a `stage` says of the first step.
     """
     how = {"unit": "step", "disable": None, "delay": 1e-9, "file": sys.stderr}
     return tqdm(total=total, initial=done, **how)

@@ -32,6 +32,7 @@ from .assemble import (
     place,
     predictor,
     preparer,
+    recorded_pass,
 )
 from .config import Config
 from .files import differences, identity, model_identity, write_atomic
@@ -100,25 +101,26 @@ def train(config: Config) -> dict[str, Any]:
         with compiling.eagerly():
             return predict(model, *inputs)
 
-    cached, record = cache_folder(config, dataset), folder / "attention.json"
-    earlier = cached / "fingerprint.json" if config.reference == "cached" else record
+    record = earlier = folder / "attention.json"
+    if config.reference == "cached":
+        earlier = cache_folder(config, dataset) / "fingerprint.json"
     backend = pick_attention(config, model, probe, device, earlier)
     write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
     settings = ExitStack()  # of the process, as long as the run lasts
     settings.enter_context(attention.use(model, backend.name))
 
-    errors, online = None, True  # what is known of the reference, whether it has to say more
+    store, asked = None, True  # of the reference's errors; whether it has to say more
     if config.reference == "cached":
-        errors, online = open_cache(config, dataset, process, device, dtype, backend.name)
+        store, asked = open_cache(config, dataset, process, device, dtype, backend.name)
     frozen = None
-    if online and frozen_copy(config):
+    if asked and frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if config.tuning == "lora":
         with stage("self-check: forwards of the first batch without adapters, with idle ones"):
             base_says = probe()
             add_lora(model, config, family.LORA_TARGETS)
             reference.check_off(model, probe, base_says)
-    kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder, online)
+    kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder, asked)
     checkpointing.apply(model, family.BLOCKS, kept)
     if config.compile:
         print("compiling: each kind of block in the first forward and backward that reach it")
@@ -126,11 +128,17 @@ def train(config: Config) -> dict[str, Any]:
         if frozen is not None:
             compiling.compile_blocks(frozen, family.BLOCKS)
     policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
-    says: reference.Reference | None = None  # as of a fully tuned model whose errors are all known
+    says: reference.Reference | None = None  # of a fully tuned model whose errors are all there
     if frozen is not None:
         says = reference.base(frozen, predict)
-    elif config.tuning == "lora":
+    elif store is None:
         policy, says = reference.shared_prefix(model, predict)
+    elif config.tuning == "lora":
+        says = reference.adapters_off(model, predict)
+    look_up = None
+    if store:
+        one = recorded_pass(says, device) if config.cuda_graphs and says else says
+        look_up = partial(cache.look_up, store, one, process, prepare)
     parameters = list(checkpoint.trainable(model).values())
     graphs = config.cuda_graphs and device.type == "cuda"
     rate = torch.tensor(config.learning_rate, device=device)  # what a recorded step reads
@@ -177,8 +185,7 @@ def train(config: Config) -> dict[str, Any]:
         return out, pair_values(out, objective)
 
     if config.cuda_graphs:
-        both = 2 if errors else 1  # a shape is recorded with the reference, then without
-        whole_step = StepGraph(whole_step, device, parameters=parameters, limit=8 * both)
+        whole_step = StepGraph(whole_step, device, parameters=parameters)
     whole_step = announced("first batch, forward and backward", whole_step)
     guard = Guard(device, patience=min(20, config.max_train_steps))
 
@@ -208,22 +215,24 @@ def train(config: Config) -> dict[str, Any]:
         meter.restore(state["meter"])
         (folder / "result.json").unlink(missing_ok=True)  # of fewer steps
         print(f"resumed from {start}")
-    elif objective is not None:
-        few, beta = partial(first_pairs, config, dataset, prepare), objective.beta
-        now = says or reference.base(model, predict)  # before its first step it is the reference
-        try:
-            noise = margin_noise(policy, now, process, few(), pair_mode=config.pair_mode, beta=beta)
-            if errors and noise is not None:
-                with stage("cache: what it has of those pairs, against the reference"):
-                    cache.drift(errors, now, process, few(), beta=beta, margin_noise=noise)
-        except torch.OutOfMemoryError as error:
-            raise exhausted(config, error) from None
+    few = partial(first_pairs, config, dataset, prepare)
+    now = says or reference.base(model, predict)  # that one is it until its first step
+    try:
+        if start is None and objective is not None:
+            how = {"pair_mode": config.pair_mode, "beta": objective.beta}
+            noise = margin_noise(policy, now, process, few(), **how)
+        if store and noise is not None and (says or start is None):
+            with stage("cache: what it has of the first 8 pairs, against the reference"):
+                how = {"beta": objective.beta, "margin_noise": noise}
+                cache.drift(store, now, process, few(), **how)
+    except torch.OutOfMemoryError as error:
+        raise exhausted(config, error) from None
     config.save(folder / "config.yaml")
     warn_of_repeats(config, dataset.shapes)
     announce(config, model, dataset, objective, device, dtype, noise, kept)
     print(f"attention  {backend}")
-    if errors:
-        print(f"cache      {errors}")
+    if store:
+        print(f"cache      {store}")
 
     prompts = None
     if config.validation_prompts:
@@ -248,8 +257,8 @@ def train(config: Config) -> dict[str, Any]:
 
     def save(step: int) -> None:
         """A checkpoint that the run goes on from."""
-        if errors:
-            errors.flush()
+        if store:
+            store.flush()
         state = {"margin_noise": noise, "made_of": made_of}
         state |= {"meter": meter.state(), "metrics": metrics}
         checkpoint.save(folder, step, model, optimizer, state, config.checkpoints_total_limit)
@@ -268,7 +277,7 @@ def train(config: Config) -> dict[str, Any]:
     )
     progress = steps_bar(config.max_train_steps, begin)
     interrupted = Signals()
-    waited, since, step, logged, saved, found = 0.0, time.perf_counter(), begin, begin, begin, 0
+    waited, since, step, logged, saved = 0.0, time.perf_counter(), begin, begin, begin
     clock = time.perf_counter()
     meter.begin()
     try:
@@ -279,10 +288,7 @@ def train(config: Config) -> dict[str, Any]:
                 waited += time.perf_counter() - fetched
                 batch, draws = prepare(epoch, batch)
                 times = torch.stack(process.times(draws)).to(device, non_blocking=True)
-                ref_err = None
-                if errors:
-                    ref_err = cache.look_up(errors, says, process, prepare, epoch, draws)
-                    found += ref_err is not None
+                ref_err = look_up(epoch, batch, draws) if look_up else None
                 out, values = whole_step(
                     latents=batch.latents,
                     weight=batch.weight,
@@ -292,8 +298,6 @@ def train(config: Config) -> dict[str, Any]:
                     ref_err=ref_err,
                     **batch.cond,
                 )
-                if errors and ref_err is None:
-                    errors.put(draws, out.ref_err)
                 meter.add(values, Times(*times).level)
             lr = config.learning_rate * schedule(config, step)
             for group in optimizer.param_groups:
@@ -318,11 +322,11 @@ def train(config: Config) -> dict[str, Any]:
                     "perf/seconds_per_pair": (now - since) / ((step - logged) * per_step),
                     "perf/data_wait_fraction": waited / (now - since),
                 }
-                if errors:
-                    metrics["perf/reference_cached"] = found / ((step - logged) * accumulate)
+                if store:
+                    metrics["perf/reference_cached"] = store.share()
                 if device.type == "cuda":
                     metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-                waited, since, logged, found = 0.0, now, step, 0
+                waited, since, logged = 0.0, now, step
                 log.write({"global_step": step, "epoch": epoch, **metrics})
                 progress.set_postfix_str(postfix(metrics))
                 if progress.disable:  # no terminal
@@ -350,6 +354,8 @@ def train(config: Config) -> dict[str, Any]:
             save(step)
         raise exhausted(config, error) from None
     finally:
+        if store:
+            store.flush()
         interrupted.restore()
         settings.close()
         progress.close()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -51,6 +52,10 @@ def written(folder):
     return found
 
 
+def lacking(errors, draw):
+    return errors.lacking(draw).nonzero().flatten().tolist()
+
+
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """(case, dataset, reference, folder of the cache, its fingerprint), filled in joint mode."""
@@ -84,11 +89,11 @@ def test_what_was_filled_is_what_a_step_would_compute(filled):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_draws_are_computed_in_the_batches_of_their_epoch(count):
-    """All of those, in order, then every row that is in none."""
+def test_what_fills_no_batch_of_an_epoch_comes_last(count):
+    """All batches, in order, then every row that is in none."""
     shapes = ["a", "b", "a", "a", "b", "a", "a", "c"][:count]
     for draw in range(3):
-        found = list(cache.draw_batches(shapes, 2, 5, draw))
+        found = list(data.epoch_batches(shapes, 2, 5, draw, rest=True))
         every = list(data.epoch_batches(shapes, 2, 5, draw))
         assert found[: len(every)] == every
         assert sorted(row for rows in found for row in rows) == list(range(count))
@@ -122,9 +127,57 @@ def test_a_cache_gives_what_it_was_given(filled, tmp_path, monkeypatch):
     other.put(half, torch.zeros(4, dtype=torch.float64))  # known: nothing changes, and it is time
     assert other.get(half).tolist() == [9.0, 5.0, 8.0, 6.0]
     assert other.get(draws).tolist() == [1.0, 9.0, 3.0, 8.0]
-    assert other.lacking(1) == {2, 4, 5, 6} and other.lacking(0) == set(range(7))
+    assert lacking(other, 1) == [2, 4, 5, 6] and lacking(other, 0) == list(range(7))
     again = cache.ErrorCache(tmp_path, mark, dataset)
-    assert again.lacking(1) == {2, 4, 5, 6} and "3 of 21 errors are there" in str(again)
+    assert lacking(again, 1) == [2, 4, 5, 6] and "3 of 21 errors are there" in str(again)
+
+
+def test_a_write_that_fails_is_a_warning_and_made_up_for(filled, tmp_path, capsys):
+    """The errors stay in memory; `fill` says in the end that they are nowhere else."""
+    c, dataset, ref, _, mark = filled
+    errors = cache.ErrorCache(tmp_path / "here", mark, dataset)
+    shutil.rmtree(tmp_path / "here")
+    (tmp_path / "here").write_text("in the way")
+    draws = fastpref.Draws(11, torch.tensor(dataset.pair_ids[:2]), torch.tensor([0, 0]))
+    errors.put(draws, torch.arange(4, dtype=torch.float64))
+    assert not errors.flush() and not errors.flush()
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "here/errors-" in said and "cannot be written" in said
+    assert errors.get(draws).tolist() == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="cannot be written"):
+        cache.fill(errors, ref, c.process, prepare)
+    (tmp_path / "here").unlink()
+    assert errors.flush() and len(written(tmp_path / "here")) == 7 * K
+
+
+def test_two_that_begin_at_once_agree_on_the_first_ones_values(filled, tmp_path, monkeypatch):
+    """Neither sees a fingerprint there; the second one finds the first one's as it writes."""
+    _, dataset, _, _, mark = filled
+    first = cache.ErrorCache(tmp_path, mark, dataset)
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda p: p.name != "fingerprint.json" and real(p))
+    with pytest.raises(ValueError, match=r"filled with another seed \(11 there, 12 here\)"):
+        cache.ErrorCache(tmp_path, {**mark, "seed": 12}, dataset)
+    assert cache.ErrorCache(tmp_path, mark, dataset).fingerprint == first.fingerprint
+    assert [f.name for f in tmp_path.iterdir()] == ["fingerprint.json"]
+
+
+def test_what_was_just_given_is_waited_for_only_where_it_is_asked_for(
+    filled, tmp_path, monkeypatch
+):
+    """Not by every batch, which on a GPU would be a synchronisation each."""
+    c, dataset, ref, _, mark = filled
+    errors = cache.ErrorCache(tmp_path, mark, dataset)
+    settled, real = [], errors._settle
+    monkeypatch.setattr(errors, "_settle", lambda: settled.append(len(errors.waiting)) or real())
+    stream = data.batches(dataset, 2, 11)
+    for _ in range(4):  # an epoch, and a batch
+        epoch, batch = next(stream)
+        batch, draws = prepare(epoch, batch)
+        said = cache.look_up(errors, ref, c.process, prepare, epoch, batch, draws)
+    assert settled == [] and (errors.asked, errors.found) == (4, 0)
+    assert torch.equal(cache.look_up(errors, ref, c.process, prepare, epoch, batch, draws), said)
+    assert settled == [4] and errors.share() == 0.2 and errors.asked == 0
 
 
 def test_a_file_of_many_rows_is_followed_by_another(filled, tmp_path, monkeypatch):
@@ -264,12 +317,11 @@ def test_a_damaged_cache_is_one_line(filled, tmp_path, capsys):
     assert {pair for pair, _ in written(tmp_path / "new")} == {
         pair for i, pair in enumerate(dataset.pair_ids) if i != 2
     }
-    one = fastpref.Draws(11, torch.tensor([dataset.pair_ids[2]]), torch.tensor([1]))
-    assert cache.look_up(errors, broken, c.process, prepare, K + 1, one) is None
-    assert cache.look_up(errors, ref, c.process, prepare, 1, one) is None, (
-        "its own step computes it"
-    )
-    assert cache.look_up(errors, ref, c.process, prepare, K + 1, one).isfinite().all()
+    for says in (broken, broken, ref):  # in a run: not kept, so computed again, until it is finite
+        batch, draws = prepare(1, data.collate([dataset[2]]))
+        found = cache.look_up(errors, says, c.process, prepare, K + 1, batch, draws)
+        assert found.isfinite().all() == (says is ref)
+    assert torch.equal(errors.get(draws), found) and 2 not in lacking(errors, 1)
 
 
 def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
@@ -300,7 +352,7 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
             cache.ErrorCache(tmp_path, mark, dataset)
     del whole["index"]  # as an earlier version wrote them
     save_file(whole, tmp_path / "errors-000000.safetensors", metadata=own)
-    with pytest.raises(ValueError, match=r"cannot be used .*index.*; delete it and run the same"):
+    with pytest.raises(ValueError, match=r"cannot be used .*index.*; delete it \(or the whole"):
         cache.ErrorCache(tmp_path, mark, dataset)
 
 

@@ -12,8 +12,9 @@ from diffusers import WanTransformer3DModel
 from pairs import BASE, options, write_pairs
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-from fastpref import assemble, checkpoint, compiling, data, models
+from fastpref import assemble, checkpoint, compiling, data, models, telemetry
 from fastpref.config import Config
 
 loop = importlib.import_module("fastpref.train")
@@ -188,25 +189,37 @@ def test_no_step_without_a_log_reads_from_the_device(change, pairs, tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("change", [{}, {"objective": "sdpo"}, {"pair_mode": "deferred"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"objective": "sdpo"},
+        {"pair_mode": "deferred"},
+        {"reference": "cached", "draws_per_pair": 8},
+        {"reference": "cached", "draws_per_pair": 1, "pair_mode": "deferred"},
+    ],
+)
 def test_on_a_gpu_steps_wait_for_nothing_and_recorded_ones_train_alike(
     change, pairs, tmp_path, monkeypatch
 ):
     """Steps 7 and 8 of 9, long after the recording, under PyTorch's own watch on waiting."""
 
-    class Progress(loop.tqdm):
+    class Progress(tqdm):
         def update(self, n=1):
             super().update(n)
             waits = "error" if self.n in (6, 7) else "default"
             torch.cuda.set_sync_debug_mode(waits)
 
-    monkeypatch.setattr(loop, "tqdm", Progress)
+    monkeypatch.setattr(telemetry, "tqdm", Progress)
     losses = {}
     for graphs in (False, True):
+        if "reference" in change:
+            change = change | {"reference_cache": str(tmp_path / f"cache-{graphs}")}
         try:
             result = run(
                 pairs, tmp_path / str(graphs), device="cuda", cuda_graphs=graphs,
-                max_train_steps=9, logging_steps=9, checkpointing_steps=100, **change,
+                max_train_steps=9, logging_steps=9, checkpointing_steps=100,
+                **change,
             )  # fmt: skip
         finally:
             torch.cuda.set_sync_debug_mode("default")
