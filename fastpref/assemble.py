@@ -215,12 +215,12 @@ def pick_attention(
     model: torch.nn.Module,
     probe: Callable[[], object],
     device: torch.device,
-    record: Path,
+    earlier: dict[str, Any],
 ) -> attention.Choice:
-    """The run's attention backend; auto keeps to what `record`, a JSON file, says was picked."""
+    """The run's attention backend; auto keeps to what was picked earlier."""
     wanted = config.attention
-    if wanted == "auto" and record.exists():
-        wanted = read_record(record).get("attention", wanted)
+    if wanted == "auto" and earlier.get("attention") in attention.BACKENDS:
+        wanted = earlier["attention"]
     if device.type != "cuda":  # nothing is timed
         return attention.choose(wanted, model, probe, device)
     with stage("attention: what is installed, on the first batch"):
@@ -281,6 +281,9 @@ def open_cache(
     Raises:
         ValueError: they do not fit, or some are lacking and nothing can be written there.
     """
+    folder = cache_folder(config, dataset).resolve()
+    if Path(config.model).is_dir() and folder.is_relative_to(Path(config.model).resolve()):
+        raise ValueError(f"reference_cache {folder}: is in the model's folder, choose another one")
     mark = cache_mark(config, dataset, process, device, dtype, backend)
     errors = cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
     lacks = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
@@ -306,13 +309,14 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
             f"cache-reference fills what reference cached reads, got reference {config.reference}: "
             "set reference: cached, here and in training"
         )
-    if not (Path(config.data) / "index.parquet").exists():
-        if world > 1:
-            raise ValueError(
-                f"data {config.data}: several ranks need a set made by fastpref encode; run it "
-                "first"
-            )
-        claim(Path(config.output_dir))  # the run's folder, where its encoded set will be
+    out, own = Path(config.output_dir), Path(config.reference_cache or ".").resolve()
+    encoded = (Path(config.data) / "index.parquet").exists()
+    if not encoded and world > 1:
+        raise ValueError(
+            f"data {config.data}: several ranks need a set made by fastpref encode; run it first"
+        )
+    if not encoded or (config.reference_cache and own.is_relative_to(out.resolve())):
+        claim(out)  # the run's folder, where its encoded set, or the cache, will be
     device, dtype = place(config)
     family = models.family(config.family)
     dataset = open_data(config, Path(config.output_dir))
@@ -327,7 +331,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
 
     if rank and config.attention == "auto" and device.type == "cuda":
         wait_for(where / "fingerprint.json")  # rank 0 picks for all
-    backend = pick_attention(config, model, probe, device, where / "fingerprint.json")
+    backend = pick_attention(config, model, probe, device, cache.recorded(where))
     if rank == 0:
         print(f"attention  {backend}")
     with attention.use(model, backend.name):

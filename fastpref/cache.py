@@ -1,11 +1,12 @@
 """The reference's errors, two float64 numbers per (pair, draw): computed once, kept on disk.
 
 A cache is a folder: fingerprint.json says what the errors belong to; errors-NAME-N.safetensors hold
-rows `pair_id [n]`, `index [n]`, `errors [n, 2]` (winner, loser), and in their metadata the
-fingerprint's digest. Each process writes files of its own name: several may share a cache.
+rows `pair_id [n]`, `index [n]`, `errors [n, 2]` (winner, loser), and in their metadata digests of
+the fingerprint and of the rows. Each process writes files of its own name: several may share a
+cache.
 
 Draw k of a pair is computed in the batch that the pair is in in epoch k of a training run. So a run
-that keeps what its steps compute, and `fill`, which computes ahead, write the same numbers.
+that looks up what it needs, and `fill`, which is ahead of it, write the same numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from . import native
 from .data import Batch, PairDataset, batches_per_epoch, collate, epoch_batches, map_ahead
-from .files import differences, identity, model_identity, write_atomic, write_new
+from .files import differences, identity, model_identity, write_atomic
 from .functional import Draws
 from .reference import PairMode, Reference, errors
 
@@ -75,6 +78,7 @@ def fingerprint(
         "dtype": dtype,
         "weights_dtype": weights_dtype,
         "prompt_dropout": prompt_dropout,
+        "core": "none" if native._C is None else "built",
         "torch": torch.__version__,
     }
     for each in fields(process):
@@ -106,14 +110,17 @@ class ErrorCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.folder, self.fingerprint, self.device = Path(path), fingerprint, device
-        record = self.folder / "fingerprint.json"
-        if not record.exists():
-            write_new(record, (json.dumps(fingerprint, indent=1) + "\n").encode())
-        _same(record, fingerprint)  # or that of another run, which began at the same moment
         self.dataset = dataset
+        self._compare(recorded(self.folder))
         self.ids, self.order = torch.tensor(dataset.pair_ids).sort()
         shape = (len(self.ids), fingerprint["draws_per_pair"], 2)
-        self.table = torch.full(shape, torch.nan, dtype=torch.float64)  # rows as the set has them
+        try:  # rows as the set has them
+            self.table = torch.full(shape, torch.nan, dtype=torch.float64)
+        except RuntimeError:
+            raise ValueError(
+                f"draws_per_pair {shape[1]} of {shape[0]} pairs: their errors, "
+                f"{16e-9 * shape[0] * shape[1]:.3g} GB, do not fit in memory: choose fewer"
+            ) from None
         self.waiting: list[tuple[Draws, Tensor]] = []  # as they came, still on their device
         self.pending = torch.zeros(shape[:2], dtype=torch.bool)  # whose they are
         self.name, self.part = f"errors-{secrets.token_hex(4)}", 0
@@ -123,6 +130,7 @@ class ErrorCache:
         self.seen: dict[Path, int] = {}  # files of others that were read, at this size
         self.written = time.monotonic()
         self._read_others()
+        self._claim()
 
     def __str__(self) -> str:
         known = self.table.isfinite().all(2)
@@ -157,7 +165,7 @@ class ErrorCache:
             self._read_others()
         except (OSError, ValueError) as error:
             if not self.failed:
-                print(f"warning: {error}", file=sys.stderr)
+                tqdm.write(f"warning: {error}", file=sys.stderr)
             self.failed = True
         else:
             self.failed = False
@@ -193,6 +201,25 @@ class ErrorCache:
                     return False
         return True
 
+    def _compare(self, there: dict[str, Any]) -> None:
+        """ValueError names the fields in which a fingerprint (empty: none) is not this one."""
+        listed = differences(there, self.fingerprint)
+        if there and listed:
+            raise ValueError(
+                f"reference cache {self.folder}: filled with another {listed}; use the same "
+                "values, or name another reference_cache"
+            )
+
+    def _claim(self) -> None:
+        """Writes fingerprint.json where there is none; of two runs that begin at once the first
+        one's stands, and is the other's too or a ValueError.
+        """
+        record = self.folder / "fingerprint.json"
+        if not record.exists():
+            text = json.dumps(self.fingerprint, indent=1) + "\n"
+            write_atomic(record, text.encode(), new=True)
+            self._compare(recorded(self.folder))
+
     def _settle(self) -> None:
         """What was put goes into the table and into the file in hand."""
         if not self.waiting:
@@ -214,18 +241,20 @@ class ErrorCache:
 
         if not self.unwritten:
             return
+        self._claim()  # again, where the folder has been deleted meanwhile
         ids, index, errors = (torch.cat(column) for column in zip(*self.own, strict=True))
         content = {"pair_id": ids, "index": index, "errors": errors}
+        marks = {"fingerprint": _digest(self.fingerprint), "content": _sum(content)}
         file = self.folder / f"{self.name}-{self.part:06d}.safetensors"
-        write_atomic(file, save(content, {"fingerprint": _digest(self.fingerprint)}))
+        write_atomic(file, save(content, marks))
         self.unwritten = False
         if len(ids) >= ROWS:
             self.part, self.own = self.part + 1, []
 
     def _read_others(self) -> None:
         for file in sorted(self.folder.glob("errors-*.safetensors")):
-            size = file.stat().st_size
-            if file.name.startswith(self.name) or self.seen.get(file) == size:
+            size = file.stat().st_size if file.is_file() else None
+            if file.name.startswith(self.name) or self.seen.get(file, -1) == size:
                 continue
             self.seen[file] = size
             ids, index, found = _read(file, self.fingerprint, self.ids)
@@ -251,11 +280,9 @@ def fill(
     world-th batch and waits for nobody. num_workers: threads that read ahead.
 
     Raises:
-        ValueError: an error is not finite.
+        ValueError: an error is not finite; the others are kept.
         OSError: the folder cannot be written.
     """
-    from tqdm import tqdm
-
     work = []
     for k in range(cache.fingerprint["draws_per_pair"]):
         lacking = cache.lacking(k)
@@ -266,17 +293,16 @@ def fill(
         load = partial(_load, cache)
         for (k, rows), batch in zip(work, map_ahead(load, work, num_workers), strict=True):
             _compute(cache, reference, process, prepare, k, rows, batch)
-            ids = torch.tensor([cache.dataset.pair_ids[row] for row in rows])
-            if cache.get(Draws(0, ids, torch.full_like(ids, k))) is None:
-                cache.flush()
-                pair = ids[cache.lacking(k)[list(rows)]][0]
-                raise ValueError(
-                    f"cache-reference: the reference's error of pair {pair:016x} is not finite: "
-                    "try mixed_precision no, or remove the pair"
-                )
             bar.update(len(rows))
     if not cache.flush():
         cache._write()  # raises what the warning said
+    lacking = [cache.lacking(k) for k in range(cache.fingerprint["draws_per_pair"])]
+    bad = [row for k, rows in work for row in rows if lacking[k][row]]
+    if bad:
+        raise ValueError(
+            f"the reference's error of pair {cache.dataset.pair_ids[bad[0]]:016x} is not finite "
+            f"({len(bad)} of {total} are not): try mixed_precision no, or remove such pairs"
+        )
     return cache.computed - before
 
 
@@ -358,7 +384,7 @@ def drift(
     """(max |m_cached - m_online| over the batches, max(2 margin_noise, 1e-6 beta): what it may be).
 
     m_cached - m_online = (beta/2) (change of r_w - change of r_l), whatever the policy says. Of the
-    batches whose errors are there; 0 if none are. Prints a warning when it is not within.
+    batches whose errors are there; 0 if none are.
     """
     worst, allowed = 0.0, max(2 * margin_noise, 1e-6 * beta)
     for batch, draws in batches:
@@ -368,6 +394,10 @@ def drift(
             w, l = (kept - now).chunk(2)
             change = (0.5 * beta * (w - l)).abs().max().item()
             worst = max(worst, change) if math.isfinite(change) else math.inf
+    return worst, allowed
+
+
+def warn_of_drift(worst: float, allowed: float) -> None:
     if not worst <= allowed:
         print(
             f"warning: cached and online margins differ by {worst:.3g}, expected at most "
@@ -376,28 +406,39 @@ def drift(
             "command again",
             file=sys.stderr,
         )
-    return worst, allowed
 
 
-def _same(record: Path, now: dict[str, Any]) -> None:
-    """ValueError names the fields in which a cache's fingerprint is not this run's."""
+def recorded(folder: Path) -> dict[str, Any]:
+    """A cache's fingerprint; empty: there is none. ValueError: it cannot be read."""
+    record = folder / "fingerprint.json"
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"reference_cache {folder} is a link to nothing: make that folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"reference_cache {folder} is a file: choose another one")
+    if not record.exists():
+        return {}
     try:
         there = json.loads(record.read_bytes())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict) or not there:
         raise ValueError(
             f"reference cache {record}: is not readable; delete its folder and run the same "
             "command again"
-        ) from None
-    listed = differences(there, now)
-    if listed:
-        raise ValueError(
-            f"reference cache {record.parent}: filled with another {listed}; use the same values, "
-            "or name another reference_cache"
         )
+    return there
 
 
 def _digest(fingerprint: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(fingerprint).encode(), digest_size=16).hexdigest()
+
+
+def _sum(content: dict[str, Tensor]) -> str:
+    """A digest of the numbers: a flipped bit is another reference."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("pair_id", "index", "errors"):
+        digest.update(content[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(file: Path, fingerprint: dict[str, Any], known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,18 +449,18 @@ def _read(file: Path, fingerprint: dict[str, Any], known: Tensor) -> tuple[Tenso
 
     try:
         with safe_open(file, "pt") as opened:
-            mark = (opened.metadata() or {}).get("fingerprint")
-            names = ("pair_id", "index", "errors")
-            ids, index, table = (opened.get_tensor(name) for name in names)
-        if mark != _digest(fingerprint):
+            marks = opened.metadata() or {}
+            content = {name: opened.get_tensor(name) for name in ("pair_id", "index", "errors")}
+        if marks.get("fingerprint") != _digest(fingerprint):
             raise ValueError("it was filled with other values than fingerprint.json says")
+        ids, index, table = content.values()
         kinds = [(v.dtype, list(v.shape)) for v in (ids, index, table)]
         rows = len(ids)
         expected = [(torch.int64, [rows]), (torch.int64, [rows]), (torch.float64, [rows, 2])]
         if kinds != expected:
             raise ValueError(f"errors expected float64 [{rows}, 2], got {list(table.shape)}")
-        if not table.isfinite().all():
-            raise ValueError("an error is not finite")
+        if marks.get("content") != _sum(content):
+            raise ValueError("its numbers are not those that were written")
         at = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
         if not torch.equal(known[at], ids):
             raise ValueError("it has a pair that the data has not")

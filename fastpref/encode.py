@@ -100,14 +100,18 @@ def encode(
     waiting: list[Prepared] = []
     before, spoken = 0, -math.inf
 
+    def ready(part: str, name: str) -> None:
+        """A part of the model, loaded before it is asked: a fault of its is not the rows'."""
+        if hasattr(type(pipe), part) and part not in vars(pipe):
+            bar.clear()
+            with stage(f"loading the {name}") if progress else nullcontext():
+                getattr(pipe, part)
+
     def flush() -> None:
         nonlocal spoken
-        for part, name in (("media", "VAE"), ("text", "text encoder")):
-            # Loaded here: a fault of the model's is not the rows'.
-            if waiting and hasattr(type(pipe), part) and part not in vars(pipe):
-                bar.clear()
-                with stage(f"loading the {name}") if progress else nullcontext():
-                    getattr(pipe, part)
+        if waiting:
+            ready("media", "VAE")
+            ready("text", "text encoder")
         loud = progress and (sys.stderr.isatty() or time.monotonic() - spoken > 30)
         spoken = time.monotonic() if loud else spoken  # in a log a line now and then
         how = {"seed": seed, "batch_size": batch_size, "progress": loud}
@@ -135,6 +139,7 @@ def encode(
         counts = finish(folder, rows, len(index), bad, before)
         empty = folder / "empty.safetensors"
         if stored_shapes(empty) is None:
+            ready("text", "text encoder")
             with text_progress(pipe, "the empty prompt", progress):
                 cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
             write_tensors(empty, stored(cond, DTYPES[dtype]))

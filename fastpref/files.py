@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, flushes it to the disk and renames it over `path`.
+def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Writes `data` beside `path`, flushes it to the disk and renames it over `path`; new: where
+    there is a file already, that one stays.
 
-    Of two processes that write at once each has its own temporary file; the last rename stands.
+    Of two processes that write at once each has its own temporary file; the last rename stands
+    (new: the first).
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,26 +55,23 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if new:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """`write_atomic` where there is no such file yet; of two processes at once the first one's
-    stands.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    write_atomic(temporary, data)
-    with writing(path):
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
 
 
 def mark(folder: Path, kind: str) -> Path:

@@ -32,6 +32,7 @@ from .assemble import (
     place,
     predictor,
     preparer,
+    read_record,
     recorded_pass,
 )
 from .config import Config
@@ -101,9 +102,10 @@ def train(config: Config) -> dict[str, Any]:
         with compiling.eagerly():
             return predict(model, *inputs)
 
-    record = earlier = folder / "attention.json"
-    if config.reference == "cached":
-        earlier = cache_folder(config, dataset) / "fingerprint.json"
+    record = folder / "attention.json"
+    earlier = read_record(record) if record.exists() else {}
+    if config.reference == "cached" and start is None:
+        earlier = cache.recorded(cache_folder(config, dataset))
     backend = pick_attention(config, model, probe, device, earlier)
     write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
     settings = ExitStack()  # of the process, as long as the run lasts
@@ -224,7 +226,8 @@ def train(config: Config) -> dict[str, Any]:
         if store and noise is not None and (says or start is None):
             with stage("cache: what it has of the first 8 pairs, against the reference"):
                 how = {"beta": objective.beta, "margin_noise": noise}
-                cache.drift(store, now, process, few(), **how)
+                found = cache.drift(store, now, process, few(), **how)
+            cache.warn_of_drift(*found)
     except torch.OutOfMemoryError as error:
         raise exhausted(config, error) from None
     config.save(folder / "config.yaml")

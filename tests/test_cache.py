@@ -142,7 +142,7 @@ def test_a_write_that_fails_is_a_warning_and_made_up_for(filled, tmp_path, capsy
     errors.put(draws, torch.arange(4, dtype=torch.float64))
     assert not errors.flush() and not errors.flush()
     said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "here/errors-" in said and "cannot be written" in said
+    assert said.count("warning: ") == 1 and "here/fingerprint.json cannot be written (" in said
     assert errors.get(draws).tolist() == [0, 1, 2, 3]
     with pytest.raises(OSError, match="cannot be written"):
         cache.fill(errors, ref, c.process, prepare)
@@ -154,8 +154,12 @@ def test_two_that_begin_at_once_agree_on_the_first_ones_values(filled, tmp_path,
     """Neither sees a fingerprint there; the second one finds the first one's as it writes."""
     _, dataset, _, _, mark = filled
     first = cache.ErrorCache(tmp_path, mark, dataset)
-    real = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda p: p.name != "fingerprint.json" and real(p))
+    real, blind = Path.exists, [True, True]  # as it is opened, and as it is to be written
+
+    def exists(path):
+        return not (path.name == "fingerprint.json" and blind and blind.pop()) and real(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
     with pytest.raises(ValueError, match=r"filled with another seed \(11 there, 12 here\)"):
         cache.ErrorCache(tmp_path, {**mark, "seed": 12}, dataset)
     assert cache.ErrorCache(tmp_path, mark, dataset).fingerprint == first.fingerprint
@@ -304,15 +308,24 @@ def test_a_damaged_cache_is_one_line(filled, tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: reference cache") == 1
     with pytest.raises(ValueError, match=r"errors-000000.safetensors: cannot be used .*delete it"):
         cache.ErrorCache(tmp_path, mark, dataset)
-    (tmp_path / "fingerprint.json").write_text("{")
-    with pytest.raises(ValueError, match=r"fingerprint.json: is not readable"):
-        cache.ErrorCache(tmp_path, mark, dataset)
+    for text in ("", "{", "null", "[]", "3", "{}", "[" * 100_000, b"\xff\xfe"):
+        text = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "fingerprint.json").write_bytes(text)
+        with pytest.raises(ValueError, match=r"fingerprint.json: is not readable; delete its fold"):
+            cache.ErrorCache(tmp_path, mark, dataset)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, why in (("link", "a link to nothing"), ("errors-000000.safetensors", "a file")):
+        with pytest.raises(ValueError, match=f"reference_cache .*{name} is {why}"):
+            cache.ErrorCache(tmp_path / name, mark, dataset)
+    with pytest.raises(ValueError, match=r"draws_per_pair 268435456 of 7 pairs: .* 30.1 GB, do "):
+        cache.ErrorCache(tmp_path / "huge", {**mark, "draws_per_pair": 2**28}, dataset)
 
     def broken(noisy, t, cond):
         return torch.full_like(noisy, torch.nan) if noisy.shape[2] > 3 else noisy
 
     errors = cache.ErrorCache(tmp_path / "new", mark, dataset)
-    with pytest.raises(ValueError, match=f"pair {dataset.pair_ids[2]:016x} is not finite"):
+    said = rf"pair {dataset.pair_ids[2]:016x} is not finite \(3 of 21 are not\)"
+    with pytest.raises(ValueError, match=said):
         cache.fill(errors, broken, c.process, prepare)
     assert {pair for pair, _ in written(tmp_path / "new")} == {
         pair for i, pair in enumerate(dataset.pair_ids) if i != 2
@@ -321,7 +334,7 @@ def test_a_damaged_cache_is_one_line(filled, tmp_path, capsys):
         batch, draws = prepare(1, data.collate([dataset[2]]))
         found = cache.look_up(errors, says, c.process, prepare, K + 1, batch, draws)
         assert found.isfinite().all() == (says is ref)
-    assert torch.equal(errors.get(draws), found) and 2 not in lacking(errors, 1)
+    assert torch.equal(errors.get(draws), found) and lacking(errors, 1) == []
 
 
 def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
@@ -339,7 +352,8 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
         (own, {"errors": errors[:, :1]}, r"expected float64 \[21, 2\], got \[21, 1\]"),
         (own, {"errors": errors[1:]}, r"expected float64 \[21, 2\], got \[20, 2\]"),
         (own, {"errors": errors.float()}, r"expected float64 \[21, 2\]"),
-        (own, {"errors": hole}, "an error is not finite"),
+        (own, {"errors": hole}, "its numbers are not those that were written"),
+        (own, {"errors": errors.nextafter(errors + (index == 2)[:, None])}, "its numbers are not"),
         (own, {"pair_id": ids + (ids == ids[4])}, "a pair that the data has not"),
         (own, {"index": index + 1}, "a draw beyond draws_per_pair"),
         (own, {"index": index - 1}, "a draw beyond draws_per_pair"),
@@ -347,6 +361,8 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
     (tmp_path / "fingerprint.json").write_text(json.dumps(mark))
     for metadata, change, why in cases:
         values = {name: value.contiguous() for name, value in {**whole, **change}.items()}
+        if "numbers" not in why and metadata is own:  # written so, as it seems
+            metadata = own | {"content": cache._sum(values)}
         save_file(values, tmp_path / "errors-000000.safetensors", metadata=metadata)
         with pytest.raises(ValueError, match=f"errors-000000.safetensors: cannot be used .*{why}"):
             cache.ErrorCache(tmp_path, mark, dataset)
@@ -395,7 +411,8 @@ def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form)
     cache.fill(errors, ref, c.process, prepare)
     worst, allowed = cache.drift(errors, ref, c.process, batches(), **limits)
     assert worst == 0 and allowed == 500e-6 and "warning" not in capfd.readouterr().err
-    worst, _ = cache.drift(errors, shifted, c.process, batches(), **limits)
+    worst, allowed = cache.drift(errors, shifted, c.process, batches(), **limits)
+    cache.warn_of_drift(worst, allowed)
     said = capfd.readouterr().err
     assert worst > allowed and said.count("\n") == 1
     assert f"cached and online margins differ by {worst:.3g}, expected at most 0.0005" in said
@@ -403,6 +420,7 @@ def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form)
     limits["margin_noise"] = worst
     assert cache.drift(errors, shifted, c.process, batches(), **limits)[1] == 2 * worst
     broken = cache.drift(errors, lambda x, t, cond: x * torch.nan, c.process, batches(), **limits)
+    cache.warn_of_drift(*broken)
     assert broken[0] == torch.inf and "differ by inf" in capfd.readouterr().err
     # The advice: the files that are there are kept as they are, so the folder has to go.
     limits["margin_noise"] = 0.0

@@ -17,7 +17,7 @@ from pairs import arguments, command, options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastpref import models
+from fastpref import cache, models
 from fastpref.assemble import cache_mark, cache_reference, load_model, make_process, wait_for
 from fastpref.cli import main
 from fastpref.config import Config
@@ -36,10 +36,10 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def errors_in(cache):
+def errors_in(folder):
     """{(pair, draw): errors} of a cache's files, equal where a draw stands in two of them."""
     found = {}
-    for file in cache.glob("errors-*"):
+    for file in folder.glob("errors-*"):
         part = load_file(file)
         columns = (part[name].tolist() for name in ("pair_id", "index", "errors"))
         for pair, index, errors in zip(*columns, strict=True):
@@ -139,7 +139,7 @@ def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys, mon
             metadata = opened.metadata()
         values = load_file(file)
         values["errors"][..., 0] += 1e-2
-        save_file(values, file, metadata=metadata)
+        save_file(values, file, metadata=metadata | {"content": cache._sum(values)})
     assert "differ by" not in capsys.readouterr().err
     train(Config(**options(other, tmp_path / "drifted", **change, max_train_steps=1)))
     assert "cached and online margins differ by 5, expected at most" in capsys.readouterr().err
@@ -247,15 +247,15 @@ def test_full_tuning_needs_a_second_copy_until_the_cache_is_filled(
         assert torch.equal(a[key], b[key])
         torch.testing.assert_close(a[key], c[key], rtol=1e-3, atol=1e-5)
     # A longer run needs what is not there again: errors of the trained model are never kept.
-    cache = folder / "reference"
-    shutil.rmtree(cache)
+    kept = folder / "reference"
+    shutil.rmtree(kept)
     copies.clear()
     train(Config(**options(folder, tmp_path / "second", **change | {"max_train_steps": 11})))
     assert copies.count(WanTransformer3DModel) == 1
-    again = errors_in(cache)
-    shutil.rmtree(cache)
+    again = errors_in(kept)
+    shutil.rmtree(kept)
     cache_reference(Config(**options(folder, tmp_path / "fill", **change)))
-    assert errors_in(cache).items() >= again.items() and again
+    assert errors_in(kept).items() >= again.items() and again
 
 
 def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
