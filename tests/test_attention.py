@@ -309,12 +309,11 @@ def test_a_kernel_that_is_right_at_one_size_alone_is_refused(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 2, 16, 16, 32), (1, 2, 48, 7, 16), (1, 1, 512, 300, 128)])
 def test_two_kernels_that_are_right_are_not_refused(size, dtype):
     """PyTorch's flash kernel for a CPU beside its plain one; where no query of a few is undecided
-    their gradients of queries and keys are rounding alone at size 16.
+    their gradients of queries and keys are rounding alone at size 16 (with torch 2.13's draws the
+    first of these shapes: by 0.4 of their norm).
     """
     call = Call(*size, dtype, CPU)
     with sdpa_kernel(SDPBackend.MATH):  # attention native, that is
-        flash, native = (attention.results(n, call, 16.0) for n in BOTH)
-        assert (attention.difference(flash, native) > 0.1) == (call.queries == 16)
         assert attention.why_not_on(call, "flash") is None
 
 
@@ -329,6 +328,9 @@ def test_difference_is_relative_to_the_norm_of_output_and_gradients(monkeypatch)
     )  # fmt: skip
     off = attention.difference(attention.results("cudnn", call), native)
     assert off == pytest.approx(0.25, rel=1e-5)
+    least = tuple(4 * x.norm().item() for x in native)
+    off = attention.difference(attention.results("cudnn", call), native, least)
+    assert off == pytest.approx(0.25 / 4, rel=1e-5)
     wrong = [*native[:3], native[3] * torch.nan]
     assert attention.difference(wrong, native) == torch.inf
 
