@@ -103,7 +103,7 @@ def train(config: Config) -> dict[str, Any]:
             return predict(model, *inputs)
 
     record = folder / "attention.json"
-    earlier = read_record(record) if record.exists() else {}
+    earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
     if config.reference == "cached" and start is None:
         earlier = cache.recorded(cache_folder(config, dataset))
     backend = pick_attention(config, model, probe, device, earlier)
