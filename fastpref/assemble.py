@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import attention, cache, checkpoint, compiling, data, encode, models, reference
+from . import attention, cache, checkpoint, compiling, data, encode, filling, models, reference
 from .config import FREE_FIELDS, Config
 from .files import differences, locked, mark, model_identity
 from .functional import Draws
@@ -182,7 +182,7 @@ def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> referenc
 
 def preparer(
     config: Config, dataset: data.PairDataset, device: torch.device, dtype: torch.dtype
-) -> cache.Prepare:
+) -> filling.Prepare:
     """A batch on the device, and the draws of its pairs in an epoch."""
     empty = dataset.empty_cond if config.prompt_dropout else None
     if empty is not None:
@@ -269,14 +269,10 @@ def cache_mark(
 
 
 def open_cache(
-    config: Config,
-    dataset: data.PairDataset,
-    process: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
+    config: Config, dataset: data.PairDataset, mark: dict[str, Any], device: torch.device
 ) -> tuple[cache.ErrorCache, bool]:
     """The run's cached reference errors, and whether it will ask for some that are not there.
+    mark: their `cache_mark`.
 
     Raises:
         ValueError: they do not fit, or some are lacking and nothing can be written there.
@@ -284,7 +280,6 @@ def open_cache(
     folder = cache_folder(config, dataset).resolve()
     if Path(config.model).is_dir() and folder.is_relative_to(Path(config.model).resolve()):
         raise ValueError(f"reference_cache {folder}: is in the model's folder, choose another one")
-    mark = cache_mark(config, dataset, process, device, dtype, backend)
     errors = cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
     lacks = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
     if lacks and not os.access(errors.folder, os.W_OK):
@@ -337,10 +332,11 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     with attention.use(model, backend.name):
         if config.compile:
             compiling.compile_blocks(model, family.BLOCKS)
-        errors, _ = open_cache(config, dataset, process, device, dtype, backend.name)
+        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
+        errors, _ = open_cache(config, dataset, mark, device)
         says = recorded_pass(says, device) if config.cuda_graphs else says
         ahead = {"num_workers": config.num_workers}
-        count = cache.fill(errors, says, process, prepare, rank=rank, world=world, **ahead)
+        count = filling.fill(errors, says, process, prepare, rank=rank, world=world, **ahead)
     return where, count
 
 

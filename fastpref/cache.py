@@ -5,21 +5,17 @@ rows `pair_id [n]`, `index [n]`, `errors [n, 2]` (winner, loser), and in their m
 the fingerprint and of the rows. Each process writes files of its own name: several may share a
 cache.
 
-Draw k of a pair is computed in the batch that the pair is in in epoch k of a training run. So a run
-that looks up what it needs, and `fill`, which is ahead of it, write the same numbers.
+`filling` computes what a cache lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,12 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import native
-from .data import Batch, PairDataset, batches_per_epoch, collate, epoch_batches, map_ahead
+from .data import PairDataset, batches_per_epoch, epoch_batches
 from .files import differences, identity, model_identity, write_atomic
 from .functional import Draws
-from .reference import PairMode, Reference, errors
-
-Prepare = Callable[[int, Batch], tuple[Batch, Draws]]  # (draw's number, batch) -> on the device
+from .reference import PairMode
 
 SECONDS = 10  # between two writes: what a killed process computes again
 ROWS = 4096  # of a file, until the next one is begun
@@ -126,7 +120,7 @@ class ErrorCache:
         self.name, self.part = f"errors-{secrets.token_hex(4)}", 0
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []  # of the file in hand
         self.computed, self.unwritten, self.failed = 0, False, False
-        self.asked = self.found = 0  # batches that `look_up` was asked for, and knew
+        self.asked = self.found = 0  # batches that `filling.look_up` was asked for, and knew
         self.seen: dict[Path, int] = {}  # files of others that were read, at this size
         self.written = time.monotonic()
         self._read_others()
@@ -161,7 +155,7 @@ class ErrorCache:
         self._settle()
         self.written = time.monotonic()
         try:
-            self._write()
+            self.write()
             self._read_others()
         except (OSError, ValueError) as error:
             if not self.failed:
@@ -236,7 +230,8 @@ class ErrorCache:
         self.pending[:] = False
         self.waiting.clear()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """What is not on the disk yet; OSError or ValueError: it cannot be written."""
         from safetensors.torch import save
 
         if not self.unwritten:
@@ -261,151 +256,6 @@ class ErrorCache:
             row = self.rows(ids)
             new = self.table[row, index].isnan().any(1)
             self.table[row[new], index[new]] = found[new]
-
-
-def fill(
-    cache: ErrorCache,
-    reference: Reference,
-    process: Any,
-    prepare: Prepare,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    num_workers: int = 0,
-) -> int:
-    """Computes the errors that `cache` lacks; returns how many.
-
-    Each in its batch of the epoch of its number; pairs that fill none there are batches of their
-    own, filled up with themselves. Killed and called again it goes on. rank of world computes every
-    world-th batch and waits for nobody. num_workers: threads that read ahead.
-
-    Raises:
-        ValueError: an error is not finite; the others are kept.
-        OSError: the folder cannot be written.
-    """
-    work = []
-    for k in range(cache.fingerprint["draws_per_pair"]):
-        lacking = cache.lacking(k)
-        every = islice(_batches(cache, k), rank, None, world)
-        work += [(k, rows) for rows in every if lacking[list(rows)].any()]
-    before, total = cache.computed, sum(len(rows) for _, rows in work)
-    with tqdm(total=total, unit="draw", disable=True if rank else None, file=sys.stderr) as bar:
-        load = partial(_load, cache)
-        for (k, rows), batch in zip(work, map_ahead(load, work, num_workers), strict=True):
-            _compute(cache, reference, process, prepare, k, rows, batch)
-            bar.update(len(rows))
-    if not cache.flush():
-        cache._write()  # raises what the warning said
-    lacking = [cache.lacking(k) for k in range(cache.fingerprint["draws_per_pair"])]
-    bad = [row for k, rows in work for row in rows if lacking[k][row]]
-    if bad:
-        raise ValueError(
-            f"the reference's error of pair {cache.dataset.pair_ids[bad[0]]:016x} is not finite "
-            f"({len(bad)} of {total} are not): try mixed_precision no, or remove such pairs"
-        )
-    return cache.computed - before
-
-
-def look_up(
-    cache: ErrorCache,
-    reference: Reference,
-    process: Any,
-    prepare: Prepare,
-    epoch: int,
-    batch: Batch,
-    draws: Draws,
-) -> Tensor:
-    """The errors [2B] float64 of a training batch, winners first; what is not known is computed and
-    kept, as `fill` would.
-
-    So beyond draws_per_pair, where a draw comes again in another batch, what its own epoch left
-    over (or what is lost) is computed in the batch that it would have had there.
-    """
-    cache.asked += 1
-    found = cache.get(draws)
-    if found is not None:
-        cache.found += 1
-        return found
-    if epoch >= cache.fingerprint["draws_per_pair"]:
-        k, row = int(draws.index[0]), cache.rows(draws.pair_id)
-        lacking = set(row[cache.lacking(k)[row]].tolist())
-        for rows in _batches(cache, k):
-            if not lacking.isdisjoint(rows):
-                _compute(cache, reference, process, prepare, k, rows, _load(cache, (k, rows)))
-                lacking.difference_update(rows)
-            if not lacking:
-                break
-        found = cache.get(draws)
-    if found is None:
-        found = errors(reference, process, batch, draws, cache.fingerprint["pair_mode"])
-        cache.put(draws, found)
-    return found
-
-
-def _batches(cache: ErrorCache, draw: int) -> Iterator[tuple[int, ...]]:
-    """The batches of rows in which a draw is computed: those of its epoch, then what is left."""
-    size, seed = (cache.fingerprint[name] for name in ("train_batch_size", "seed"))
-    return epoch_batches(cache.dataset.shapes, size, seed, draw, rest=True)
-
-
-def _load(cache: ErrorCache, work: tuple[int, tuple[int, ...]]) -> Batch:
-    """A batch of `_batches`, filled up with its own pairs."""
-    _, rows = work
-    size = cache.fingerprint["train_batch_size"]
-    return collate([cache.dataset[rows[i % len(rows)]] for i in range(size)])
-
-
-def _compute(
-    cache: ErrorCache,
-    reference: Reference,
-    process: Any,
-    prepare: Prepare,
-    draw: int,
-    rows: tuple[int, ...],
-    batch: Batch,
-) -> None:
-    ready, draws = prepare(draw, batch)
-    found = errors(reference, process, ready, draws, cache.fingerprint["pair_mode"])
-    count = len(rows)
-    own = Draws(draws.seed, draws.pair_id[:count], draws.index[:count])
-    cache.put(own, found.view(2, -1)[:, :count].reshape(-1))
-
-
-@torch.no_grad()
-def drift(
-    cache: ErrorCache,
-    online: Reference,
-    process: Any,
-    batches: Iterable[tuple[Batch, Draws]],
-    *,
-    beta: float,
-    margin_noise: float,
-) -> tuple[float, float]:
-    """(max |m_cached - m_online| over the batches, max(2 margin_noise, 1e-6 beta): what it may be).
-
-    m_cached - m_online = (beta/2) (change of r_w - change of r_l), whatever the policy says. Of the
-    batches whose errors are there; 0 if none are.
-    """
-    worst, allowed = 0.0, max(2 * margin_noise, 1e-6 * beta)
-    for batch, draws in batches:
-        kept = cache.get(draws)
-        if kept is not None:
-            now = errors(online, process, batch, draws, cache.fingerprint["pair_mode"])
-            w, l = (kept - now).chunk(2)
-            change = (0.5 * beta * (w - l)).abs().max().item()
-            worst = max(worst, change) if math.isfinite(change) else math.inf
-    return worst, allowed
-
-
-def warn_of_drift(worst: float, allowed: float) -> None:
-    if not worst <= allowed:
-        print(
-            f"warning: cached and online margins differ by {worst:.3g}, expected at most "
-            f"{allowed:.3g}: the reference is computed otherwise here than where the cache was "
-            "filled; delete the cache's folder, or name another reference_cache, and run the same "
-            "command again",
-            file=sys.stderr,
-        )
 
 
 def recorded(folder: Path) -> dict[str, Any]:

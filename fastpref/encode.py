@@ -6,8 +6,7 @@ import inspect
 import json
 import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from functools import partial
@@ -98,22 +97,12 @@ def encode(
     index: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     waiting: list[Prepared] = []
-    before, spoken = 0, -math.inf
-
-    def ready(part: str, name: str) -> None:
-        """A part of the model, loaded before it is asked: a fault of its is not the rows'."""
-        if hasattr(type(pipe), part) and part not in vars(pipe):
-            bar.clear()
-            with stage(f"loading the {name}") if progress else nullcontext():
-                getattr(pipe, part)
+    before = 0
 
     def flush() -> None:
-        nonlocal spoken
+        loud = progress and not (bar.disable and loaded(pipe, "text"))  # in a log its first batch
         if waiting:
-            ready("media", "VAE")
-            ready("text", "text encoder")
-        loud = progress and (sys.stderr.isatty() or time.monotonic() - spoken > 30)
-        spoken = time.monotonic() if loud else spoken  # in a log a line now and then
+            load(pipe, PARTS, progress)
         how = {"seed": seed, "batch_size": batch_size, "progress": loud}
         for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
             (bad if isinstance(result, BadRow) else index).append(result)
@@ -139,7 +128,7 @@ def encode(
         counts = finish(folder, rows, len(index), bad, before)
         empty = folder / "empty.safetensors"
         if stored_shapes(empty) is None:
-            ready("text", "text encoder")
+            load(pipe, ["text"], progress)
             with text_progress(pipe, "the empty prompt", progress):
                 cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
             write_tensors(empty, stored(cond, DTYPES[dtype]))
@@ -147,6 +136,23 @@ def encode(
     if progress:
         print(f"{folder}: {counts}")
     return folder
+
+
+PARTS = {"media": "VAE", "text": "text encoder"}  # of a model, by the pipe's names
+
+
+def loaded(pipe: Any, part: str) -> bool:
+    """Whether a part that is loaded when it is first used has been; or there is no such part."""
+    return not hasattr(type(pipe), part) or part in vars(pipe)
+
+
+def load(pipe: Any, parts: Iterable[str], progress: bool) -> None:
+    """Loads parts before they are asked, since a fault of theirs is not the rows'; a line each."""
+    for part in parts:
+        if not loaded(pipe, part):
+            said = stage(f"loading the {PARTS[part]}") if progress else nullcontext()
+            with tqdm.external_write_mode(file=sys.stdout), said:
+                getattr(pipe, part)
 
 
 def check_workers(num_workers: int) -> None:

@@ -6,7 +6,6 @@ errors are known (`cache`), a step takes those in its place.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -91,48 +90,6 @@ def _adapters(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) -> None:
-    """Self-check: with its adapters off the model says what the base said, bit for bit."""
-    with disabled(adapter_layers(model)):
-        off = probe()
-    if not base_says.isfinite().all():
-        raise ValueError(
-            "self-check: the base model's prediction of the first batch is not finite: look at its "
-            "weights and at the encoded latents, or use mixed_precision no"
-        )
-    if not torch.equal(off, base_says):
-        raise ValueError(
-            "self-check: with its adapters off the model differs from the base by "
-            f"{(off.float() - base_says.float()).abs().max():.3g}, so it cannot be the reference"
-        )
-
-
-def check_on(model: nn.Module, probe: Callable[[], Tensor]) -> None:
-    """Self-check after the first optimiser step: the adapters change what the model says."""
-    on = probe()
-    with disabled(adapter_layers(model)):
-        off = probe()
-    if torch.equal(on, off):
-        print(
-            "warning: self-check: after the first step the adapters change nothing "
-            "(the learning rate may be too small for this dtype)",
-            file=sys.stderr,
-        )
-
-
-def check_step(err: Tensor, ref_err: Tensor) -> None:
-    """Self-check of the first step after an update, in the form it has in the loop (compiled,
-    recorded, resumed): switching the adapters off reaches it, so policy and reference differ.
-    """
-    if torch.equal(err, ref_err):
-        print(
-            "warning: self-check: policy and reference still say the same in the training step: "
-            "the learning rate is too small for this dtype, or switching the adapters has no "
-            "effect there (try without compile and cuda_graphs)",
-            file=sys.stderr,
-        )
-
-
 def base(model: nn.Module, predict: Predict) -> Reference:
     """The model as it is, without gradient: a frozen copy, or what a cache is filled from."""
 
@@ -141,6 +98,23 @@ def base(model: nn.Module, predict: Predict) -> Reference:
         return predict(model, noisy, t, cond)
 
     return reference
+
+
+def of_run(
+    model: nn.Module, frozen: nn.Module | None, predict: Predict, *, shared: bool
+) -> tuple[Policy, Reference | None]:
+    """(policy, reference) of a run: its frozen copy, or the model with its adapters off, which
+    shares its prefix with the policy's pass where one follows the other (shared). None: it has
+    neither.
+    """
+    if frozen is None and shared:
+        return shared_prefix(model, predict)
+    says = None
+    if frozen is not None:
+        says = base(frozen, predict)
+    elif adapter_layers(model):
+        says = adapters_off(model, predict)
+    return lambda noisy, t, cond: predict(model, noisy, t, cond), says
 
 
 # ---- Errors of a batch

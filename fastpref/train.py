@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -18,10 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, cache, checkpoint, checkpointing, compiling, data, models, reference
+from . import (
+    attention,
+    cache,
+    checkpoint,
+    checkpointing,
+    checks,
+    compiling,
+    data,
+    filling,
+    models,
+    optimisation,
+    reference,
+)
 from .assemble import (
     add_lora,
     cache_folder,
+    cache_mark,
     frozen_copy,
     load_model,
     make_process,
@@ -113,7 +125,8 @@ def train(config: Config) -> dict[str, Any]:
 
     store, asked = None, True  # of the reference's errors; whether it has to say more
     if config.reference == "cached":
-        store, asked = open_cache(config, dataset, process, device, dtype, backend.name)
+        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
+        store, asked = open_cache(config, dataset, mark, device)
     frozen = None
     if asked and frozen_copy(config):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -121,7 +134,7 @@ def train(config: Config) -> dict[str, Any]:
         with stage("self-check: forwards of the first batch without adapters, with idle ones"):
             base_says = probe()
             add_lora(model, config, family.LORA_TARGETS)
-            reference.check_off(model, probe, base_says)
+            checks.check_off(model, probe, base_says)
     kept = pick_checkpointing(config, family, model, dataset, device, dtype, folder, asked)
     checkpointing.apply(model, family.BLOCKS, kept)
     if config.compile:
@@ -129,30 +142,15 @@ def train(config: Config) -> dict[str, Any]:
         compiling.compile_blocks(model, family.BLOCKS)
         if frozen is not None:
             compiling.compile_blocks(frozen, family.BLOCKS)
-    policy: reference.Policy = lambda noisy, t, cond: predict(model, noisy, t, cond)  # noqa: E731
-    says: reference.Reference | None = None  # of a fully tuned model whose errors are all there
-    if frozen is not None:
-        says = reference.base(frozen, predict)
-    elif store is None:
-        policy, says = reference.shared_prefix(model, predict)
-    elif config.tuning == "lora":
-        says = reference.adapters_off(model, predict)
+    policy, says = reference.of_run(model, frozen, predict, shared=store is None)
     look_up = None
     if store:
         one = recorded_pass(says, device) if config.cuda_graphs and says else says
-        look_up = partial(cache.look_up, store, one, process, prepare)
+        look_up = partial(filling.look_up, store, one, process, prepare)
     parameters = list(checkpoint.trainable(model).values())
     graphs = config.cuda_graphs and device.type == "cuda"
     rate = torch.tensor(config.learning_rate, device=device)  # what a recorded step reads
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=rate if graphs else config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-        capturable=graphs,
-    )
+    optimizer = optimisation.adamw(config, parameters, rate if graphs else None)
 
     take = {"joint": joint, "deferred": deferred}[config.pair_mode]
 
@@ -193,7 +191,7 @@ def train(config: Config) -> dict[str, Any]:
 
     def update() -> Tensor:
         """Clip, look and step; the gradients' norm."""
-        grad_norm = clip_gradients(parameters, config.max_grad_norm)
+        grad_norm = optimisation.clip_gradients(parameters, config.max_grad_norm)
         guard.watch(optimizer, grad_norm)
         optimizer.step()
         return grad_norm
@@ -217,17 +215,16 @@ def train(config: Config) -> dict[str, Any]:
         meter.restore(state["meter"])
         (folder / "result.json").unlink(missing_ok=True)  # of fewer steps
         print(f"resumed from {start}")
-    few = partial(first_pairs, config, dataset, prepare)
-    now = says or reference.base(model, predict)  # that one is it until its first step
+    few = partial(checks.first_pairs, dataset, config.train_batch_size, config.seed, prepare)
+    # Fully tuned, its errors all there: until its first step the model is its own reference.
+    now = says if says or start else reference.base(model, predict)
     try:
         if start is None and objective is not None:
             how = {"pair_mode": config.pair_mode, "beta": objective.beta}
-            noise = margin_noise(policy, now, process, few(), **how)
-        if store and noise is not None and (says or start is None):
-            with stage("cache: what it has of the first 8 pairs, against the reference"):
-                how = {"beta": objective.beta, "margin_noise": noise}
-                found = cache.drift(store, now, process, few(), **how)
-            cache.warn_of_drift(*found)
+            noise = checks.margin_noise(policy, now, process, few(), **how)
+        if store and now and noise is not None:
+            how = {"beta": objective.beta, "margin_noise": noise}
+            checks.drift(store, now, process, few(), **how)
     except torch.OutOfMemoryError as error:
         raise exhausted(config, error) from None
     config.save(folder / "config.yaml")
@@ -302,7 +299,7 @@ def train(config: Config) -> dict[str, Any]:
                     **batch.cond,
                 )
                 meter.add(values, Times(*times).level)
-            lr = config.learning_rate * schedule(config, step)
+            lr = config.learning_rate * optimisation.schedule(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate.fill_(lr) if graphs else lr
             grad_norm = update()
@@ -311,9 +308,9 @@ def train(config: Config) -> dict[str, Any]:
             meter.begin()
             progress.update()
             if step == 1 and config.tuning == "lora":
-                reference.check_on(model, probe)
+                checks.check_on(model, probe)
             if step == max(begin, 1) + 1 and config.tuning == "lora":  # began with adapters
-                reference.check_step(out.err, out.ref_err)
+                checks.check_step(out.err, out.ref_err)
 
             if step % config.logging_steps == 0 or step == config.max_train_steps:
                 metrics = meter.flush(by_level=("rewards/margins", "importance/weight"))
@@ -393,58 +390,6 @@ def elements(config: Config, dataset: data.PairDataset) -> int:
             f"{min(counts)} and of {max(counts)} elements; use half_mean or mean"
         )
     return dataset[0].latents_w.numel()
-
-
-def schedule(config: Config, step: int) -> float:
-    """The learning rate's factor at a step: linear warm-up, then constant, linear or cosine to
-    0.
-    """
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
-        return 1.0
-    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
-    return 1 - done if config.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """The gradients' total norm before clipping, left on the device."""
-    if max_norm:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def first_pairs(config: Config, dataset: data.PairDataset, prepare: Any) -> Any:
-    """The run's first batches, of 8 pairs together or a few more."""
-    batches = data.batches(dataset, config.train_batch_size, config.seed)
-    for _ in range(math.ceil(8 / config.train_batch_size)):
-        yield prepare(*next(batches))
-
-
-def margin_noise(
-    policy: reference.Policy,
-    online: reference.Reference,
-    process: Any,
-    batches: Iterable[tuple[data.Batch, Draws]],
-    *,
-    pair_mode: reference.PairMode,
-    beta: float,
-) -> float | None:
-    """max |m| over the batches while policy and reference are the same model: what rounding alone
-    makes of the margin in the run's own step, whose forwards it runs. None: it is not finite.
-    """
-    seen = []
-    with stage("margin noise: forwards of the first 8 pairs"):
-        for batch, draws in batches:
-            w, l = reference.changes(policy, online, process, batch, draws, pair_mode).chunk(2)
-            seen.append((0.5 * beta * (w - l)).abs().max())
-        worst = torch.stack(seen).max().item()
-    if not worst <= 0.05:
-        print(
-            f"warning: margin noise {worst:.3g} is above 0.05: rounding moves the loss",
-            file=sys.stderr,
-        )
-    return worst if math.isfinite(worst) else None
 
 
 def warn_of_repeats(config: Config, shapes: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref import cache, data
+from fastpref import cache, data, filling
 
 K = 3
 KIND = {"draws_per_pair": K, "train_batch_size": 2, "seed": 11, "pair_mode": "joint"}
@@ -52,7 +52,7 @@ def fill(folder: Path, pause: float) -> int:
 
     cache.SECONDS = -1
     errors = cache.ErrorCache(folder, KIND, Pairs())
-    return cache.fill(errors, reference, fastpref.FlowMatching(), prepare)
+    return filling.fill(errors, reference, fastpref.FlowMatching(), prepare)
 
 
 if __name__ == "__main__":

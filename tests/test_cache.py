@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import DPO, STEPS, case, distance, gradients, plain, run
 
 import fastpref
-from fastpref import cache, data, reference
+from fastpref import cache, checks, data, filling, reference
 
 NAMES = ("pair_id", "index", "errors")
 
@@ -64,7 +64,7 @@ def filled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     mark = kind(folder / "data", c)
     errors = cache.ErrorCache(folder / "a", mark, dataset)
-    assert cache.fill(errors, ref, c.process, prepare) == 7 * K == len(written(folder / "a"))
+    assert filling.fill(errors, ref, c.process, prepare) == 7 * K == len(written(folder / "a"))
     assert dataset.loaded == 8 * K  # the only long pair fills its batch with itself
     return c, dataset, ref, folder / "a", mark
 
@@ -145,7 +145,7 @@ def test_a_write_that_fails_is_a_warning_and_made_up_for(filled, tmp_path, capsy
     assert said.count("warning: ") == 1 and "here/fingerprint.json cannot be written (" in said
     assert errors.get(draws).tolist() == [0, 1, 2, 3]
     with pytest.raises(OSError, match="cannot be written"):
-        cache.fill(errors, ref, c.process, prepare)
+        filling.fill(errors, ref, c.process, prepare)
     (tmp_path / "here").unlink()
     assert errors.flush() and len(written(tmp_path / "here")) == 7 * K
 
@@ -178,9 +178,9 @@ def test_what_was_just_given_is_waited_for_only_where_it_is_asked_for(
     for _ in range(4):  # an epoch, and a batch
         epoch, batch = next(stream)
         batch, draws = prepare(epoch, batch)
-        said = cache.look_up(errors, ref, c.process, prepare, epoch, batch, draws)
+        said = filling.look_up(errors, ref, c.process, prepare, epoch, batch, draws)
     assert settled == [] and (errors.asked, errors.found) == (4, 0)
-    assert torch.equal(cache.look_up(errors, ref, c.process, prepare, epoch, batch, draws), said)
+    assert torch.equal(filling.look_up(errors, ref, c.process, prepare, epoch, batch, draws), said)
     assert settled == [4] and errors.share() == 0.2 and errors.asked == 0
 
 
@@ -219,7 +219,7 @@ def test_a_step_with_the_cache_is_the_step_with_the_reference(filled, tmp_path, 
     c, dataset, ref, _, _ = filled
     mark = kind(tmp_path / "data", c, pair_mode=form)
     errors = cache.ErrorCache(tmp_path / "b", mark, dataset)
-    cache.fill(errors, ref, c.process, prepare)
+    filling.fill(errors, ref, c.process, prepare)
     batch, draws = prepare(0, next(data.batches(dataset, 2, 11))[1])
     c = c._replace(latents=batch.latents, cond=batch.cond, draws=draws)
     online, wanted = run(c, form, c.policy, ref)
@@ -236,7 +236,7 @@ def test_ranks_share_the_work_and_a_second_call_has_none(filled, tmp_path):
 
     def fill(rank):
         errors = cache.ErrorCache(tmp_path, mark, dataset)
-        return cache.fill(errors, ref, c.process, prepare, rank=rank, world=2)
+        return filling.fill(errors, ref, c.process, prepare, rank=rank, world=2)
 
     assert [fill(rank) for rank in (1, 0)] == [3 * K, 4 * K]
     assert written(tmp_path) == written(folder) and fill(0) == fill(1) == 0
@@ -326,13 +326,13 @@ def test_a_damaged_cache_is_one_line(filled, tmp_path, capsys):
     errors = cache.ErrorCache(tmp_path / "new", mark, dataset)
     said = rf"pair {dataset.pair_ids[2]:016x} is not finite \(3 of 21 are not\)"
     with pytest.raises(ValueError, match=said):
-        cache.fill(errors, broken, c.process, prepare)
+        filling.fill(errors, broken, c.process, prepare)
     assert {pair for pair, _ in written(tmp_path / "new")} == {
         pair for i, pair in enumerate(dataset.pair_ids) if i != 2
     }
     for says in (broken, broken, ref):  # in a run: not kept, so computed again, until it is finite
         batch, draws = prepare(1, data.collate([dataset[2]]))
-        found = cache.look_up(errors, says, c.process, prepare, K + 1, batch, draws)
+        found = filling.look_up(errors, says, c.process, prepare, K + 1, batch, draws)
         assert found.isfinite().all() == (says is ref)
     assert torch.equal(errors.get(draws), found) and lacking(errors, 1) == []
 
@@ -389,7 +389,7 @@ def test_drift_is_half_beta_times_the_change_of_the_difference():
         return torch.tensor([[1.0], [2.0], [9.75**0.5], [16.25**0.5]])
 
     limits = {"beta": 10.0, "margin_noise": 0.1}
-    worst, allowed = cache.drift(Kept(), now, process, [(batch, draws)], **limits)
+    worst, allowed = checks.drift(Kept(), now, process, [(batch, draws)], **limits)
     assert worst == pytest.approx(5 * 0.75, rel=1e-6) and allowed == 0.2
 
 
@@ -407,29 +407,27 @@ def test_drift_of_a_changed_reference_is_reported(filled, tmp_path, capfd, form)
         return ref(noisy, t, cond) + 1e-4 * noisy
 
     errors = cache.ErrorCache(tmp_path / "b", mark, dataset)
-    assert cache.drift(errors, shifted, c.process, batches(), **limits)[0] == 0, "nothing is there"
-    cache.fill(errors, ref, c.process, prepare)
-    worst, allowed = cache.drift(errors, ref, c.process, batches(), **limits)
+    assert checks.drift(errors, shifted, c.process, batches(), **limits)[0] == 0, "nothing is there"
+    filling.fill(errors, ref, c.process, prepare)
+    worst, allowed = checks.drift(errors, ref, c.process, batches(), **limits)
     assert worst == 0 and allowed == 500e-6 and "warning" not in capfd.readouterr().err
-    worst, allowed = cache.drift(errors, shifted, c.process, batches(), **limits)
-    cache.warn_of_drift(worst, allowed)
+    worst, allowed = checks.drift(errors, shifted, c.process, batches(), **limits)
     said = capfd.readouterr().err
     assert worst > allowed and said.count("\n") == 1
     assert f"cached and online margins differ by {worst:.3g}, expected at most 0.0005" in said
     assert "delete the cache's folder, or name another reference_cache" in said
     limits["margin_noise"] = worst
-    assert cache.drift(errors, shifted, c.process, batches(), **limits)[1] == 2 * worst
-    broken = cache.drift(errors, lambda x, t, cond: x * torch.nan, c.process, batches(), **limits)
-    cache.warn_of_drift(*broken)
+    assert checks.drift(errors, shifted, c.process, batches(), **limits)[1] == 2 * worst
+    broken = checks.drift(errors, lambda x, t, cond: x * torch.nan, c.process, batches(), **limits)
     assert broken[0] == torch.inf and "differ by inf" in capfd.readouterr().err
     # The advice: the files that are there are kept as they are, so the folder has to go.
     limits["margin_noise"] = 0.0
     errors = cache.ErrorCache(tmp_path / "b", mark, dataset)
-    assert cache.fill(errors, shifted, c.process, prepare) == 0
+    assert filling.fill(errors, shifted, c.process, prepare) == 0
     shutil.rmtree(tmp_path / "b")
     errors = cache.ErrorCache(tmp_path / "b", mark, dataset)
-    assert cache.fill(errors, shifted, c.process, prepare) == 7 * K
-    assert cache.drift(errors, shifted, c.process, batches(), **limits)[0] == 0
+    assert filling.fill(errors, shifted, c.process, prepare) == 7 * K
+    assert checks.drift(errors, shifted, c.process, batches(), **limits)[0] == 0
     assert "warning" not in capfd.readouterr().err
 
 

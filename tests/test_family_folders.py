@@ -1,10 +1,8 @@
 """Folders that the families load: parts when first used, variants, and mistakes in one line."""
 
-import io
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ import torch
 from families import FAMILIES, PROMPTS, Case, frames_of, tiny, write_media
 from pairs import options
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from fastpref import models
 from fastpref.assemble import load_model, open_data
@@ -422,43 +419,3 @@ def test_a_set_of_another_base_is_refused(tmp_path, capsys):
         sdxl.module.predict(sdxl.model, noisy, t, sd15.cond(["a"]))
     with pytest.raises(ValueError, match=r"an embedding `pooled` for a UNet of SD1.5: the set was"):
         sd15.module.predict(sd15.model, noisy, t, sdxl.cond(["a"]))
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("name", "layers"), [("wan", 2), ("sdxl", 6)])
-def test_encoding_says_what_loads_and_how_far_the_text_is(
-    name, layers, tmp_path, monkeypatch, capsys
-):
-    """Without a terminal a line of the text encoders, and not again within 30 s; on one a bar of
-    their layers at each call, and on request nothing.
-    """
-    case, bars = tiny(name), {}
-
-    class Bar(tqdm):
-        def close(self) -> None:
-            if not self.disable:
-                bars[self.desc.removesuffix(": ")] = (self.n, self.total)
-            super().close()
-
-    monkeypatch.setattr("fastpref.encode.tqdm", Bar)
-    media = write_media(case.family, tmp_path / "media")
-
-    def said(part: str, **options) -> list[str]:
-        encode(case.family.name, case.path, media, tmp_path / part, batch_size=3, **options)
-        return capsys.readouterr().out.splitlines()
-
-    assert said("quiet", progress=False) == []
-    loads = ["loading the VAE", "loading the text encoder"]
-    texts = [f"text encoder, {what}" for what in ("3 prompts", "1 prompts", "the empty prompt")]
-    first, *_ = lines = said("lines")
-    assert re.fullmatch(r"loading the VAE \.\.\. \d+\.\d s", first)
-    assert [line.partition(" ... ")[0] for line in lines[:-1]] == [*loads, texts[0], texts[2]]
-    bars.clear()
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert [line.partition(" ... ")[0] for line in said("bar")[:-1]] == loads
-    assert bars.pop("encode") == (4, 4)
-    assert bars == dict.fromkeys(texts, (layers, layers))

@@ -17,9 +17,10 @@ from fastpref.assemble import make_process, preparer
 from fastpref.config import Config
 from fastpref.data import Batch
 from fastpref.functional import PairLoss
+from fastpref.optimisation import schedule
 from fastpref.process import MASKED
 from fastpref.telemetry import pair_values, stage
-from fastpref.train import schedule, train
+from fastpref.train import train
 
 
 def config(**changes):

@@ -10,7 +10,7 @@ import torch
 from pairs import BASE, options, write_pairs
 from tiny import case, run
 
-from fastpref import models, reference
+from fastpref import checks, models, reference
 from fastpref.config import Config
 from fastpref.data import Batch
 from fastpref.train import train
@@ -59,11 +59,11 @@ def test_self_check_sees_a_changed_base():
 
     before = probe()
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=family.LORA_TARGETS), model)
-    reference.check_off(model, probe, before)
+    checks.check_off(model, probe, before)
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "base_layer" in name).mul_(1.01)
     with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
-        reference.check_off(model, probe, before)
+        checks.check_off(model, probe, before)
 
 
 def test_a_step_in_which_the_switch_does_nothing_is_told(tmp_path, monkeypatch, capsys):

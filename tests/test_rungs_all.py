@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import DPO, NAMES, STEPS, case, distance, gradients, plain
 
-from fastpref import cache, checkpointing, compiling, data, graphs, reference
+from fastpref import cache, checkpointing, compiling, data, filling, graphs, reference
 
 RUNGS = (
     "adapters off", "shared prefix", "frozen copy", "cached", "checkpointing attention",
@@ -20,7 +20,7 @@ WIDE = ("cogvideox-2b", "sd15")
 
 
 class Pairs(list):
-    """A case's pairs as `cache.fill` reads a set."""
+    """A case's pairs as `filling.fill` reads a set."""
 
     def __init__(self, c) -> None:
         w, l = c.latents.chunk(2)
@@ -50,7 +50,7 @@ def cached(c, form, folder):
         return batch, type(c.draws)(c.draws.seed, batch.pair_id, index)
 
     errors = cache.ErrorCache(folder, kind, Pairs(c))
-    cache.fill(errors, reference.base(c.base, c.family.predict), c.process, prepare)
+    filling.fill(errors, reference.base(c.base, c.family.predict), c.process, prepare)
     return cache.ErrorCache(folder, kind, Pairs(c)).get(c.draws)
 
 
