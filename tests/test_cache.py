@@ -184,6 +184,28 @@ def test_what_was_just_given_is_waited_for_only_where_it_is_asked_for(
     assert settled == [4] and errors.share() == 0.2 and errors.asked == 0
 
 
+def test_a_draw_is_computed_in_its_own_epochs_batch_whenever_it_is(filled, tmp_path):
+    """By a reference that looks at the whole batch: what was left over, or lost, and is asked for
+    in a later epoch's batch, is what `fill` writes.
+    """
+    c, dataset, _, _, mark = filled
+
+    def says(noisy, t, cond):
+        return noisy * noisy[: len(noisy) // 2].mean()
+
+    ahead, through, late = (
+        cache.ErrorCache(tmp_path / name, mark, dataset) for name in ("ahead", "through", "late")
+    )
+    filling.fill(ahead, says, c.process, prepare)
+    stream = data.batches(dataset, 2, 11)
+    for _ in range(3 * 5 * K):
+        epoch, batch = next(stream)
+        batch, draws = prepare(epoch % K, batch)
+        for errors in (through, late)[: 1 + (epoch >= K)]:
+            found = filling.look_up(errors, says, c.process, prepare, epoch, batch, draws)
+            assert torch.equal(found, ahead.get(draws))
+
+
 def test_a_file_of_many_rows_is_followed_by_another(filled, tmp_path, monkeypatch):
     _, dataset, _, _, mark = filled
     monkeypatch.setattr(cache, "ROWS", 4)

@@ -139,11 +139,11 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     assemble.add_lora(model, config, family.LORA_TARGETS)
     step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16, True)
 
-    def pick(on: memory.Card, device=gpu, **changes) -> str:
+    def pick(on: memory.Card, device=gpu, online=True, **changes) -> str:
         monkeypatch.setattr(memory, "card_of", lambda device: on)
         changed = replace(config, **changes)
         return fitting.pick_checkpointing(
-            changed, family, model, dataset, device, torch.bfloat16, tmp_path, online=True
+            changed, family, model, dataset, device, torch.bfloat16, tmp_path, online
         )
 
     for expected, on in (
@@ -162,6 +162,7 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     # what is named, or a CPU, is not looked at.
     fitting.note(tmp_path / "memory.json", record | {"checkpointing": "full"})
     assert pick(H100) == "full" and "checkpointing full: as " in capsys.readouterr().out
+    assert pick(H100, online=False) == "none", "of a run that asks the reference"
     for text in ("garbage", "[]", '{"checkpointing": "some"}'):  # it can be made again
         (tmp_path / "memory.json").write_text(text)
         assert pick(H100) == "none"

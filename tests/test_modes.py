@@ -160,6 +160,17 @@ def test_a_cache_serves_what_it_fits_and_is_checked(pairs, tmp_path, capsys, mon
     assert "filled with another seed (0 there, 1 here)" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_keeps_its_own_attention(pairs, tmp_path, capsys):
+    """Also where its cache, which says the same, is gone."""
+    change = {"reference": "cached", "reference_cache": str(tmp_path / "cache")}
+    train(Config(**options(pairs, tmp_path / "run", max_train_steps=2, **change)))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "run" / "attention.json").write_text('{"attention": "flash"}')
+    flags = arguments(options(pairs, tmp_path / "run", max_train_steps=4, **change))
+    assert main(["train", *flags]) == 1
+    assert "attention flash: needs an NVIDIA GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_runs_that_share_a_cache_keep_what_they_computed(pairs, tmp_path):
     """Two at once, of two objectives, killed at some step and started again: each is the unbroken
