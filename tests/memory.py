@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ class Pairs:
         w, l = torch.randn(2, 16, frames, 8, 8, generator=generator)
         text = torch.randn(5, 32, generator=generator)
         return data.Pair(w, l, {"text": text}, 1.0, self.pair_ids[i], "")
+
+
+def kind(path: Path, c: Any, **changes: Any) -> dict[str, Any]:
+    """A fingerprint; the files it looks at are made where they are missing."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("index.parquet", "fingerprint.json"):
+        if not (path / name).exists():
+            (path / name).write_text("something")
+    values = {
+        "model": path, "data": path, "process": c.process, "seed": 11, "draws_per_pair": K,
+        "batch_size": 2, "pair_mode": "joint", "compile": None, "attention": "native",
+        "device": "cpu", "dtype": "float32", "weights_dtype": "float32", "prompt_dropout": 0.0,
+    }  # fmt: skip
+    return cache.fingerprint(**{**values, **changes})
 
 
 def prepare(k: int, batch: data.Batch) -> tuple[data.Batch, fastpref.Draws]:
