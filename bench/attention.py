@@ -4,7 +4,7 @@
     python -m bench.attention --shape 17x256x256                 of other clips
     python -m bench.attention --device cpu                       a tiny shape: the plumbing
 
-Every backend of fastpref.attention that is at hand and agrees with native attention; the others are
+Every attention backend that is at hand and agrees with native attention; the others are
 named with the reason. Backends take turns; ms are medians, on a GPU its own time. TFLOP/s counts
 two products forward and five backward. off: how far output and gradients are at most from float32
 attention on the same numbers, relative to their norms, with inputs of size 1 and 16 (a kernel may
@@ -20,8 +20,8 @@ from torch import Tensor
 from bench import timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import attention_kernel
-from fastpref import attention
-from fastpref.attention import BACKENDS, SCALES, Call
+from fastpref.step import attention
+from fastpref.step.attention import BACKENDS, SCALES, Call
 
 FAMILIES = ("wan", "cogvideox-2b")
 ROWS = 4096  # queries at a time in float32: their scores are what takes the memory

@@ -17,8 +17,8 @@ from torch.nn.functional import logsigmoid
 
 from bench.meters import Clock
 from bench.pair_loss import mean_squares
-from fastpref import compiling
 from fastpref.process import Times
+from fastpref.step import compiling
 
 
 @dataclass(frozen=True)

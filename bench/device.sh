@@ -112,13 +112,13 @@ part_build() {
 
 part_test_cuda() {
   need_kernels
-  "$PYTHON" -m pytest -q -rs --durations=5 tests/test_cuda.py
+  "$PYTHON" -m pytest -q -rs --durations=5 tests/loss/test_cuda.py
 }
 
 # Test files that import what is not installed here are named and left out.
 part_test_more() {
   need_kernels
-  local ignore=(--ignore=tests/test_cuda.py) file log
+  local ignore=(--ignore=tests/loss/test_cuda.py) file log
   log=$("$PYTHON" -m pytest -m cuda --collect-only -q "${ignore[@]}" 2>&1)
   while read -r file; do
     echo "left out: $file does not import here"
@@ -139,7 +139,7 @@ need_tool() {
 sanitize() {
   need_tool compute-sanitizer
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool "$@" \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k sanitizer
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/loss/test_cuda.py -k sanitizer
 }
 part_memcheck() { sanitize memcheck; }
 part_racecheck() { sanitize racecheck --kernel-regex kns=fastpref; }

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from bench.architectures import ARCHITECTURES
 from bench.baselines import BASELINES
 from bench.variants import adapt, rungs
-from fastpref import memory, models, simulate
+from fastpref import models
+from fastpref.step import memory, simulate
 
 START, COMPILED = 30, 60  # seconds of a table's start; of compiling a variant's blocks, at the most
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 import fastpref
 from bench import timing
 from bench.architectures import ARCHITECTURES
-from fastpref import compiling, data, models, reference
+from fastpref import models
 from fastpref.models.published import PUBLISHED, Architecture
+from fastpref.pairs.dataset import Batch
+from fastpref.step import compiling, reference
 
 BETA, RANK, SEED = 5000.0, 4, 3
 WAYS = {"eager": None, "compiled": {}, "loose": {"options": None}}
@@ -77,7 +79,7 @@ def adapted(arch: Architecture, device: torch.device) -> nn.Module:
     return model
 
 
-def batch_of(arch: Architecture, index: int, device: torch.device) -> data.Batch:
+def batch_of(arch: Architecture, index: int, device: torch.device) -> Batch:
     """One pair of noise that no other index has."""
     shape = arch.latent(arch.shape)
     random = torch.Generator(device).manual_seed(index)
@@ -87,7 +89,7 @@ def batch_of(arch: Architecture, index: int, device: torch.device) -> data.Batch
         cond["pooled"] = draw(1, arch.pooled)
     cond = {name: torch.cat([value] * 2).bfloat16() for name, value in cond.items()}
     ids = torch.tensor([index + 1])
-    return data.Batch(draw(2, *shape).bfloat16(), cond, torch.ones(1), ids, [])
+    return Batch(draw(2, *shape).bfloat16(), cond, torch.ones(1), ids, [])
 
 
 def largest(arch: Architecture, mode: str, way: str, pairs: int, device: torch.device) -> float:

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from fastpref import attention
+from fastpref.step import attention
 
 
 class Clock:

@@ -15,7 +15,9 @@ import torch
 import fastpref
 from bench import timing
 from bench.pair_loss import mean_squares
-from fastpref import data, native, oracle
+from fastpref import oracle
+from fastpref.loss import native
+from fastpref.pairs.dataset import Pair, batches
 
 CALLS = 100
 SIZES = (10**2, 10**4, 10**6)
@@ -78,29 +80,29 @@ class Made:
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def __getitem__(self, i: int) -> data.Pair:
+    def __getitem__(self, i: int) -> Pair:
         latents = torch.full((1, 1, 8, 8), float(i))
-        return data.Pair(latents, -latents, {"text": latents[0, 0]}, 1.0, i, "")
+        return Pair(latents, -latents, {"text": latents[0, 0]}, 1.0, i, "")
 
 
 def loaders() -> dict[str, Callable[[], object]]:
     """The next batch of 8 pairs, within an epoch whose order is there."""
     calls = {}
     for pairs in SIZES:
-        batches = data.batches(Made(pairs), 8, seed=0, num_workers=2)
-        next(batches)
-        calls[f"next batch of {pairs:,} pairs"] = batches.__next__
+        stream = batches(Made(pairs), 8, seed=0, num_workers=2)
+        next(stream)
+        calls[f"next batch of {pairs:,} pairs"] = stream.__next__
     return calls
 
 
 def epoch_end(made: Made) -> float:
     """Seconds of the slowest of twelve batches of 8 pairs, an epoch's end in the middle of them."""
-    batches = data.batches(made, 8, seed=0, start=len(made) // 8 - 6, num_workers=2)
-    next(batches)  # passes over what comes before, as a resumed run does once
+    stream = batches(made, 8, seed=0, start=len(made) // 8 - 6, num_workers=2)
+    next(stream)  # passes over what comes before, as a resumed run does once
     slowest = 0.0
     for _ in range(12):
         begin = time.perf_counter()
-        next(batches)
+        next(stream)
         slowest = max(slowest, time.perf_counter() - begin)
     return slowest
 

@@ -27,8 +27,9 @@ from torch.nn.functional import logsigmoid
 
 import fastpref
 from bench import timing
-from fastpref import native, oracle
-from fastpref.objectives import OBJECTIVES, Objective
+from fastpref import oracle
+from fastpref.loss import native
+from fastpref.loss.objectives import OBJECTIVES, Objective
 
 SHAPES = {"wan": (16, 21, 60, 104), "cogvideox": (13, 16, 60, 90)}
 HYPER = {"dpo": {"beta": 2000.0}, "spo": {"beta": 10.0}}

@@ -54,7 +54,7 @@ from bench.inductor import Carried
 from bench.meters import Power, SavedBytes, attention_kernel
 from bench.rows import describe, energy, print_table
 from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
-from fastpref import attention, memory
+from fastpref.step import attention, memory
 
 LARGE = (
     *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),

@@ -30,7 +30,7 @@ import torch
 from bench import timing
 from bench.architectures import ARCHITECTURES
 from fastpref.models.published import PUBLISHED, Architecture
-from fastpref.telemetry import stage
+from fastpref.progress import stage
 
 PROMPTS = ["a red fox jumps over the old stone wall", "snow falls on a quiet street with lamps"]
 RUN = {
@@ -214,7 +214,7 @@ def write_media(size: Size, folder: Path) -> None:
     """Two pairs of coarse noise with metadata.jsonl: clips, or images of one frame."""
     from PIL import Image
 
-    from fastpref.media import write_clip
+    from fastpref.pairs.media import write_clip
 
     folder.mkdir(parents=True)
     frames, height, width = (int(n) for n in size.clip.split("x"))

@@ -14,10 +14,11 @@ import fastpref
 from bench.architectures import ARCHITECTURES, Architecture
 from bench.baselines import BASELINES, UsualStep
 from bench.meters import Clock
-from fastpref import attention, checkpointing, compiling, models, oracle, reference, step
-from fastpref.data import Batch
-from fastpref.graphs import StepGraph
+from fastpref import models, oracle
+from fastpref.pairs.dataset import Batch
 from fastpref.process import Times
+from fastpref.step import attention, checkpointing, compiling, pair, reference
+from fastpref.step.graphs import StepGraph
 
 BETA, SEED, RANK = 500.0, 1, 64
 LEARNING_RATE = 1e-5
@@ -193,7 +194,7 @@ class Ours:
         mode, kept, added = rungs(name)
         self.setting, self.clock = setting, Clock(setting.device)
         self.cached, self.what = "cached" in added, "ours"
-        self.pair_step = step.joint if mode == "joint" else step.deferred
+        self.pair_step = pair.joint if mode == "joint" else pair.deferred
         self.model = setting.twin()
         setting.keep_attention(self.model, name=setting.attention.name)
         checkpointing.apply(self.model, setting.family.BLOCKS, kept)

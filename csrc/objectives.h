@@ -1,7 +1,7 @@
 // Every objective as one functor of the four errors; dual numbers give its derivatives.
 //
 // To add an objective: write its functor, add its line to FASTPREF_OBJECTIVES at the end, and write
-// the independent line in fastpref/oracle.py. The formulas and their sources stand in the README.
+// the independent line in fastpref/loss/oracle.py. The formulas and their sources stand in the README.
 #pragma once
 #include <cmath>
 

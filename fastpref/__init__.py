@@ -3,9 +3,9 @@
 import importlib
 
 _PLACES = {
-    "native": ("build_info",),
-    "objectives": ("DMPO", "DPO", "DPOCM", "IPO", "SDPO", "SPO", "Hinge", "objective"),
-    "functional": (
+    "loss.native": ("build_info",),
+    "loss.objectives": ("DMPO", "DPO", "DPOCM", "IPO", "SDPO", "SPO", "Hinge", "objective"),
+    "loss.functional": (
         "Draws",
         "PairLoss",
         "Target",
@@ -18,7 +18,12 @@ _PLACES = {
     "process": ("Diffusion", "FlowMatching"),
 }
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
-_MODULES = ("oracle", "objectives", "functional", "process")
+_MODULES = {
+    "oracle": "loss.oracle",
+    "objectives": "loss.objectives",
+    "functional": "loss.functional",
+    "process": "process",
+}
 
 __all__ = [*_HOME, *_MODULES]
 __version__ = "0.1.0"
@@ -27,7 +32,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Import a public name where it is first used, so that `import fastpref` costs nothing."""
     if name in _MODULES:
-        return importlib.import_module(f"fastpref.{name}")
+        return importlib.import_module(f"fastpref.{_MODULES[name]}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"fastpref.{_HOME[name]}"), name)
         globals()[name] = value

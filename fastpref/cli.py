@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from .parsing import Parser
+    from .run.parsing import Parser
 
 USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     from torch import OutOfMemoryError
     from yaml import YAMLError
 
-    from .guard import Diverged, Interrupted
+    from .run.guard import Diverged, Interrupted
 
     on_signals(signal.default_int_handler)
     try:
@@ -91,7 +91,7 @@ def on_signals(handler: Callable[[int, Any], None]) -> None:
 
 
 def parser(name: str, what: str) -> Parser:
-    from .parsing import Parser
+    from .run.parsing import Parser
 
     return Parser(prog=f"fastpref {name}", description=what)
 
@@ -103,9 +103,9 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
-    from .assemble import alone
-    from .parsing import parse
-    from .train import train as run
+    from .run.assemble import alone
+    from .run.parsing import parse
+    from .run.train import train as run
 
     config = parse(rest)
     with alone(Path(config.output_dir)):
@@ -115,9 +115,9 @@ def train(rest: list[str]) -> None:
 
 
 def encode(rest: list[str]) -> None:
-    from .assemble import device_of
-    from .encode import DTYPES, POSTERIORS
-    from .encode import encode as run
+    from .pairs.encode import DTYPES, POSTERIORS
+    from .pairs.encode import encode as run
+    from .run.assemble import device_of
 
     options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
     add = options.add_argument
@@ -151,9 +151,9 @@ def encode(rest: list[str]) -> None:
 
 def survey(options: dict) -> None:
     """`fastpref encode --dry_run`."""
-    from .encode import check_workers
-    from .media import Sampling
-    from .prepare import survey as run
+    from .pairs.encode import check_workers
+    from .pairs.media import Sampling
+    from .pairs.prepare import survey as run
 
     check_workers(options["num_workers"])
     names = ("num_frames", "height", "width", "fps")
@@ -173,8 +173,8 @@ def cache_reference(rest: list[str]) -> None:
     """With torchrun each process fills its share, on the GPU of its local rank."""
     import torch
 
-    from .assemble import cache_reference as run
-    from .parsing import parse
+    from .run.assemble import cache_reference as run
+    from .run.parsing import parse
 
     config = parse(rest, "fastpref cache-reference")
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -190,10 +190,10 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .assemble import alone, open_data
-    from .config import OFFLINE, Config, belongs
-    from .parsing import betas, config_values, names
-    from .train import train as run
+    from .run.assemble import alone, open_data
+    from .run.config import OFFLINE, Config, belongs
+    from .run.parsing import betas, config_values, names
+    from .run.train import train as run
 
     options = parser("sweep", sweep.__doc__)
     options.add_argument("--objectives", required=True, help=f"with commas, of {','.join(OFFLINE)}")
@@ -255,9 +255,10 @@ def load(options: argparse.Namespace) -> tuple:
     """The family, its process and the model, with the adapter in it where one is named."""
     import torch
 
-    from . import checkpoint, models
-    from .assemble import device_of
+    from . import models
     from .models.folder import scheduler_config
+    from .run import checkpoint
+    from .run.assemble import device_of
 
     device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = models.family(options.family)
@@ -283,9 +284,9 @@ def sample(rest: list[str]) -> None:
             raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
-    from .assemble import claim
-    from .media import write_clip
-    from .validation import Prompts
+    from .look.validation import Prompts
+    from .pairs.media import write_clip
+    from .run.assemble import claim
 
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
@@ -317,9 +318,9 @@ def evaluate(rest: list[str]) -> None:
         raise ValueError(f"--draws_per_pair: expected 1 or more, got {options.draws_per_pair}")
     if not options.lora:
         raise ValueError("--lora is required: the run's folder, or its adapter file")
-    from . import reference
-    from .data import PairDataset
-    from .evaluate import errors, relative_errors
+    from .look.evaluate import errors, relative_errors
+    from .pairs.dataset import PairDataset
+    from .step import reference
 
     family, process, model = load(options)
     dataset = PairDataset(options.data)
@@ -342,7 +343,7 @@ def evaluate(rest: list[str]) -> None:
 def report(rest: list[str]) -> None:
     options = parser("report", "Curves and one HTML page of a training run, into its folder.")
     options.add_argument("run", help="output folder of fastpref train")
-    from .report import run_report
+    from .look.report import run_report
 
     print(run_report(Path(options.parse_args(rest).run)))
 
@@ -379,10 +380,10 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     """`fastpref doctor --family ...`: the choices of a run, and the flags of the best that fits."""
     import torch
 
-    from . import memory
-    from .assemble import device_of
-    from .fitting import needs
-    from .parsing import config_values
+    from .run.assemble import device_of
+    from .run.fitting import needs
+    from .run.parsing import config_values
+    from .step import memory
 
     open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))
     required = ("family", "model", "data", "output_dir")

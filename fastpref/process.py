@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from . import oracle
-from .functional import Draws, Target, add_noise
+from .loss import oracle
+from .loss.functional import Draws, Target, add_noise
 
 MOST_TIMESTEPS = 10**6
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0

@@ -38,7 +38,7 @@ def golden() -> list[dict]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten pairs of clips, as users have them."""
-    from pairs import write_pairs
+    from commands import write_pairs
 
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
 
@@ -46,7 +46,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def encoded_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoded set of six pairs, so that a file's runs share it and its cache."""
-    from pairs import encoded, write_pairs
+    from commands import encoded, write_pairs
 
     folder = tmp_path_factory.mktemp("data")
     return encoded(write_pairs(folder / "media", count=6), folder / "encoded").folder

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.true_size import clip_tokenizer, t5_tokenizer
 from fastpref import models
-from fastpref.media import write_clip
+from fastpref.pairs.media import write_clip
 from fastpref.process import Diffusion, FlowMatching
 
 PROMPTS = [
@@ -364,7 +364,7 @@ def run(case: Case, pipe: Any, latents: Tensor, steps: int, **extra: Any) -> Any
 
 
 def ddim_or_euler(case: Case, pipe: Any, steps: int) -> Any:
-    """The scheduler that steps as `fastpref.sample` does: DDIM, or Euler on UniPC's grid."""
+    """The scheduler that steps as `fastpref.look.sample` does: DDIM, or Euler on UniPC's grid."""
     import diffusers
 
     if case.family.name == "wan":

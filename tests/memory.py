@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref import cache, data, filling
+from fastpref.pairs.dataset import Batch, Pair
+from fastpref.step import cache, filling
 
 K = 3
 KIND = {"draws_per_pair": K, "train_batch_size": 2, "seed": 11, "pair_mode": "joint"}
@@ -28,13 +29,13 @@ class Pairs:
     def __len__(self) -> int:
         return 7
 
-    def __getitem__(self, i: int) -> data.Pair:
+    def __getitem__(self, i: int) -> Pair:
         self.loaded += 1
         generator = torch.Generator().manual_seed(i)
         frames = 5 if self.shapes[i] == "long" else 3
         w, l = torch.randn(2, 16, frames, 8, 8, generator=generator)
         text = torch.randn(5, 32, generator=generator)
-        return data.Pair(w, l, {"text": text}, 1.0, self.pair_ids[i], "")
+        return Pair(w, l, {"text": text}, 1.0, self.pair_ids[i], "")
 
 
 def kind(path: Path, c: Any, **changes: Any) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def kind(path: Path, c: Any, **changes: Any) -> dict[str, Any]:
     return cache.fingerprint(**{**values, **changes})
 
 
-def prepare(k: int, batch: data.Batch) -> tuple[data.Batch, fastpref.Draws]:
+def prepare(k: int, batch: Batch) -> tuple[Batch, fastpref.Draws]:
     """Draw k, with a condition changed in place as prompt dropout does."""
     draws = fastpref.Draws(11, batch.pair_id, torch.full_like(batch.pair_id, k))
     batch.cond["text"] = batch.cond["text"] * (1 + k)

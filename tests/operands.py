@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-import fastpref.ops  # noqa: F401 - registers the operators
+import fastpref.loss.ops  # noqa: F401 - registers the operators
 
 OP = torch.ops.fastpref
 EPS32 = torch.finfo(torch.float32).eps

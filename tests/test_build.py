@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastpref
-from fastpref import native as core
+from fastpref.loss import native as core
 
 ROOT = Path(__file__).parents[1]
 native = pytest.mark.skipif(core._C is None, reason="needs the compiled core")

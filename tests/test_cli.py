@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from pairs import BASE, arguments, command, fails, options
+from commands import BASE, arguments, command, fails, options
 
 from fastpref.cli import main
-from fastpref.config import Config
-from fastpref.media import Sampling, decode, write_clip
-from fastpref.parsing import parse
+from fastpref.pairs.media import Sampling, decode, write_clip
+from fastpref.run.config import Config
+from fastpref.run.parsing import parse
 
 
 @pytest.mark.parametrize(

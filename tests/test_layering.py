@@ -15,19 +15,33 @@ MODULES = sorted(
 )
 HEAVY = {"diffusers", "transformers", "peft", "av", "datasets", "matplotlib", "tensorboard"}
 
-# The core may import only these modules of the package; the rest is free within the rules below.
-MAY_IMPORT = {
+# The rooms, from the ground up: each imports its own files and what stands below it, no neighbour.
+ORDER = (
+    ("files", "progress"),
+    ("loss",),
+    ("process",),
+    ("models",),
+    ("pairs",),
+    ("step",),
+    ("look",),
+    ("run",),
+    ("demo",),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+
+# Within the loss, and what it takes from outside: torch alone.
+LOSS = {
     "oracle": set(),
     "native": {"_C", "oracle"},
     "ops": {"native"},
     "objectives": set(),
     "functional": {"ops", "objectives", "oracle"},
-    "process": {"functional", "oracle"},
 }
 
 
 def imports(source: str, module: str, top_level: bool = False) -> set[str]:
-    """What a module imports: package modules as "fastpref.x", others by their first name."""
+    """What a module imports: the package's own names in full, others by their first part."""
     here = ["fastpref", *module.split(".")]
     if here[-1] == "__init__":
         here.pop()
@@ -47,9 +61,8 @@ def imports(source: str, module: str, top_level: bool = False) -> set[str]:
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            inside = parts[0] == "fastpref" and len(parts) > 1
-            found.add(".".join(parts[:2]) if inside else parts[0])
+            inside = name.startswith("fastpref.")
+            found.add(name if inside else name.split(".")[0])
     return found
 
 
@@ -64,52 +77,63 @@ def read(module: str) -> str:
 
 
 def inner(module: str) -> set[str]:
-    """The package's own modules that a module imports, by their first name."""
+    """What a module imports of the package itself, in full and without its name."""
     found = imports(read(module), module)
-    return {name.split(".")[1] for name in found if name.startswith("fastpref.")}
+    return {name.removeprefix("fastpref.") for name in found if name.startswith("fastpref.")}
 
 
 def test_the_reader_of_imports_reads_them():
     source = (
         "import os, torch.nn\nfrom . import _C\nfrom ..process import from_config\n"
         "try:\n    import av\nexcept ImportError: pass\n"
-        "def f():\n    from fastpref.train import train\n    import diffusers.models\n"
+        "def f():\n    from fastpref.run.train import train\n    import diffusers.models\n"
     )
-    assert imports(source, "models.toy") == {
-        "os", "torch", "fastpref.models", "fastpref.process", "av", "fastpref.train", "diffusers",
-    }  # fmt: skip
-    assert imports(source, "models.toy", top_level=True) == {
-        "os", "torch", "fastpref.models", "fastpref.process", "av",
-    }  # fmt: skip
-    assert imports("from . import ops", "__init__") == {"fastpref.ops"}
-    assert imports("from .a import b", "models.__init__") == {"fastpref.models"}
+    always = {"os", "torch", "fastpref.models._C", "fastpref.process.from_config", "av"}
+    late = {"fastpref.run.train.train", "diffusers"}
+    assert imports(source, "models.toy") == always | late
+    assert imports(source, "models.toy", top_level=True) == always
+    assert imports("from . import ops", "loss.native") == {"fastpref.loss.ops"}
+    assert imports("from .. import models", "pairs.encode") == {"fastpref.models"}
+    assert imports("from .a import b", "models.__init__") == {"fastpref.models.a.b"}
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_the_core_stands_on_itself(module):
-    found = imports(read(module), module)
+def test_every_file_has_a_room():
+    assert {module.split(".")[0] for module in MODULES} == {*FLOOR, "__init__"}
+    for room in ("loss", "models", "pairs", "step", "look", "run", "demo"):
+        assert len([m for m in MODULES if m.startswith(f"{room}.")]) > 3, room
+        assert (ROOT / "tests" / room).is_dir(), room
+
+
+@pytest.mark.parametrize("module", LOSS)
+def test_the_loss_stands_on_itself(module):
+    found = imports(read(f"loss.{module}"), f"loss.{module}")
     outside = {n for n in found if not n.startswith("fastpref")} - set(sys.stdlib_module_names)
     assert outside <= {"torch"}
-    assert inner(module) <= MAY_IMPORT[module]
+    used = {name.removeprefix("loss.").split(".")[0] for name in inner(f"loss.{module}")}
+    assert used <= LOSS[module]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
 def test_every_module(module):
-    first = module.split(".")[0]
-    source = read(module)
+    room, source = module.split(".")[0], read(module)
     found, used = imports(source, module), inner(module)
     assert "bench" not in found and "tests" not in found
-    assert "_C" not in used or module == "native", "the core is imported by native alone"
-    assert "cli" not in used or first in ("cli", "__main__"), "nobody imports the commands"
-    assert "train" not in used or first in ("cli", "demo", "spo"), "nobody imports the loop"
-    if first in ("reference", "graphs", "process", "data"):
-        assert not used & {"train", "config", "step"}, "they know no trainer"
-    if first == "models":
-        assert used <= {"process", "models", "oracle"}
+    for name in used - {"_C"}:
+        other = name.split(".")[0]
+        below = FLOOR[other] < FLOOR[room]
+        assert below or other == room, f"{module} imports {name}, which does not stand below it"
+    assert "_C" not in used or module == "loss.native", "the core is imported by native alone"
+    if FLOOR[room] < FLOOR["run"]:
+        assert not re.search(r"\bConfig\b", source), "below run/ functions take values"
+    loop = any(name.startswith("run.train.") for name in used)
+    assert not loop or room in ("cli", "demo"), "nobody imports the loop"
+    if room == "models":
+        known = ("models", "process", "loss.oracle")
+        assert all(name.startswith(known) for name in used), "families know how noise is added"
     else:
         assert not re.search(r"family\w* *==|== *[\"'](wan|cogvideox|toy|stable)", source)
     if {"diffusers", "transformers"} & found:
-        assert first in ("models", "encode", "sample", "spo", "demo")
+        assert room in ("models", "look", "demo") or module == "pairs.encode"
     late = HEAVY & imports(source, module, top_level=True)
     assert not late, f"{late} must be imported where they are used, not at the top"
     assert ast.get_docstring(ast.parse(source)), "every file opens with what lives there"
@@ -142,7 +166,7 @@ import fastpref
 assert not {HEAVY!r} & set(sys.modules), "import fastpref"
 for name in fastpref.__all__:
     getattr(fastpref, name)
-import fastpref.train, fastpref.encode, fastpref.sample, fastpref.cli
+import fastpref.run.train, fastpref.pairs.encode, fastpref.look.sample, fastpref.cli
 import torch
 heavy = {HEAVY!r} & set(sys.modules)
 assert not heavy, heavy

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from pairs import BASE, write_pairs
+from commands import BASE, write_pairs
 
-from fastpref.encode import encode
-from fastpref.parsing import parse
+from fastpref.pairs.encode import encode
+from fastpref.run.parsing import parse
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fastpref
-from fastpref import oracle, step
+from fastpref import oracle
 from fastpref.models import cogvideox, stable_diffusion, toy, wan
+from fastpref.step import pair
 
 PAIRS = 2
 NAMES = ("toy", "wan", "cogvideox-2b", "cogvideox-5b", "sd15")
-STEPS = {"joint": step.joint, "deferred": step.deferred}
+STEPS = {"joint": pair.joint, "deferred": pair.deferred}
 DPO = fastpref.objective("dpo", beta=40.0)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomic
-from ..media import write_clip
-from ..sample import sample
+from ..look.sample import sample
+from ..pairs.media import write_clip
 from . import clips
 
 CANDIDATES = 6

@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checkpoint, evaluate
-from ..assemble import alone
-from ..config import OFFLINE, Config
-from ..data import PairDataset
-from ..encode import encode
 from ..files import write_atomic
+from ..look import evaluate
+from ..look.report import Comparison, run_report
 from ..models import toy
-from ..parsing import Parser, betas, names
+from ..pairs.dataset import PairDataset
+from ..pairs.encode import encode
 from ..process import from_config
-from ..report import Comparison, run_report
-from ..train import train
+from ..run import checkpoint
+from ..run.assemble import alone
+from ..run.config import OFFLINE, Config
+from ..run.parsing import Parser, betas, names
+from ..run.train import train
 from . import clips
 from .pairs import CANDIDATES, SEEDS, Sampler, judge_all, make_pairs, shuffle_labels
 from .summary import Row, summarise

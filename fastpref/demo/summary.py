@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluate import Interval, gain, win_rate
 from ..files import write_atomic
-from ..report import Page, Point, gain_against_winner_error
+from ..look.evaluate import Interval, gain, win_rate
+from ..look.report import Page, Point, gain_against_winner_error
 from .clips import HELD_OUT, PARTS
 
 HEADER = (

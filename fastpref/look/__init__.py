@@ -1,0 +1,1 @@
+"""Pictures and numbers of a model: samples, validation, scores, reports."""

@@ -1,0 +1,94 @@
+"""Clips sampled while a run trains: the base's beside the policy's, same prompts, same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..files import write_atomic
+from ..progress import stage
+from ..step import compiling
+from .report import Comparison, contact_sheet
+from .sample import sample
+
+
+class Prompts:
+    """Prompts embedded once; `clips` samples and decodes one clip each from a model as it is.
+
+    The text encoders are let go after embedding; what decodes is loaded on first use and stays.
+    """
+
+    def __init__(
+        self,
+        family: ModuleType,
+        process: Any,
+        path: str,
+        prompts: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        self.family, self.process, self.guidance = family, process, guidance_scale
+        self.prompts, self.device = list(prompts), device
+        with stage("text encoder: loading, and the prompts"):
+            *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
+        self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        self.negative = None
+        if guidance_scale != 1:
+            self.negative = {k: torch.stack([v] * len(rows)) for k, v in empty.items()}
+        self.pipe = self._pipe(path, dtype)
+
+    def _pipe(self, path: str, dtype: torch.dtype) -> Any:
+        pipe = self.family.pipeline(path, dtype)
+        return pipe.to(self.device) if hasattr(pipe, "to") else pipe
+
+    def shape(self, num_frames: int, height: int, width: int) -> torch.Size:
+        """Of the latents of a clip of that size."""
+        blank = torch.zeros(num_frames, height, width, 3, dtype=torch.uint8)
+        return self.family.encode_media(self.pipe, blank).shape
+
+    def clips(
+        self, model: nn.Module, shape: Sequence[int], steps: int, seeds: Sequence[int]
+    ) -> list[Tensor]:
+        """One clip per prompt and seed, uint8 [F, H, W, 3]."""
+        latents = sample(
+            model,
+            self.family,
+            self.process,
+            self.cond,
+            shape,
+            steps=steps,
+            seeds=seeds,
+            guidance_scale=self.guidance,
+            negative=self.negative,
+        )
+        return [self.family.decode(self.pipe, latent).cpu() for latent in latents]
+
+
+def draw_sheet(
+    folder: Path, step: int, prompts: Prompts, model: nn.Module, shape: Sequence[int], steps: int
+) -> None:
+    """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's."""
+    said = stage("validation clips of the base") if step == 0 else nullcontext()
+    with said, compiling.eagerly():
+        clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
+    write_sheet(folder, step, prompts.prompts, clips)
+
+
+def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]) -> None:
+    """Step 0 is kept as the base; later steps become a sheet of base beside tuned frames."""
+    folder.mkdir(exist_ok=True)
+    names = [str(i) for i in range(len(prompts))]
+    kept = folder / "base.safetensors"
+    if step == 0:
+        write_atomic(kept, save(dict(zip(names, clips, strict=True))))
+    base = load_file(kept)
+    rows = [Comparison(p, base[n], c) for p, n, c in zip(prompts, names, clips, strict=True)]
+    contact_sheet(folder / f"step-{step:06d}.png", rows)

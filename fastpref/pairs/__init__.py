@@ -1,0 +1,1 @@
+"""From a folder of media to batches: sources, rows, decoding, encoding, the encoded set."""

@@ -1,0 +1,391 @@
+"""Encode: media and prompts to latents and embeddings, one safetensors file per pair, resumable."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import models
+from ..files import differences, identity, locked, mark, model_identity, write_atomic
+from ..loss import oracle
+from ..models.folder import Encoders, check_path, encoders_of
+from ..progress import stage
+from .dataset import pair_file, read_fingerprint
+from .media import Sampling
+from .prepare import Prepared, finish, prepared, stored_shapes
+from .rows import BadRow, Row, Rows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POSTERIORS = ("mode", "sample")
+MOST_WORKERS = 256
+# Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
+# what was found of data whose rows were all bad.
+LEFT_OVER = (".fastpref", "fingerprint.json", "bad_rows.jsonl", "counts.json")
+
+
+@torch.no_grad()
+def encode(
+    family: str | ModuleType,
+    model: str | Path,
+    data: str | Path,
+    output_dir: str | Path,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+    *,
+    dtype: str = "float32",
+    num_workers: int = 2,
+    batch_size: int = 8,
+    ranked: str = "all",
+    split: str = "train",
+    posterior: str = "mode",
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Path:
+    """Encodes the pairs of `data` (`rows.Rows`, `media.Sampling`) into `output_dir`; returns it.
+
+    Written: pairs/XX/ID.safetensors (`latents_w`, `latents_l`, `cond.NAME`), empty.safetensors
+    (the empty prompt), bad_rows.jsonl, counts.json, fingerprint.json and, last, index.parquet.
+    Called again after an interruption it goes on and encodes nothing twice. With the same
+    `batch_size` it ends with the same bytes as an unbroken call, as far as the text encoder's rows
+    do not depend on their neighbours in a batch of one shape.
+
+    Args:
+        family: `toy`, or an importable module; model: its diffusers folder.
+        dtype: of the encoders and of what is stored: float32, bfloat16 or float16.
+        num_workers: threads that read and decode beside the encoding; 0: none.
+        batch_size: prompts per call of the text encoder, filled up with empty ones.
+        posterior: of the VAE: its mode, or a sample mean + std eps in which eps depends on `seed`
+            (0 unless given), the pair's id and the member alone (`posterior_normals`).
+
+    Raises:
+        ValueError: no usable pair (all ties, all rows bad, none), an `output_dir` encoded otherwise
+            or holding something else, an option out of range or without effect, a sample of a
+            family without a posterior.
+    """
+    check_workers(num_workers)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    sampling = Sampling(num_frames=num_frames, height=height, width=width, fps=fps)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
+    module = models.family(family) if isinstance(family, str) else family
+    seed = posterior_seed(module, posterior, seed)
+    check_path(model)  # not every family reads it
+    folder = Path(output_dir)
+    rows = Rows(data, ranked=ranked, split=split)
+    pipe = module.pipeline(model, DTYPES[dtype])
+    now = fingerprint(module, model, rows, sampling, dtype, seed)
+    check(folder, now, rows.root)  # before anything is written there
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if hasattr(pipe, "to"):
+        pipe = pipe.to(device)
+    index: list[dict[str, Any]] = []
+    bad: list[BadRow] = []
+    waiting: list[Prepared] = []
+    before = 0
+
+    def flush() -> None:
+        loud = progress and not (bar.disable and loaded(pipe, "text"))  # in a log its first batch
+        if waiting:
+            load(pipe, PARTS, progress)
+        how = {"seed": seed, "batch_size": batch_size, "progress": loud}
+        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
+            (bad if isinstance(result, BadRow) else index).append(result)
+        waiting.clear()
+
+    with locked(mark(folder, "encode")):
+        claim(folder, now, rows.root)
+        with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
+            for item in prepared(rows, sampling, folder, num_workers):
+                if isinstance(item, BadRow):
+                    bad.append(item)
+                elif item.clips is None:
+                    before += 1
+                    index.append(entry(item))
+                else:
+                    waiting.append(item)
+                if len(waiting) == batch_size:
+                    flush()
+                bar.update(rows.records - bar.n)
+                bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
+            flush()
+            bar.update(rows.records - bar.n)
+        counts = finish(folder, rows, len(index), bad, before)
+        empty = folder / "empty.safetensors"
+        if stored_shapes(empty) is None:
+            load(pipe, ["text"], progress)
+            with text_progress(pipe, "the empty prompt", progress):
+                cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
+            write_tensors(empty, stored(cond, DTYPES[dtype]))
+        write_index(folder, index)
+    if progress:
+        print(f"{folder}: {counts}")
+    return folder
+
+
+PARTS = {"media": "VAE", "text": "text encoder"}  # of a model, by the pipe's names
+
+
+def loaded(pipe: Any, part: str) -> bool:
+    """Whether a part that is loaded when it is first used has been; or there is no such part."""
+    return not hasattr(type(pipe), part) or part in vars(pipe)
+
+
+def load(pipe: Any, parts: Iterable[str], progress: bool) -> None:
+    """Loads parts before they are asked, since a fault of theirs is not the rows'; a line each."""
+    for part in parts:
+        if not loaded(pipe, part):
+            said = stage(f"loading the {PARTS[part]}") if progress else nullcontext()
+            with tqdm.external_write_mode(file=sys.stdout), said:
+                getattr(pipe, part)
+
+
+def check_workers(num_workers: int) -> None:
+    """ValueError: not a number of threads to start."""
+    if not 0 <= num_workers <= MOST_WORKERS:
+        raise ValueError(f"num_workers: expected 0 to {MOST_WORKERS}, got {num_workers}")
+
+
+def posterior_seed(module: ModuleType, posterior: str, seed: int | None) -> int | None:
+    """The seed of the posterior's samples, None for its mode; ValueError: see `encode`."""
+    if posterior not in POSTERIORS:
+        raise ValueError(f"posterior: expected {' or '.join(POSTERIORS)}, got {posterior}")
+    if posterior == "mode":
+        if seed is not None:
+            raise ValueError(
+                "seed has no effect with posterior mode; remove it, or pass posterior sample"
+            )
+        return None
+    try:
+        inspect.signature(module.encode_media).bind("pipe", "frames", "normal")
+    except TypeError:
+        raise ValueError(
+            f"posterior sample: family {module.__name__} has none to sample (its encode_media "
+            "takes no third argument, normal); use --posterior mode"
+        ) from None
+    seed = 0 if seed is None else seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 <= seed < 2^63, got {seed}")
+    return seed
+
+
+def posterior_normals(seed: int, pair_id: int, index: int, shape: Sequence[int]) -> Tensor:
+    """eps of a pair's winner (index 0) or loser (1), float32, elements in the latents' order.
+
+    Made on the CPU, so that the device that encodes does not matter.
+    """
+    ids = torch.tensor([pair_id]), torch.tensor([index])
+    return oracle.normal(seed, *ids, math.prod(shape), domain=oracle.POSTERIOR).view(*shape)
+
+
+def encode_pairs(
+    module: ModuleType,
+    pipe: Any,
+    items: list[Prepared],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    seed: int | None,
+    batch_size: int,
+    progress: bool,
+) -> Iterator[dict[str, Any] | BadRow]:
+    """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
+
+    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end; so do
+    latents or embeddings that are not finite as stored.
+    """
+    prompts = list(dict.fromkeys(item.row.prompt for item in items))
+    # Filled up, so that the encoder's batch has one shape whatever an interruption left to encode.
+    filled = prompts + [""] * (batch_size - len(prompts)) if prompts else []
+    texts = {}
+    if filled:
+        with text_progress(pipe, f"{len(prompts)} prompts", progress):
+            texts = dict(zip(filled, module.encode_text(pipe, filled), strict=True))
+    modes: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
+
+    def latents(item: Prepared, index: int) -> Tensor:
+        digest, frames = item.digests[index], item.clips[index].frames
+        if seed is not None:  # the pair's own, so not kept for other pairs
+            normal = partial(posterior_normals, seed, item.pair_id, index)
+            return module.encode_media(pipe, frames, normal)
+        if digest not in modes:
+            modes[digest] = module.encode_media(pipe, frames)
+        return modes[digest]
+
+    for item in items:
+        try:
+            tensors = {"latents_w": latents(item, 0), "latents_l": latents(item, 1)}
+        except ValueError as error:
+            yield BadRow("not_encodable", item.row.where, "chosen, rejected", str(error))
+            continue
+        tensors = stored(tensors | embeddings(texts[item.row.prompt]), dtype)
+        wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+        if wrong:
+            field = {"latents_w": "chosen", "latents_l": "rejected"}.get(wrong[0], "prompt")
+            reason = f"{wrong[0]} encoded as NaN or infinity in {str(dtype).removeprefix('torch.')}"
+            yield BadRow(
+                "not_finite",
+                item.row.where,
+                field,
+                f"{reason}; check the model or --dtype",
+            )
+            continue
+        write_tensors(pair_file(folder, item.pair_id), tensors)
+        yield entry(item)
+
+
+@contextmanager
+def text_progress(pipe: Any, what: str, progress: bool) -> Iterator[None]:
+    """How far text encoders are, which take minutes on a CPU: a bar over their layers; without a
+    terminal a line. Nothing of a pipe that is no `Encoders`.
+    """
+    if not (progress and isinstance(pipe, Encoders)):
+        yield
+        return
+    layers: list[nn.Module] = []
+    for part in pipe.text.components.values():
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        layers += next((m for m in modules if isinstance(m, nn.ModuleList)), [])
+    how = {"desc": f"text encoder, {what}", "unit": "layer", "leave": False, "disable": None}
+    with tqdm(total=len(layers), **how) as bar:
+
+        def tick(*_: Any) -> None:
+            bar.update()
+
+        hooks = [layer.register_forward_hook(tick) for layer in layers]
+        try:
+            with stage(f"text encoder, {what}") if bar.disable else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def entry(item: Prepared) -> dict[str, Any]:
+    """A pair's line of the index: everything but the media."""
+    names = [f.name for f in fields(Row) if f.name not in ("chosen", "rejected")]
+    return {"pair_id": item.pair_id} | {name: getattr(item.row, name) for name in names}
+
+
+def embeddings(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A prompt's embeddings under the names they are stored by."""
+    return {f"cond.{name}": value for name, value in cond.items()}
+
+
+def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is written of `tensors`: floating ones in `dtype`, the others as they are."""
+    return {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in tensors.items()
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes them as one safetensors file."""
+    from safetensors.torch import save
+
+    write_atomic(path, save(tensors))
+
+
+def fingerprint(
+    module: ModuleType,
+    model: str | Path,
+    rows: Rows,
+    sampling: Sampling,
+    dtype: str,
+    seed: int | None,
+) -> dict[str, Any]:
+    """What decides an encoded set's content, as compared by `check`.
+
+    Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
+    what training compares with the base it gets (`models.folder.encoders_of`).
+    """
+    encoders = encoders_of(model)
+    return {
+        "family": module.__name__,
+        "model": model_identity(model),
+        **({"encoders": encoders} if encoders else {}),
+        **asdict(sampling),
+        "dtype": dtype,
+        **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
+        "ranked": rows.ranked if rows.layout == "candidates" else None,
+        "data": identity(rows.path) if rows.path else rows.name,
+        **rows.version,
+    }
+
+
+def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
+    """Whether pairs of this encoding are in `folder` already; ValueError names what differs if it
+    is another's.
+
+    A folder without pairs must be new or empty (but for LEFT_OVER, and a fingerprint binds nothing
+    there: its model may since be mended), and none may be the folder of the `data` itself.
+    """
+    if folder.resolve() == data:
+        raise ValueError(f"output_dir {folder}: is the data folder; choose another output_dir")
+    if not (folder / "fingerprint.json").exists() or not (folder / "pairs").exists():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir {folder}: is a file; choose another output_dir")
+        there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        foreign = [name for name in there if not name.startswith(LEFT_OVER)]
+        if foreign:
+            raise ValueError(
+                f"output_dir {folder}: holds something else ({foreign[0]}): "
+                "choose another output_dir"
+            )
+        return False
+    before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
+    hidden = {"data"} if data else set()  # of files: two digests say nothing
+    listed = differences(before, now, hidden)
+    if not listed and before.get("data") != now["data"]:
+        raise ValueError(
+            f"output_dir {folder}: the data changed since it was encoded; delete that folder to "
+            "encode again, or choose another output_dir"
+        )
+    if listed:
+        raise ValueError(
+            f"output_dir {folder}: encoded with another {listed}; "
+            "choose another output_dir, or the same values"
+        )
+    return True
+
+
+def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
+    """Makes `folder` this encoding's own, by its fingerprint; ValueError as `check`."""
+    if not check(folder, now, data):
+        write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
+
+
+def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
+    """index.parquet, one row per pair, by id; an encoded set is complete with it.
+
+    Neither the order of the rows nor what an interruption left to encode changes it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = sorted(index, key=lambda line: line["pair_id"])
+    columns = {name: [line[name] for line in index] for name in index[0]}
+    columns["shapes"] = [stored_shapes(pair_file(folder, i)) for i in columns["pair_id"]]
+    numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
+    numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64()}
+    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())

@@ -1,0 +1,49 @@
+"""What a command says on the screen while it works: the parts of a start, the loop's bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Prints what begins, at once, and behind it the seconds that it took: `NAME ... 2.6 s`."""
+    print(f"{name} ... ", end="", flush=True)
+    begin = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print(flush=True)  # what it says of itself gets a line of its own
+        raise
+    print(f"{time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def announced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose first call is a `stage`: what is compiled or recorded is so in that one."""
+    waiting = [stage(name)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not waiting:
+            return function(*args, **kwargs)
+        with waiting.pop():
+            result = function(*args, **kwargs)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # or the seconds would be those of launching it
+            return result
+
+    return call
+
+
+def steps_bar(total: int, done: int) -> tqdm:
+    """The loop's bar, on a terminal alone. delay: tqdm draws it with the first update, not at once,
+    so it stands below what a `stage` says of the first step.
+    """
+    how = {"unit": "step", "disable": None, "delay": 1e-9, "file": sys.stderr}
+    return tqdm(total=total, initial=done, **how)

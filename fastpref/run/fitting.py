@@ -1,0 +1,220 @@
+"""Whether a run fits a card: what `fastpref doctor` says, checkpointing auto, out of memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..files import write_atomic
+from ..models import published
+from ..models.folder import shapes_alone
+from ..pairs import dataset as data
+from ..progress import stage
+from ..step import memory, simulate
+from . import checkpoint
+from .assemble import add_lora, frozen_copy, predictor, read_record, weights_dtype
+from .config import Config
+from .guard import OutOfMemory
+
+META = torch.device("meta")
+
+# Of a run's options those that decide what it needs.
+DECIDES = (
+    *("model", "pair_mode", "compile", "train_batch_size", "mixed_precision", "tuning"),
+    *("reference", "lora_rank", "lora_targets"),
+)
+
+
+def memory_step(
+    config: Config,
+    family: Any,
+    model: torch.nn.Module,
+    latents: Tensor,
+    cond: dict[str, Tensor],
+    dtype: torch.dtype,
+    online: bool,
+) -> memory.Step:
+    """The run's step for `memory` to look at; latents and cond of one sample, their values do not
+    matter. online: the reference's errors are not all known.
+    """
+    return memory.Step(
+        model,
+        predictor(family, torch.device("cpu"), dtype),  # where shapes are run through it
+        family.BLOCKS,
+        (latents.to(dtype), torch.empty(1, device=latents.device), cond),
+        pairs=config.train_batch_size,
+        online=online,
+        copies=2 if online and frozen_copy(config) else 1,
+        shared=config.reference != "cached",
+        graphs=config.cuda_graphs,
+    )
+
+
+def pick_checkpointing(
+    config: Config,
+    family: Any,
+    model: torch.nn.Module,
+    dataset: data.PairDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    online: bool,
+) -> str:
+    """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
+    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says
+    of the same options and card.
+    """
+    if config.checkpointing != "auto" or device.type != "cuda":
+        return "none" if config.checkpointing == "auto" else config.checkpointing
+    record, on = folder / "memory.json", memory.card_of(device)
+    latents, cond = dataset.largest()
+    basis = {name: getattr(config, name) for name in DECIDES} | {"card": on.name, "gib": on.gib}
+    basis["shapes"] = [list(v.shape) for v in (latents, *cond.values())]
+    basis["online"] = online
+    known = remembered(record)
+    if known.get("basis") == basis:
+        print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
+        return known["checkpointing"]
+    step = memory_step(config, family, model, latents, cond, dtype, online)
+    with stage("checkpointing: memory, predicted from shapes"):
+        found, why = memory.least(step, on, config.pair_mode, config.compile)
+    print(f"checkpointing {found}: {why}")
+    note(record, {"checkpointing": found, "why": why, "basis": basis})
+    return found
+
+
+def remembered(record: Path) -> dict[str, Any]:
+    """What memory.json says; nothing where it cannot be read, as it can be made again."""
+    try:
+        known = read_record(record)
+    except (ValueError, OSError):
+        return {}
+    return known if known.get("checkpointing") in memory.MODES else {}
+
+
+def note(record: Path, values: dict[str, Any]) -> None:
+    write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> ValueError:
+    """Out of memory in a training step, in a line that names the next choice. With checkpointing
+    auto the folder's memory.json is told too, so that the same command goes on with it.
+    """
+    if isinstance(error, OutOfMemory):
+        return error
+    folder = Path(config.output_dir)
+    record, auto = folder / "memory.json", config.checkpointing == "auto"
+    known = remembered(record) if auto else {}
+    used = known.get("checkpointing", "none") if auto else config.checkpointing
+    more = memory.MODES[memory.MODES.index(used) + 1 :]
+    if more and known:
+        note(record, known | {"checkpointing": more[0], "why": f"{used} ran out of memory"})
+        advice = f"run the same command again: it goes on with checkpointing {more[0]}"
+    elif more:
+        advice = f"run it again with --checkpointing {more[0]}"
+    elif config.pair_mode == "joint":
+        advice = "run it again with --pair_mode deferred"
+        if config.reference == "cached":
+            advice += " and another --reference_cache"
+    else:
+        advice = "encode fewer or smaller frames, or take a larger card"
+    last, _ = checkpoint.newest(folder)
+    kept = f"{last.name} is kept" if last else "no step was done yet"
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
+        f"{advice} ({reason})"
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The choices of a run with clips of this shape, and the flags of the best. alike: the model's
+    blocks are; else compiled ones are predicted like those that are not.
+    """
+
+    shape: str
+    rows: list[memory.Prediction]
+    flags: str | None
+    alike: bool
+
+
+def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
+    """Predicts every pair_mode, checkpointing and compile that `values` leave open (None).
+
+    values: fields of a Config; without a model the family's published one. shape: of the clips,
+    FRAMESxHEIGHTxWIDTH; None: the largest of the encoded set in `data`, else the published one's.
+
+    Raises:
+        ValueError: no such family or model, a shape that it does not take, or nothing that says
+            what model or shape there is.
+    """
+    family = models.family(values["family"])
+    wanted = {name: values[name] for name in ("pair_mode", "checkpointing", "compile")}
+    given = {k: v for k, v in values.items() if v not in (None, "")}
+    given = {"model": "-", "data": "-", "output_dir": "-", "mixed_precision": "bf16", **given}
+    if given.get("objective", "dpo") != "sft":
+        given.setdefault("beta", 1.0)
+    config = Config(**given)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    kept = weights_dtype(config, dtype)
+    name = family.__name__.rpartition(".")[2]
+    if values["model"]:
+        with shapes_alone():
+            model = family.load(config.model, kept)
+        known = published.nearest(name, dict(getattr(model, "config", {})))
+    elif known := published.nearest(name):
+        model = known.make(META, kept)
+    else:
+        raise ValueError(f"--model: needed, as no published model of family {name} is known here")
+    model.requires_grad_(config.tuning == "full")
+    if config.tuning == "lora":
+        add_lora(model, config, family.LORA_TARGETS)
+    encoded = bool(values["data"]) and (Path(values["data"]) / "index.parquet").exists()
+    if values["data"] and not encoded:
+        raise ValueError(f"--data {values['data']}: expected a set made by fastpref encode here")
+    sizes = [values.get(name) for name in ("num_frames", "height", "width")]
+    if encoded and (shape or any(sizes)):
+        raise ValueError(f"the clips are those of {values['data']}: remove their sizes")
+    if any(sizes):
+        if shape or None in sizes:
+            raise ValueError("expected --shape, or all of --num_frames --height --width")
+        shape = "x".join(map(str, sizes))
+    if encoded:
+        dataset = data.PairDataset(values["data"])
+        if dataset.fingerprint["family"] != family.__name__:
+            made = dataset.fingerprint["family"]
+            raise ValueError(f"--data {values['data']}: encoded with family {made}")
+        latents, cond = dataset.largest()
+        shape = "x".join(map(str, latents.shape[1:])) + " latents"
+    elif known:
+        shape = shape or known.shape
+        both, cond = known.inputs(shape, 1, META, dtype)
+        latents, cond = both[:1], {n: v[:1] for n, v in cond.items()}
+    else:
+        raise ValueError(f"--data: an encoded set is needed, family {name} tells no latents' shape")
+    online = config.reference != "cached"
+    step = memory_step(config, family, model, latents, cond, dtype, online)
+    every = {"pair_mode": ("joint", "deferred"), "checkpointing": memory.MODES}
+    every["compile"] = (False, True)
+    open_ = {n: v if wanted[n] in (None, "auto") else (wanted[n],) for n, v in every.items()}
+    open_["pair_modes"] = open_.pop("pair_mode")
+    try:
+        rows = list(memory.predictions(step, on, **open_))
+    except Exception as error:  # whatever a model does that shapes alone cannot decide
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"shapes alone do not run through this model ({reason})") from error
+    best = memory.best(rows, on)
+    alike = simulate.like_each_other(model, family.BLOCKS) > 0
+    return Needs(
+        shape,
+        rows,
+        best and best.flags(config.mixed_precision, graphs=not config.skip_zeros),
+        alike,
+    )

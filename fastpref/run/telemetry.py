@@ -1,0 +1,224 @@
+"""Metrics: gathered on the device, written once per log interval to metrics.jsonl and the
+trackers; and what a run says on the screen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_atomic, writing
+from ..loss.functional import PairLoss
+from ..loss.objectives import SDPO, Objective
+from . import checkpoint
+
+BINS = 10
+
+
+class Meter:
+    """Per-pair values summed on the device by noise level; `flush` reads them with one
+    synchronisation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.names = device, []
+
+    def add(self, values: dict[str, Tensor], level: Tensor) -> None:
+        """Adds values, each [B], of pairs at noise level [B] in [0, 1]; the names must not
+        change between flushes.
+        """
+        stacked = torch.stack([v.detach().double() for v in values.values()], dim=1)  # [B, K]
+        if not self.names:
+            self.sums = torch.zeros(BINS, len(values), dtype=torch.float64, device=self.device)
+            self.counts = torch.zeros(BINS, 1, dtype=torch.float64, device=self.device)
+            self.names = list(values)
+        bins = (level * BINS).long().clamp(0, BINS - 1)
+        self.sums.index_add_(0, bins, stacked)
+        self.counts.index_add_(0, bins, torch.ones_like(stacked[:, :1]))
+
+    def begin(self) -> None:
+        """What is added from here on `forget` takes back."""
+        self.before = (self.names, self.sums.clone(), self.counts.clone()) if self.names else ([],)
+
+    def forget(self) -> None:
+        self.names, *sums = self.before
+        if sums:
+            self.sums, self.counts = sums
+
+    def state(self) -> dict[str, Any]:
+        """What was added since the last flush, for a checkpoint; `restore` takes it back."""
+        if not self.names:
+            return {}
+        return {"names": self.names, "sums": self.sums.tolist(), "counts": self.counts.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.names = state.get("names", [])
+        if self.names:
+            self.sums, self.counts = (
+                torch.tensor(state[name], dtype=torch.float64, device=self.device)
+                for name in ("sums", "counts")
+            )
+
+    def flush(self, by_level: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Means since the last flush, and for `by_level` names a list of BINS means (null where
+        empty).
+        """
+        if not self.names:
+            return {}
+        table = torch.cat([self.sums, self.counts], dim=1).cpu()
+        means = (table[:, :-1].sum(0) / table[:, -1].sum()).tolist()
+        result: dict[str, Any] = dict(zip(self.names, means, strict=True))
+        for name in by_level:
+            if name in self.names:
+                column = table[:, self.names.index(name)] / table[:, -1]
+                filled = table[:, -1] > 0
+                result[f"{name}/by_level"] = [
+                    v if ok and math.isfinite(v) else None
+                    for v, ok in zip(column.tolist(), filled.tolist(), strict=True)
+                ]
+        self.names = []
+        return result
+
+
+def check_trackers(names: list[str]) -> None:
+    """ValueError names a tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to {name}: install it with pip install fastpref[{name}]")
+
+
+class Log:
+    """metrics.jsonl always; TensorBoard, wandb and trackio on request. A resumed run drops later
+    lines.
+    """
+
+    def __init__(
+        self, folder: Path, trackers: list[str], config: dict[str, Any], step: int
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a line cut by a kill
+                    continue
+                if isinstance(row, dict) and row.get("global_step", step + 1) <= step:
+                    kept.append(line)
+        write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
+        self.file = self.path.open("a")
+        self.writers: list[Any] = []
+        for tracker in trackers:
+            if tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            else:
+                module = importlib.import_module(tracker)
+                module.init(project="fastpref", name=folder.name, config=config)
+                self.writers.append(module)
+
+    def write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN: a value that is not finite is written as null and named in "not_finite".
+        finite, bad = {}, []
+        for key, value in row.items():
+            if isinstance(value, float) and value - value != 0:
+                bad.append(key)
+                value = None
+            finite[key] = value
+        if bad:
+            finite["not_finite"] = bad
+        with writing(self.path):
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+        scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        if hasattr(self, "tensorboard"):
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(key, value, row["global_step"])
+        for writer in self.writers:
+            writer.log(scalars, step=row["global_step"])
+
+    def close(self) -> None:
+        try:
+            with writing(self.path):  # it tries once more to write what did not fit
+                self.file.close()
+        finally:
+            if hasattr(self, "tensorboard"):
+                self.tensorboard.close()
+            for writer in self.writers:
+                writer.finish()
+
+
+def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]:
+    """What one batch adds to the metrics, each [B] (rewards in the plain form, ties half right)."""
+    (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
+    values = {
+        "loss": out.loss.expand_as(err_w),
+        "errors/policy_w": err_w,
+        "errors/policy_l": err_l,
+        "errors/reference_w": ref_w,
+        "errors/reference_l": ref_l,
+    }
+    if objective is None:
+        return values
+    values["zero_gradient"] = (out.coef.view(2, -1) == 0).all(0).double()
+    scale = -0.5 * objective.beta
+    margin = scale * ((err_w - ref_w) - (err_l - ref_l))
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    right = right.masked_fill(margin.isnan(), math.nan)  # neither right nor wrong
+    values |= {
+        "rewards/chosen": scale * (err_w - ref_w),
+        "rewards/rejected": scale * (err_l - ref_l),
+        "rewards/margins": margin,
+        "rewards/accuracies": right,
+        "implicit_acc": right,
+    }
+    if out.importance is not None:
+        weights = out.importance.view(2, -1)
+        values["importance/weight"] = weights.mean(0)
+        if isinstance(objective, SDPO):  # one weight for the pair
+            how = {"max": weights.amax(0), "min": weights.amin(0), "mean": weights.mean(0)}
+            weights = how[objective.combine].unsqueeze(0)
+        kept = weights >= objective.mask_threshold
+        values["importance/masked"] = (~kept).double().mean(0)
+        values["importance/kept_clipped"] = (
+            (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
+        )
+    return values
+
+
+def announce(config, model, dataset, objective, device, dtype, noise, kept) -> None:
+    """What was picked, a line each; kept: the checkpointing."""
+    trained = sum(p.numel() for p in checkpoint.trainable(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
+    mode = auto if config.reference == "auto" else config.reference
+    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
+    per_step = config.train_batch_size * config.gradient_accumulation_steps
+    print(f"data       {len(dataset)} pairs, {per_step} per step")
+    print(f"objective  {objective or 'sft on the chosen clips'}")
+    print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
+    precision = str(dtype).removeprefix("torch.")
+    print(
+        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {kept}"
+        + (", compiled blocks" if config.compile else "")
+        + (", CUDA graphs" if config.cuda_graphs else "")
+    )
+
+
+def postfix(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.4g}"]
+    if "rewards/margins" in metrics:
+        parts += [f"acc {metrics['implicit_acc']:.2f}", f"margin {metrics['rewards/margins']:.3g}"]
+    return ", ".join([*parts, f"{metrics['perf/seconds_per_pair']:.3g} s/pair"])

@@ -1,0 +1,1 @@
+"""One pair step, and what makes it cheap."""

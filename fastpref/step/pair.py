@@ -1,0 +1,171 @@
+"""One pair step: from noisy latents to gradients in `.grad`, joint or deferred.
+
+Both functions take the same arguments and leave the same gradient of `scale * loss`; they differ in
+what they hold on the way. To the loop they are one name; a fork may call either, or neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..loss.functional import (
+    PairLoss,
+    Target,
+    loss_from_errors,
+    pair_error,
+    preference_loss,
+    unit_seed,
+)
+from ..loss.objectives import Objective
+from .reference import Policy, Reference, member
+
+
+def joint(
+    policy: Policy,
+    reference: Reference | Tensor,
+    noisy: Tensor,
+    t: Tensor,
+    target: Tensor | Target,
+    cond: dict[str, Tensor],
+    objective: Objective | None,
+    *,
+    gain: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+    parameters: Sequence[Tensor],
+    skip_zeros: bool = False,
+) -> PairLoss:
+    """All 2B members in one forward and one backward; adds d(scale loss)/dp to each p.grad.
+
+    noisy, t, target, cond: [2B, ...], winners first. reference: a function, or where they are known
+    its errors [2B] float64. objective None is the sft control: loss = mean of weight e_w. gain,
+    weight: [B] as in `preference_loss`.
+    skip_zeros reads the coefficients on the host and leaves out a backward that could only add
+    zeros (every pair masked, or beyond hinge's margin): the same gradient, one synchronisation.
+    """
+    known = isinstance(reference, Tensor)
+    ref = reference if known else reference(noisy, t, cond)
+    pred = policy(noisy, t, cond)
+    if objective is None:
+        ref_err = ref if known else pair_error(ref, target)
+        out = supervised(pair_error(pred, target), ref_err, weight)
+    else:
+        out = preference_loss(pred, target, ref, objective, gain=gain, weight=weight)
+    if skip_zeros and not out.coef.any():
+        fill_gradients(parameters)
+    else:
+        (out.loss * scale).backward(inputs=list(parameters))
+    return out
+
+
+def deferred(
+    policy: Policy,
+    reference: Reference | Tensor,
+    noisy: Tensor,
+    t: Tensor,
+    target: Tensor | Target,
+    cond: dict[str, Tensor],
+    objective: Objective | None,
+    *,
+    gain: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+    parameters: Sequence[Tensor],
+    skip_zeros: bool = False,
+) -> PairLoss:
+    """`joint`'s gradient with one member's activations at a time, at the price of one buffer.
+
+    A pair's gradient is f_w grad e_w + f_l grad e_l, and the scalars f need both errors. So the
+    winner's backward runs first, from e_w itself, into a side buffer S; its graph is freed; the
+    loser's forward completes the errors; its backward runs with its true seed; then
+    grad += f_w S. Exact for every objective of four errors; the coefficients never leave the
+    device. skip_zeros spares the loser's backward where both coefficients are zero; the winner's
+    has run by then.
+
+    Raises ValueError for spo, where one prediction serves both members: there is nothing to split.
+    """
+    rows = len(target.x0 if isinstance(target, Target) else target)
+    if len(noisy) != rows:
+        raise ValueError(
+            f"deferred: noisy must have {rows} rows like target, winners then losers, got"
+            f" {len(noisy)} (where one prediction serves both members use joint)"
+        )
+    pairs = rows // 2
+    known = isinstance(reference, Tensor)
+    err, ref_err = [], []
+    for i in range(pairs):
+        own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
+
+        inputs, y = member(noisy, t, target, cond, i, pairs)
+        refs = [reference[i::pairs]] if known else [pair_error(reference(*inputs), y)]
+        pred = policy(*inputs)
+        err_w, seed, unit = unit_seed(pred, y)
+        side = torch.autograd.grad(pred, parameters, seed, allow_unused=True)
+        del pred, seed
+
+        inputs, y = member(noisy, t, target, cond, pairs + i, pairs)
+        if not known:
+            refs.append(pair_error(reference(*inputs), y))
+        err_l = pair_error(policy(*inputs), y)
+        if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
+            err_l = err_l.detach()  # other code to compile
+        err.append(torch.cat([err_w, err_l]))
+        ref_err.append(torch.cat(refs))
+
+        out = finish(err[-1], ref_err[-1], objective, *own)
+        if skip_zeros and not out.coef.any():
+            fill_gradients(parameters)
+        else:
+            if out.loss.requires_grad:
+                (out.loss * (scale / pairs)).backward(inputs=list(parameters))
+            add_scaled(parameters, side, out.coef[0] * (scale / (pairs * unit)))
+    err, ref_err = (torch.stack(v).detach().T.reshape(-1) for v in (err, ref_err))
+    return finish(err, ref_err, objective, gain, weight)
+
+
+def finish(
+    err: Tensor,
+    ref_err: Tensor,
+    objective: Objective | None,
+    gain: Tensor | None,
+    weight: Tensor | None,
+) -> PairLoss:
+    """The loss of errors [2B], differentiable in err."""
+    if objective is None:
+        return supervised(err, ref_err, weight)
+    return loss_from_errors(err, ref_err, objective, gain=gain, weight=weight)
+
+
+def supervised(err: Tensor, ref_err: Tensor, weight: Tensor | None) -> PairLoss:
+    """The sft control in PairLoss's form: loss = mean of weight e_w, no margin."""
+    pairs = len(err) // 2
+    weight = err.new_ones(pairs) if weight is None else weight.detach().to(err.dtype)
+    pair_loss, zeros = weight * err[:pairs], torch.zeros_like(weight)
+    coef = torch.cat([weight, zeros])
+    plain = (pair_loss.detach(), err.detach(), ref_err.detach())
+    return PairLoss(pair_loss.mean(), *plain, zeros, None, coef)
+
+
+def fill_gradients(parameters: Sequence[Tensor]) -> None:
+    """A gradient of zero where there is none yet: AdamW then steps as after a zero backward."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
+def add_scaled(parameters: Sequence[Tensor], side: Sequence[Tensor | None], factor: Tensor) -> None:
+    """grad += factor * side, factor a scalar on the device.
+
+    Half-precision gradients are scaled in float32: a coefficient rounded to 8 bits would favour one
+    member of every pair.
+    """
+    used = [(p, s) for p, s in zip(parameters, side, strict=True) if s is not None]
+    if not used:
+        return
+    fill_gradients([p for p, _ in used])
+    wide = [s.float() if s.dtype.itemsize < 4 else s for _, s in used]
+    torch._foreach_mul_(wide, factor.to(wide[0].dtype))
+    torch._foreach_add_([p.grad for p, _ in used], wide)

@@ -1,0 +1,253 @@
+"""Going on: what a run finds changed or damaged, what it keeps, what it has finished already."""
+
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import BASE, arguments, fails, options
+from safetensors.torch import load, load_file, save_file
+
+from fastpref import models
+from fastpref.cli import main
+from fastpref.run.checkpoint import fault, whole
+from fastpref.run.config import Config
+from fastpref.run.guard import Diverged
+from fastpref.run.telemetry import Log
+from fastpref.run.train import train
+from fastpref.step import attention
+
+ARTIFACT = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pairs(encoded_pairs):
+    return encoded_pairs
+
+
+def run(pairs, folder, **changes):
+    return train(Config(**options(pairs, folder, **changes)))
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def test_a_log_line_across_a_resume_is_that_of_an_unbroken_run(pairs, tmp_path):
+    change = {"logging_steps": 3, "checkpointing_steps": 2}
+    run(pairs, tmp_path / "whole", **change)
+    run(pairs, tmp_path / "broken", **change, max_train_steps=4)
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    run(pairs, tmp_path / "broken", **change)
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+def test_another_data_set_or_base_under_the_same_path_is_refused(pairs, tmp_path):
+    data, base = tmp_path / "set", tmp_path / "base"
+    shutil.copytree(pairs, data)
+    shutil.copytree(BASE, base)
+    change = {"model": str(base)}
+    run(data, tmp_path / "run", **change, max_train_steps=2)
+    index = data / "index.parquet"
+    whole = index.read_bytes()
+    pq.write_table(pq.read_table(index).slice(0, 5), index)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was trained on another data \(.*put it back"
+    ):
+        run(data, tmp_path / "run", **change)
+    index.write_bytes(whole)
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained on another model \("):
+        run(data, tmp_path / "run", **change)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 2
+
+
+def test_a_finished_run_keeps_its_result_until_it_goes_on(pairs, tmp_path, capsys):
+    first = run(pairs, tmp_path, max_train_steps=2)
+    record = (tmp_path / "result.json").read_bytes()
+    flags = arguments(options(pairs, tmp_path, max_train_steps=4, report_to="wandb"))
+    assert main(["train", *flags]) == 1 and "report_to wandb" in capsys.readouterr().err
+    assert (tmp_path / "result.json").read_bytes() == record
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="is trained to step 2, and no checkpoint is left"):
+        run(pairs, tmp_path)
+    assert (tmp_path / "result.json").read_bytes() == record
+    assert run(pairs, tmp_path, max_train_steps=2) == first
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_damaged_result_is_written_again(tuning, pairs, tmp_path, capsys):
+    change = {"max_train_steps": 2, "tuning": tuning}
+    change |= {"lora_rank": None, "learning_rate": 1e-5} if tuning == "full" else {}
+    run(pairs, tmp_path, **change)
+    (file,) = (tmp_path / ARTIFACT, *(tmp_path / "transformer").glob("*.safetensors"))[-1:]
+    before = file.read_bytes()
+    values = load(before)
+    for left in (b"", before[:8], b"\xff" * 8 + before[8:], before[:-1]):
+        file.write_bytes(left)
+        capsys.readouterr()
+        assert run(pairs, tmp_path, **change)["global_step"] == 2
+        said = capsys.readouterr()
+        assert "is missing or damaged: writing it again" in said.err
+        assert f"resumed from {tmp_path / 'checkpoint-2'}" in said.out
+        again = load(file.read_bytes())  # not mapped: it is cut off next
+        assert again.keys() == values.keys()
+        assert all((again[name] == value).all() for name, value in values.items())
+    run(pairs, tmp_path, **change)
+    assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_model_without_one_of_its_files_is_not_whole(tmp_path):
+    model = models.family("toy").load(BASE, torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    shards = sorted(tmp_path.glob("*-of-*.safetensors"))
+    assert len(shards) > 1 and whole(tmp_path)
+    for file in (shards[0], tmp_path / "config.json"):
+        kept = file.read_bytes()
+        file.unlink()
+        assert not whole(tmp_path), file.name
+        file.write_bytes(kept)
+    assert whole(tmp_path)
+
+
+def test_a_result_is_whole_under_a_name_that_is_no_text(tmp_path):
+    """Which safetensors' own reader does not take."""
+    save_file({"a": torch.zeros(3)}, tmp_path / ARTIFACT)
+    assert whole((tmp_path / ARTIFACT).rename(tmp_path / os.fsdecode(b"\xff")))
+
+
+def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
+    run(pairs, tmp_path, max_train_steps=1)
+    for step in (3, 40):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
+    run(pairs, tmp_path, max_train_steps=2)
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_a_checkpoint_of_an_older_version_is_named(pairs, tmp_path, capsys):
+    run(pairs, tmp_path, max_train_steps=1)
+    folder = tmp_path / "checkpoint-1"
+    state = json.loads((folder / "state.json").read_text())
+    del state["meter"], state["made_of"]
+    text = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = [len(text), blake2b(text).hexdigest()[:32]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    said = fails(capsys, "train", *arguments(options(pairs, tmp_path)))
+    assert f"{folder}: state.json expected step, margin_noise, made_of, " in said
+    assert "got no made_of, meter: it is another version's" in said
+
+
+@contextmanager
+def room(size):
+    """No file can grow beyond `size`, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_does_not_fit_on_the_disk_is_named(pairs, tmp_path, capsys):
+    flags = arguments(options(pairs, tmp_path))
+    parameters = "checkpoint-2/parameters.safetensors"
+    for size, name in ((100, "config.yaml"), (8000, "checkpoint-2")):
+        with room(size):
+            assert main(["train", *flags]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"fastpref train: {tmp_path / name} cannot be written (")
+        assert said.endswith("): mend that, and run the same command again")
+        assert "file too large" in said.lower()
+    assert main(["train", *flags]) == 0 and not list(tmp_path.glob(".checkpoint-*"))
+    assert (tmp_path / parameters).stat().st_size > 8000
+
+
+def test_a_log_that_does_not_fit_is_named(tmp_path):
+    log = Log(tmp_path, [], {}, 0)
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        for step in range(9):
+            log.write({"global_step": step, "loss": 0.5})
+    with room(100), pytest.raises(OSError, match=r"metrics.jsonl cannot be written"):
+        log.close()
+
+
+def test_killed_after_its_last_save_a_run_still_has_its_numbers(pairs, tmp_path, capsys):
+    change = {"validation_prompts": ["a red disc moves right"], "validation_steps": 2}
+    change |= {"validation_sampling_steps": 2, "max_train_steps": 2}
+    first = run(pairs, tmp_path / "run", **change)
+    for name in ("result.json", ARTIFACT, "validation/step-000002.png"):
+        (tmp_path / "run" / name).unlink()
+    again = run(pairs, tmp_path / "run", **change)
+    assert again["metrics"] == first["metrics"] and again["global_step"] == 2
+    assert again["seconds_per_pair"] == first["metrics"]["perf/seconds_per_pair"]
+    for name in (ARTIFACT, "validation/step-000002.png", "validation/step-000000.png"):
+        assert (tmp_path / "run" / name).exists()
+
+    flags = arguments(options(pairs, tmp_path / "sweep", max_train_steps=2))
+    del flags[flags.index("--beta") : flags.index("--beta") + 2]
+    command = ["sweep", "--objectives", "dpo", "--betas", "100", *flags]
+    capsys.readouterr()
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    (tmp_path / "sweep" / "dpo-beta100" / "result.json").unlink()
+    assert main(command) == 0 and capsys.readouterr().out.splitlines()[-2:] == table
+
+
+def test_what_is_saved_after_a_fall_back_stays(pairs, tmp_path, capsys):
+    run(pairs, tmp_path)
+    for newer in (tmp_path / "checkpoint-6", tmp_path / "checkpoint-4"):
+        (newer / "optimizer.safetensors").write_bytes(b"cut")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "result.json").unlink()
+    change = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run(pairs, tmp_path, **change, max_train_steps=3)
+    assert "checkpoint-6 is damaged" in capsys.readouterr().err
+    assert fault(tmp_path / "checkpoint-3") is None and not (tmp_path / "checkpoint-2").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_no_result(pairs, tmp_path):
+    with pytest.raises(Diverged, match="a trained parameter is not finite"):
+        run(pairs, tmp_path, weight_decay=1e39, learning_rate=1.0, max_train_steps=2)
+    assert not (tmp_path / ARTIFACT).exists() and not (tmp_path / "result.json").exists()
+    with pytest.raises(ValueError, match="weight_decay: expected a finite number"):
+        Config(**options(pairs, tmp_path, weight_decay=float("inf")))
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("joint", 4), ("deferred", 1)])
+def test_attention_is_picked_on_what_a_step_runs(mode, rows, pairs, tmp_path, monkeypatch):
+    seen = []
+
+    def choose(wanted, model, probe, device):
+        seen.append(len(probe()))
+        return choice(wanted, model, probe, device)
+
+    choice = attention.choose
+    monkeypatch.setattr(attention, "choose", choose)
+    run(pairs, tmp_path, pair_mode=mode, max_train_steps=1)
+    assert seen == [rows]
+
+
+def test_where_there_is_no_terminal_a_log_step_is_a_line(pairs, tmp_path, capsys):
+    run(pairs, tmp_path, max_train_steps=4, logging_steps=2)
+    said = capsys.readouterr().err
+    assert (
+        "step 2 of 4: loss 0." in said and "step 4 of 4: loss 0." in said and "step 3" not in said
+    )
+
+
+def test_prompt_dropout_needs_the_empty_prompts_own_shape(pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "set")
+    file = tmp_path / "set" / "empty.safetensors"
+    save_file({k: v[1:].clone() for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"empty.safetensors: the empty prompt's .* expected"):
+        run(tmp_path / "set", tmp_path / "run", prompt_dropout=0.1)
