@@ -194,7 +194,7 @@ class Ours:
         mode, kept, added = rungs(name)
         self.setting, self.clock = setting, Clock(setting.device)
         self.cached, self.what = "cached" in added, "ours"
-        self.pair_step = pair.joint if mode == "joint" else pair.deferred
+        self.deferred = mode == "deferred"
         self.model = setting.twin()
         setting.keep_attention(self.model, name=setting.attention.name)
         checkpointing.apply(self.model, setting.family.BLOCKS, kept)
@@ -241,11 +241,15 @@ class Ours:
     ) -> Tensor:
         draws = fastpref.Draws(SEED, pair_id, index)
         noisy, t, target = self.setting.process.noise(latents, draws, Times(*times))
-        ref = self.reference if ref_err is None else ref_err
-        return self.pair_step(
-            self.policy, ref, noisy, t, target, cond, self.setting.objective,
-            parameters=self.setting.parameters,
-        ).loss  # fmt: skip
+        objective, parameters = self.setting.objective, self.setting.parameters
+        if self.deferred:
+            how = {"objective": objective, "parameters": parameters}
+            inputs = (noisy, t, target, cond, ref_err)
+            return pair.deferred(self.policy, self.reference, *inputs, **how).loss
+        ref = self.reference(noisy, t, cond) if ref_err is None else ref_err
+        out = pair.pair_loss(self.policy(noisy, t, cond), target, ref, objective)
+        pair.backward(out, parameters=parameters)
+        return out.loss
 
     def _part(self, name: str, call: Callable) -> Callable:
         def run(noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -103,7 +103,7 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
-    from .run.assemble import alone
+    from .run.folder import alone
     from .run.parsing import parse
     from .run.train import train as run
 
@@ -117,7 +117,7 @@ def train(rest: list[str]) -> None:
 def encode(rest: list[str]) -> None:
     from .pairs.encode import DTYPES, POSTERIORS
     from .pairs.encode import encode as run
-    from .run.assemble import device_of
+    from .run.parts import device_of
 
     options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
     add = options.add_argument
@@ -173,7 +173,7 @@ def cache_reference(rest: list[str]) -> None:
     """With torchrun each process fills its share, on the GPU of its local rank."""
     import torch
 
-    from .run.assemble import cache_reference as run
+    from .run.caching import cache_reference as run
     from .run.parsing import parse
 
     config = parse(rest, "fastpref cache-reference")
@@ -190,10 +190,11 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .run.assemble import alone, open_data
-    from .run.config import OFFLINE, Config, belongs
+    from .run import sweep as run
+    from .run.config import OFFLINE
+    from .run.folder import alone
     from .run.parsing import betas, config_values, names
-    from .run.train import train as run
+    from .run.train import train
 
     options = parser("sweep", sweep.__doc__)
     options.add_argument("--objectives", required=True, help=f"with commas, of {','.join(OFFLINE)}")
@@ -202,39 +203,16 @@ def sweep(rest: list[str]) -> None:
     objectives = names("--objectives", mine.objectives, OFFLINE)
     strengths = betas("--betas", mine.betas)
     values = config_values(rest, "fastpref sweep", objective=None)
-    for name in ("objective", "beta", "resume_from_checkpoint"):
-        if values[name] is not None:
-            raise ValueError(f"--{name} has no effect in a sweep: remove it")
-    for name, value in values.items():
-        if value is not None and not any(belongs(name, objective) for objective in objectives):
-            raise ValueError(
-                f"{name} has no effect with objectives {','.join(objectives)}: remove it"
-            )
+    configs = run.configs(values, objectives, strengths)
     folder = Path(values["output_dir"])
-    runs = []
-    for objective in objectives:
-        own = {k: v if belongs(k, objective) else None for k, v in values.items()}
-        for beta in strengths:
-            where = str(folder / f"{objective}-beta{beta:g}")
-            runs.append(Config(**own | {"objective": objective, "beta": beta, "output_dir": where}))
     with alone(folder, "sweep"):
-        data = open_data(runs[0], folder).folder
-        for config in runs:
-            if config.data != str(data):  # encoded now: its size is that of the set
-                config.data = str(data)
-                config.num_frames = config.height = config.width = config.fps = None
-        lines = []
-        for config in runs:
+        run.encode_once(configs, folder)
+        results = []
+        for config in configs:
             print(f"--- {config.output_dir}")
             with alone(Path(config.output_dir)):
-                metrics = run(config)["metrics"]
-            rise = metrics["errors/policy_w"] / metrics["errors/reference_w"] - 1
-            lines.append(
-                f"{config.objective:10}{config.beta:>10g}{metrics['implicit_acc']:>14.2f}"
-                f"{metrics['rewards/margins']:>12.4g}{100 * rise:>17.1f} %"
-            )
-    print(f"{'objective':10}{'beta':>10}{'implicit acc':>14}{'margin':>12}{'chosen error':>19}")
-    print("\n".join(lines))
+                results.append(train(config)["metrics"])
+    print(run.table(configs, results))
 
 
 def model_options(name: str, what: str, seed: int) -> Parser:
@@ -258,7 +236,7 @@ def load(options: argparse.Namespace) -> tuple:
     from . import models
     from .models.folder import scheduler_config
     from .run import checkpoint
-    from .run.assemble import device_of
+    from .run.parts import device_of
 
     device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = models.family(options.family)
@@ -286,7 +264,7 @@ def sample(rest: list[str]) -> None:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
     from .look.validation import Prompts
     from .pairs.media import write_clip
-    from .run.assemble import claim
+    from .run.folder import claim
 
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
@@ -318,26 +296,12 @@ def evaluate(rest: list[str]) -> None:
         raise ValueError(f"--draws_per_pair: expected 1 or more, got {options.draws_per_pair}")
     if not options.lora:
         raise ValueError("--lora is required: the run's folder, or its adapter file")
-    from .look.evaluate import errors, relative_errors
+    from .look.evaluate import against_base
     from .pairs.dataset import PairDataset
-    from .step import reference
 
     family, process, model = load(options)
-    dataset = PairDataset(options.data)
     how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair}
-    policy = errors(model, family, process, dataset, **how)
-    with reference.disabled(reference.adapter_layers(model)):
-        base = errors(model, family, process, dataset, **how)
-    margin = (policy - base)[:, 1] - (policy - base)[:, 0]
-    winner, loser = relative_errors(policy, base)
-    accuracy = ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()
-    result = {
-        "pairs": len(dataset),
-        "implicit_acc": accuracy,
-        "chosen_error_change": winner,
-        "rejected_error_change": loser,
-    }
-    print(json.dumps(result))
+    print(json.dumps(against_base(model, family, process, PairDataset(options.data), **how)))
 
 
 def report(rest: list[str]) -> None:
@@ -380,9 +344,9 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     """`fastpref doctor --family ...`: the choices of a run, and the flags of the best that fits."""
     import torch
 
-    from .run.assemble import device_of
     from .run.fitting import needs
     from .run.parsing import config_values
+    from .run.parts import device_of
     from .step import memory
 
     open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))

@@ -19,8 +19,26 @@ from fastpref.step import pair
 
 PAIRS = 2
 NAMES = ("toy", "wan", "cogvideox-2b", "cogvideox-5b", "sd15")
-STEPS = {"joint": pair.joint, "deferred": pair.deferred}
 DPO = fastpref.objective("dpo", beta=40.0)
+
+
+def joint(policy, reference, noisy, t, target, cond, objective, *, gain=None, weight=None, **how):
+    """The loop's lines: all members in one forward and one backward. reference: or its errors."""
+    ref = reference if isinstance(reference, Tensor) else reference(noisy, t, cond)
+    pred = policy(noisy, t, cond)
+    out = pair.pair_loss(pred, target, ref, objective, gain=gain, weight=weight)
+    pair.backward(out, **how)
+    return out
+
+
+def deferred(policy, reference, noisy, t, target, cond, objective, **how):
+    """Member by member. reference: or its errors."""
+    known = reference if isinstance(reference, Tensor) else None
+    how["objective"] = objective
+    return pair.deferred(policy, reference, noisy, t, target, cond, known, **how)
+
+
+STEPS = {"joint": joint, "deferred": deferred}
 
 
 class Case(NamedTuple):

@@ -20,8 +20,8 @@ from ..pairs.dataset import PairDataset
 from ..pairs.encode import encode
 from ..process import from_config
 from ..run import checkpoint
-from ..run.assemble import alone
 from ..run.config import OFFLINE, Config
+from ..run.folder import alone
 from ..run.parsing import Parser, betas, names
 from ..run.train import train
 from . import clips

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..loss.functional import Draws, pair_error
 from ..pairs.dataset import PairDataset, collate, pair_file
 from ..process import Diffusion, FlowMatching
+from ..step.reference import adapter_layers, disabled
 
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
@@ -111,3 +112,30 @@ def relative_errors(policy: Tensor, reference: Tensor) -> tuple[float, float]:
     """How far the mean error of winners and of losers lies above the reference's (0.1 is 10 %)."""
     change = policy.mean(0) / reference.mean(0) - 1
     return change[0].item(), change[1].item()
+
+
+def against_base(
+    model: nn.Module,
+    family: ModuleType,
+    process: FlowMatching | Diffusion,
+    dataset: PairDataset,
+    *,
+    seed: int,
+    draws_per_pair: int,
+) -> dict[str, float]:
+    """A model with adapters beside itself without them, on the same draws: implicit accuracy, and
+    by how much the errors of chosen and rejected changed (0.1 is 10 %).
+    """
+    how = {"seed": seed, "draws_per_pair": draws_per_pair}
+    policy = errors(model, family, process, dataset, **how)
+    with disabled(adapter_layers(model)):
+        base = errors(model, family, process, dataset, **how)
+    margin = (policy - base)[:, 1] - (policy - base)[:, 0]
+    winner, loser = relative_errors(policy, base)
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    return {
+        "pairs": len(dataset),
+        "implicit_acc": right.mean().item(),
+        "chosen_error_change": winner,
+        "rejected_error_change": loser,
+    }

@@ -1,260 +1,243 @@
-"""What a run is made of: its folder, data, noising, adapters, precision, cached reference."""
+"""A Run from a config: what a loop needs, made once."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import re
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import models
-from ..files import differences, locked, mark, model_identity
+from ..files import identity, model_identity, write_atomic
+from ..look.validation import Prompts
 from ..loss.functional import Draws
-from ..loss.oracle import PROMPT_DROPOUT, uniform
-from ..models.folder import encoders_of, scheduler_config
-from ..pairs import dataset as data
-from ..pairs import encode
+from ..loss.objectives import Objective
+from ..pairs.dataset import Batch, PairDataset, batches
+from ..process import Diffusion, FlowMatching
 from ..progress import stage
-from ..step import attention, cache, compiling, filling, reference
-from ..step.graphs import StepGraph
-from . import checkpoint
-from .config import FREE_FIELDS, Config
+from ..step import attention, cache, checkpointing, compiling, filling, reference
+from ..step.graphs import StepGraph, recorded_pass
+from . import checkpoint, checks, optimisation
+from .config import Config
+from .fitting import pick_checkpointing
+from .folder import read_record
+from .guard import Guard, Signals
+from .parts import (
+    add_lora,
+    elements,
+    frozen_copy,
+    load_model,
+    make_process,
+    open_cache,
+    open_data,
+    pick_attention,
+    predictor,
+    preparer,
+    weights_dtype,
+)
+from .telemetry import Clock, Log, Meter, check_trackers
+
+# Fields of a config that are options of what is built from them.
+DATA = ("family", "model", "device", "num_frames", "height", "width", "fps")
+NOISE = ("timestep_range", "time_sampling", "shift", "importance_steps")
+DRAWS = ("seed", "draws_per_pair", "prompt_dropout")
+
+# (epoch, batch, its draws) -> the reference's errors [2B] float64, or None: the reference is asked
+Known = Callable[[int, Batch, Draws], Tensor | None]
 
 
-def claim(folder: Path, kind: str = "train") -> Path:
-    """Makes `folder` the output of `fastpref KIND` (by its .fastpref); ValueError where another
-    command's or something else is in it.
+@dataclass(kw_only=True)
+class Run:
+    """What a loop needs. `bookkeeping` has what every loop does with it beside its own step."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    family: ModuleType
+    dataset: PairDataset
+    process: FlowMatching | Diffusion
+    objective: Objective | None  # None: sft
+    model: nn.Module
+    predict: reference.Predict
+    policy: reference.Policy
+    reference: reference.Reference | None  # None: the cache knows all that it would say
+    cache: cache.ErrorCache | None
+    known: Known
+    prepare: filling.Prepare
+    probe: Callable[[], Tensor]  # what the policy says of the first batch
+    parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    update: Callable[[], Tensor]  # clip, guard, optimiser; the gradients' norm
+    guard: Guard
+    meter: Meter
+    made_of: dict[str, str]  # identities of data and model
+    attention: attention.Choice
+    checkpointing: str
+    settings: ExitStack  # of the process, as long as the loop lasts
+
+    start: Path | None  # the checkpoint that it goes on from
+    begin: int = 0
+    step: int = 0  # optimiser steps that are done
+    saved: int = 0
+    margin_noise: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last line of the log
+    prompts: Prompts | None = None  # to validate with
+
+    # As long as a loop is at work (`bookkeeping.at_work`).
+    batches: Iterator[tuple[int, Batch, Draws]] = field(init=False)  # (epoch, batch, draws)
+    log: Log = field(init=False)
+    bar: tqdm = field(init=False)
+    clock: Clock = field(init=False)
+    learning_rate: float = field(init=False)  # of the last step
+    stop: Signals = field(init=False)  # true: it was asked to
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.max_train_steps
+
+    def due(self, every: int) -> bool:
+        """Each so many steps, and after the last one."""
+        return self.step % every == 0 or self.done
+
+
+def assemble(
+    config: Config, device: torch.device, dtype: torch.dtype, start: Path | None = None
+) -> Run:
+    """Reads the data, loads the model, puts in adapters, and makes all else that `config` says.
+
+    start: the checkpoint that `bookkeeping.restore` will read.
+
+    Raises:
+        ValueError: a mistake in the config or the data, in one line.
     """
-    if folder.is_dir() and not (folder / ".fastpref").exists() and any(folder.iterdir()):
-        raise ValueError(f"output_dir {folder} holds something else: choose another one")
-    return mark(folder, kind)
+    folder = Path(config.output_dir)
+    check_trackers(config.trackers)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+    family = models.family(config.family)
+    dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
+    torch.manual_seed(config.seed)
+    objective = config.make_objective(elements(dataset, config.beta_convention))
+    process = make_process(family, config.model, **noising(config))
+    kept = weights_dtype(config.tuning, dtype)
+    model = load_model(family, config.model, config.data, device, kept)
+    model.requires_grad_(config.tuning == "full")
+    predict = predictor(family, device, dtype)
+    prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
+    first = next(batches(dataset, config.train_batch_size, config.seed))
+    probe = partial(first_words, model, predict, process, prepare, first, config.pair_mode)
+
+    record = folder / "attention.json"
+    earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
+    if config.reference == "cached" and start is None:
+        earlier = cache.recorded(cache_folder(config, dataset))
+    backend = pick_attention(config.attention, model, probe, device, earlier)
+    write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
+    settings = ExitStack()
+    settings.enter_context(attention.use(model, backend.name))
+
+    store, asked = None, True  # of the reference's errors; whether it has to say more
+    if config.reference == "cached":
+        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
+        where = cache_folder(config, dataset)
+        count = config.max_train_steps * config.gradient_accumulation_steps
+        store, asked = open_cache(where, mark, dataset, device, model=config.model, batches=count)
+    frozen = None
+    if asked and frozen_copy(config.reference, config.tuning):
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    if config.tuning == "lora":
+        targets = config.lora_targets or family.LORA_TARGETS
+        with stage("self-check: forwards of the first batch without adapters, with idle ones"):
+            base_says = probe()
+            add_lora(model, targets, config.lora_rank, config.lora_alpha)
+            checks.check_off(model, probe, base_says)
+    again = pick_checkpointing(config, family, model, dataset, device, dtype, folder, asked)
+    checkpointing.apply(model, family.BLOCKS, again)
+    if config.compile:
+        print("compiling: each kind of block in the first forward and backward that reach it")
+        compiling.compile_blocks(model, family.BLOCKS)
+        if frozen is not None:
+            compiling.compile_blocks(frozen, family.BLOCKS)
+    policy, says = reference.of_run(model, frozen, predict, shared=store is None)
+    known: Known = nothing_known
+    if store:
+        one = recorded_pass(says, device) if config.cuda_graphs and says else says
+        known = partial(filling.look_up, store, one, process, prepare)
+
+    parameters = list(checkpoint.trainable(model).values())
+    graphs = config.cuda_graphs and device.type == "cuda"
+    adam = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    recorded = device if graphs else None
+    optimizer = optimisation.adamw(parameters, recorded=recorded, **config.only(*adam))
+    guard = Guard(device, patience=min(20, config.max_train_steps))
+    clip = config.max_grad_norm
+    update = partial(optimisation.update, optimizer, parameters, guard, clip)
+    if graphs:
+        update = StepGraph(update, device, name="optimiser")
+    made_of = {"data": identity(dataset.folder / "index.parquet")}
+    made_of["model"] = model_identity(config.model)
+    return Run(
+        config=config,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        family=family,
+        dataset=dataset,
+        process=process,
+        objective=objective,
+        model=model,
+        predict=predict,
+        policy=policy,
+        reference=says,
+        cache=store,
+        known=known,
+        prepare=prepare,
+        probe=probe,
+        parameters=parameters,
+        optimizer=optimizer,
+        update=update,
+        guard=guard,
+        meter=Meter(device),
+        made_of=made_of,
+        attention=backend,
+        checkpointing=again,
+        settings=settings,
+        start=start,
+    )
 
 
-@contextmanager
-def alone(folder: Path, kind: str = "train") -> Iterator[None]:
-    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile."""
-    with locked(claim(folder, kind)):
-        yield
-
-
-def open_run(config: Config, folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
-    after a check that the folder is this run's.
-    """
-    claim(folder)
-    record, done = folder / "config.yaml", folder / "result.json"
-    started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
-    if started and record.exists():
-        before, now = read_record(record), config.to_dict()
-        # A decaying schedule is a function of the last step: another one is another run.
-        free = FREE_FIELDS - ({"max_train_steps"} if config.lr_scheduler != "constant" else set())
-        listed = differences(before, now, free)
-        if listed:
-            raise ValueError(
-                f"{folder} holds another run: {listed}. "
-                "Choose another output_dir, or the same values"
-            )
-    elif started:
-        raise ValueError(
-            f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
-        )
-    checkpoint.clean(folder)
-    result = read_record(done) if done.exists() else None
-    if result is not None:
-        artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
-        if result.get("global_step", 0) >= config.max_train_steps:
-            if checkpoint.whole(artifact):
-                return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
-            print(
-                f"warning: {artifact} is missing or damaged: writing it again from the last "
-                "checkpoint",
-                file=sys.stderr,
-            )
-    wanted = config.resume_from_checkpoint
-    if wanted not in (None, "latest"):
-        own = [path.resolve() for path in checkpoint.folders(folder)]
-        if Path(wanted).resolve() not in own:
-            raise ValueError(
-                f"resume_from_checkpoint: expected latest or a checkpoint in {folder}, got {wanted}"
-            )
-        if Path(wanted).resolve() != own[0]:
-            raise ValueError(
-                f"resume_from_checkpoint: {own[0].name} is newer than {wanted}: to go back, move "
-                "the newer ones away first"
-            )
-        return Path(wanted), None
-    found, broken = checkpoint.newest(folder)
-    for line in broken:
-        print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
-    if found is None and result is not None:
-        raise ValueError(
-            f"{folder} is trained to step {result.get('global_step')}, and no checkpoint is left "
-            "to go on from: choose another output_dir"
-        )
-    if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
-        print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
-    return found, None
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A file that a run wrote about itself, YAML or JSON."""
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        found = read(path.read_text())
-    except (ValueError, yaml.YAMLError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
-    return found
-
-
-def open_data(config: Config, folder: Path) -> data.PairDataset:
-    """The encoded pairs: `config.data` itself, or what encoding its media gives (kept in the
-    run's folder).
-    """
-    path = Path(config.data)
-    if (path / "index.parquet").exists():
-        for name in ("num_frames", "height", "width", "fps"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name} has no effect: data {path} is already encoded; remove it")
-    else:
-        path = encode.encode(
-            config.family,
-            config.model,
-            config.data,
-            str(folder / "encoded"),
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            fps=config.fps,
-            dtype="bfloat16" if config.mixed_precision == "bf16" else "float32",
-            device=config.device,
-        )
-    with stage("reading the data, and which encoders the model has"):
-        dataset = data.PairDataset(path)
-        before = dataset.fingerprint.get("encoders", {})
-        own = encoders_of(config.model) if before else {}
-    family, now = dataset.fingerprint["family"], models.family(config.family).__name__
-    if family != now:
-        raise ValueError(f"data {path}: encoded with family {family}, got family {now}")
-    listed = differences(before, own, before.keys() ^ own.keys())
-    if listed:
-        raise ValueError(
-            f"data {path}: encoded with another base than {config.model}: {listed}; encode it "
-            "again with this model, or train the one it was encoded with"
-        )
-    return dataset
-
-
-def warn_of_another_model(config: Config) -> None:
-    """Of a set that was encoded with another model, whose encoders may be the same nonetheless.
-
-    Families without encoders have none to be different.
-    """
-    path = Path(config.data)
-    if not (path / "index.parquet").exists():
-        return  # media, encoded with the run's own model
-    before = data.read_fingerprint(path)
-    if before.get("encoders") and before["model"] != model_identity(config.model):
-        print(
-            f"warning: data {path} was encoded with another model than {config.model}: its VAE "
-            "and text encoders must be the same",
-            file=sys.stderr,
-        )
-
-
-def predictor(family: Any, device: torch.device, dtype: torch.dtype) -> reference.Predict:
-    """The family's prediction in the run's precision."""
-
-    def predict(
-        model: torch.nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]
-    ) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return family.predict(model, noisy, t, cond)
-
-    return predict
-
-
-def preparer(
-    config: Config, dataset: data.PairDataset, device: torch.device, dtype: torch.dtype
-) -> filling.Prepare:
-    """A batch on the device, and the draws of its pairs in an epoch."""
-    empty = dataset.empty_cond if config.prompt_dropout else None
-    if empty is not None:
-        got, like = ({k: list(v.shape) for k, v in c.items()} for c in (empty, dataset[0].cond))
-        if got != like:
-            raise ValueError(
-                f"{dataset.folder / 'empty.safetensors'}: the empty prompt's embeddings expected "
-                f"{like}, got {got}; delete it and run the same fastpref encode again"
-            )
-
-    def prepare(epoch: int, batch: data.Batch) -> tuple[data.Batch, Draws]:
-        index = epoch % config.draws_per_pair if config.draws_per_pair else epoch
-        draws = Draws(config.seed, batch.pair_id, torch.full_like(batch.pair_id, index))
-        if empty is not None:
-            dropped = (
-                uniform(draws.seed, draws.pair_id, draws.index, PROMPT_DROPOUT)
-                < config.prompt_dropout
-            )
-            dropped = dropped.repeat(2)
-            for name, value in batch.cond.items():
-                where = dropped.view(-1, *[1] * (value.dim() - 1))
-                batch.cond[name] = torch.where(where, empty[name].to(value.dtype), value)
-        return batch.to(device, dtype), draws  # the draws' few numbers are turned into times here
-
-    return prepare
-
-
-def pick_attention(
-    config: Config,
-    model: torch.nn.Module,
-    probe: Callable[[], object],
-    device: torch.device,
-    earlier: dict[str, Any],
-) -> attention.Choice:
-    """The run's attention backend; auto keeps to what was picked earlier."""
-    wanted = config.attention
-    if wanted == "auto" and earlier.get("attention") in attention.BACKENDS:
-        wanted = earlier["attention"]
-    if device.type != "cuda":  # nothing is timed
-        return attention.choose(wanted, model, probe, device)
-    with stage("attention: what is installed, on the first batch"):
-        return attention.choose(wanted, model, probe, device)
-
-
-def wait_for(path: Path, seconds: float = 600) -> None:
-    """Until another rank has written `path`; ValueError: it has not."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end:
-            raise ValueError(f"{path}: rank 0 has not written it in {seconds:g} s; look at its log")
-        time.sleep(0.2)
-
-
-def cache_folder(config: Config, dataset: data.PairDataset) -> Path:
+def cache_folder(config: Config, dataset: PairDataset) -> Path:
     """Where the run's cached reference errors are."""
     return Path(config.reference_cache or dataset.folder / "reference")
 
 
 def cache_mark(
     config: Config,
-    dataset: data.PairDataset,
+    dataset: PairDataset,
     process: Any,
     device: torch.device,
     dtype: torch.dtype,
     backend: str,
 ) -> dict[str, Any]:
-    """The fingerprint of the run's cached reference errors."""
+    """The fingerprint of the run's cached reference errors; backend: of the attention."""
     rounding = [f"{name}={value}" for name, value in compiling.AS_EAGER.items()]
+    kept = weights_dtype(config.tuning, dtype)
     return cache.fingerprint(
         model=config.model,
         data=dataset.folder,
@@ -267,174 +250,39 @@ def cache_mark(
         attention=backend,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        weights_dtype=str(weights_dtype(config, dtype)).removeprefix("torch."),
+        weights_dtype=str(kept).removeprefix("torch."),
         prompt_dropout=config.prompt_dropout,
     )
 
 
-def open_cache(
-    config: Config, dataset: data.PairDataset, mark: dict[str, Any], device: torch.device
-) -> tuple[cache.ErrorCache, bool]:
-    """The run's cached reference errors, and whether it will ask for some that are not there.
-    mark: their `cache_mark`.
-
-    Raises:
-        ValueError: they do not fit, or some are lacking and nothing can be written there.
-    """
-    folder = cache_folder(config, dataset).resolve()
-    if Path(config.model).is_dir() and folder.is_relative_to(Path(config.model).resolve()):
-        raise ValueError(f"reference_cache {folder}: is in the model's folder, choose another one")
-    errors = cache.ErrorCache(cache_folder(config, dataset), mark, dataset, device)
-    lacks = not errors.covers(config.max_train_steps * config.gradient_accumulation_steps)
-    if lacks and not os.access(errors.folder, os.W_OK):
-        raise ValueError(
-            f"reference cache {errors}, and nothing can be written there: make the folder "
-            "writable, or name another reference_cache"
-        )
-    return errors, lacks
-
-
-def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path, int]:
-    """Fills the reference cache of the run that `config` says; returns (folder, errors computed).
-
-    A run fills what it needs itself: this is to be ahead of it, or on more devices. Killed and
-    called again it goes on. Each rank of world fills its share, on its own device.
-
-    Raises:
-        ValueError: as `train`, a reference other than cached, or several ranks and no encoded set.
-    """
-    if config.reference != "cached":
-        raise ValueError(
-            f"cache-reference fills what reference cached reads, got reference {config.reference}: "
-            "set reference: cached, here and in training"
-        )
-    out, own = Path(config.output_dir), Path(config.reference_cache or ".").resolve()
-    encoded = (Path(config.data) / "index.parquet").exists()
-    if not encoded and world > 1:
-        raise ValueError(
-            f"data {config.data}: several ranks need a set made by fastpref encode; run it first"
-        )
-    if not encoded or (config.reference_cache and own.is_relative_to(out.resolve())):
-        claim(out)  # the run's folder, where its encoded set, or the cache, will be
-    device, dtype = place(config)
-    family = models.family(config.family)
-    dataset = open_data(config, Path(config.output_dir))
-    process = make_process(config, family)
-    model = load_model(config, family, device, dtype).requires_grad_(False)
-    where, prepare = cache_folder(config, dataset), preparer(config, dataset, device, dtype)
-    says = reference.base(model, predictor(family, device, dtype))
-
-    def probe() -> None:
-        batch, draws = prepare(0, data.collate([dataset[0]] * config.train_batch_size))
-        reference.errors(says, process, batch, draws, config.pair_mode)
-
-    if rank and config.attention == "auto" and device.type == "cuda":
-        wait_for(where / "fingerprint.json")  # rank 0 picks for all
-    backend = pick_attention(config, model, probe, device, cache.recorded(where))
-    if rank == 0:
-        print(f"attention  {backend}")
-    with attention.use(model, backend.name):
-        if config.compile:
-            compiling.compile_blocks(model, family.BLOCKS)
-        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
-        errors, _ = open_cache(config, dataset, mark, device)
-        says = recorded_pass(says, device) if config.cuda_graphs else says
-        ahead = {"num_workers": config.num_workers}
-        count = filling.fill(errors, says, process, prepare, rank=rank, world=world, **ahead)
-    return where, count
-
-
-def recorded_pass(says: reference.Reference, device: torch.device) -> reference.Reference:
-    """A reference pass as a CUDA graph; what it says is overwritten by the next pass."""
-
-    def whole(noisy: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return says(noisy, t, cond)
-
-    graph = StepGraph(whole, device, name="reference pass")
-    return lambda noisy, t, cond: graph(noisy=noisy, t=t, **cond)
-
-
-def weights_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """What the model is kept in. Fully tuned weights in float32, since bfloat16 would lose most
-    updates; autocast makes their products `dtype`.
-    """
-    return torch.float32 if config.tuning == "full" else dtype
-
-
-def load_model(config: Config, family: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The family's model on the device, its weights in what the run keeps them in."""
-    with stage("loading the model"):
-        model = family.load(config.model, weights_dtype(config, dtype)).to(device)
-    warn_of_another_model(config)  # not earlier: a model that cannot be loaded is the real mistake
-    return model
-
-
-def device_of(name: str) -> torch.device:
-    """A device this process can use; ValueError says why not."""
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII):  # torch takes cpu:7 too
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name}: {torch.cuda.device_count()} CUDA devices are there")
-    return device
-
-
-def frozen_copy(config: Config) -> bool:
-    """Whether the reference, where it is asked, is a second copy of the model."""
-    return config.reference == "frozen_copy" or config.tuning == "full"
-
-
-def place(config: Config) -> tuple[torch.device, torch.dtype]:
-    """Where a run computes, and in which precision."""
-    device = device_of(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-
-
-def add_lora(model: torch.nn.Module, config: Config, default_targets: list[str]) -> None:
-    """Puts fp32 adapters on the family's layers, with a zero B: the policy starts as the
-    reference.
-    """
-    import peft
-
-    rank = config.lora_rank or 16
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=config.lora_alpha or rank,
-        target_modules=config.lora_targets or default_targets,
-        init_lora_weights="gaussian",
-    )
-    try:
-        peft.inject_adapter_in_model(lora, model)
-    except ValueError as error:
-        raise ValueError(
-            f"lora_targets {lora.target_modules}: {' '.join(str(error).split())}"
-        ) from None
-    for parameter in checkpoint.trainable(model).values():
-        parameter.data = parameter.data.float()
-
-
-def make_process(config: Config, family: Any) -> Any:
-    """The family's noising with the run's window, sampling and importance grid.
+def noising(config: Config) -> dict[str, Any]:
+    """The options of the run's process.
 
     dpo_cm and sdpo draw no times at which their weight is 0 whatever the model says
     (`Process.unmasked`), except with sft_weight, as a mask removes no SFT term, and with a cached
     reference: its errors belong to the draws, and one cache serves every objective.
     """
-    try:
-        process = family.process(scheduler_config(config.model))
-    except ValueError as error:
-        file = f"model {config.model}/scheduler"
-        raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    changes: dict[str, Any] = {"timestep_range": config.timestep_range}
-    for field, name in (("importance_steps", "importance_steps"), ("draws_per_pair", "strata")):
-        if getattr(config, field) is not None:
-            changes[name] = getattr(config, field)
-    for name in ("time_sampling", "shift"):
-        if getattr(config, name) is not None:
-            if not hasattr(process, name):
-                raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
-            changes[name] = getattr(config, name)
-    process = process.replace(**changes)
     rule = config.make_objective(elements=1)
-    masks = rule is not None and rule.has_importance and not rule.sft_weight
-    return process.unmasked() if masks and config.reference != "cached" else process
+    masked = rule is not None and rule.has_importance and not rule.sft_weight
+    masked = masked and config.reference != "cached"
+    return {**config.only(*NOISE), "strata": config.draws_per_pair, "masked": masked}
+
+
+def nothing_known(epoch: int, batch: Batch, draws: Draws) -> None:
+    """Without a cache."""
+
+
+@torch.no_grad()
+def first_words(
+    model: nn.Module,
+    predict: reference.Predict,
+    process: FlowMatching | Diffusion,
+    prepare: filling.Prepare,
+    first: tuple[int, Batch],
+    pair_mode: reference.PairMode,
+) -> Tensor:
+    """What the model says of the first batch (deferred: of its first member), uncompiled."""
+    batch, draws = prepare(*first)
+    inputs, _ = next(reference.passes(process, batch, draws, pair_mode))
+    with compiling.eagerly():
+        return predict(model, *inputs)

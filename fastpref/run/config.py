@@ -330,6 +330,10 @@ class Config:
             hyper |= {"beta_convention": self.beta_convention, "elements": elements}
         return objective(self.objective, beta=self.beta, **hyper)
 
+    def only(self, *names: str) -> dict[str, Any]:
+        """Some fields by name: the options of what is built from them."""
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
         return {

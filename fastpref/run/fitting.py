@@ -14,13 +14,14 @@ from .. import models
 from ..files import write_atomic
 from ..models import published
 from ..models.folder import shapes_alone
-from ..pairs import dataset as data
+from ..pairs.dataset import PairDataset
 from ..progress import stage
 from ..step import memory, simulate
 from . import checkpoint
-from .assemble import add_lora, frozen_copy, predictor, read_record, weights_dtype
 from .config import Config
+from .folder import read_record
 from .guard import OutOfMemory
+from .parts import add_lora, frozen_copy, predictor, weights_dtype
 
 META = torch.device("meta")
 
@@ -50,7 +51,7 @@ def memory_step(
         (latents.to(dtype), torch.empty(1, device=latents.device), cond),
         pairs=config.train_batch_size,
         online=online,
-        copies=2 if online and frozen_copy(config) else 1,
+        copies=2 if online and frozen_copy(config.reference, config.tuning) else 1,
         shared=config.reference != "cached",
         graphs=config.cuda_graphs,
     )
@@ -60,7 +61,7 @@ def pick_checkpointing(
     config: Config,
     family: Any,
     model: torch.nn.Module,
-    dataset: data.PairDataset,
+    dataset: PairDataset,
     device: torch.device,
     dtype: torch.dtype,
     folder: Path,
@@ -163,7 +164,7 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         given.setdefault("beta", 1.0)
     config = Config(**given)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    kept = weights_dtype(config, dtype)
+    kept = weights_dtype(config.tuning, dtype)
     name = family.__name__.rpartition(".")[2]
     if values["model"]:
         with shapes_alone():
@@ -175,7 +176,8 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         raise ValueError(f"--model: needed, as no published model of family {name} is known here")
     model.requires_grad_(config.tuning == "full")
     if config.tuning == "lora":
-        add_lora(model, config, family.LORA_TARGETS)
+        targets = config.lora_targets or family.LORA_TARGETS
+        add_lora(model, targets, config.lora_rank, config.lora_alpha)
     encoded = bool(values["data"]) and (Path(values["data"]) / "index.parquet").exists()
     if values["data"] and not encoded:
         raise ValueError(f"--data {values['data']}: expected a set made by fastpref encode here")
@@ -187,7 +189,7 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
             raise ValueError("expected --shape, or all of --num_frames --height --width")
         shape = "x".join(map(str, sizes))
     if encoded:
-        dataset = data.PairDataset(values["data"])
+        dataset = PairDataset(values["data"])
         if dataset.fingerprint["family"] != family.__name__:
             made = dataset.fingerprint["family"]
             raise ValueError(f"--data {values['data']}: encoded with family {made}")

@@ -79,7 +79,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """True once SIGINT or SIGTERM has arrived; the loop saves and leaves."""
+    """True once SIGINT or SIGTERM has arrived, until `restore`; the loop saves and leaves."""
 
     def __init__(self) -> None:
         self.arrived, self.previous = False, {}

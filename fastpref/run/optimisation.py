@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW, its learning rate's schedule, the gradients' clipping."""
+"""The optimiser of a run: AdamW, its learning rate's schedule, one update."""
 
 from __future__ import annotations
 
@@ -7,38 +7,60 @@ import math
 import torch
 from torch import Tensor
 
-from .config import Config
+from .guard import Guard
 
 
 def adamw(
-    config: Config, parameters: list[Tensor], rate: Tensor | None = None
+    parameters: list[Tensor],
+    *,
+    learning_rate: float,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_epsilon: float,
+    weight_decay: float,
+    recorded: torch.device | None = None,
 ) -> torch.optim.AdamW:
-    """rate: the learning rate as a tensor, which a recorded step reads: to be changed in place."""
+    """recorded: the device of a CUDA graph, which reads the learning rate from a tensor."""
+    rate = learning_rate if recorded is None else torch.tensor(learning_rate, device=recorded)
     return torch.optim.AdamW(
         parameters,
-        lr=config.learning_rate if rate is None else rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        lr=rate,
+        betas=(adam_beta1, adam_beta2),
+        eps=adam_epsilon,
+        weight_decay=weight_decay,
         fused=True,
-        capturable=rate is not None,
+        capturable=recorded is not None,
     )
 
 
-def schedule(config: Config, step: int) -> float:
+def schedule(step: int, *, lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> float:
     """The learning rate's factor at a step: linear warm-up, then constant, linear or cosine to
     0.
     """
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
+    if step < lr_warmup_steps:
+        return (step + 1) / lr_warmup_steps
+    if lr_scheduler == "constant":
         return 1.0
-    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
-    return 1 - done if config.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - lr_warmup_steps) / max(1, max_train_steps - lr_warmup_steps)
+    return 1 - done if lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """The gradients' total norm before clipping, left on the device."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate from here on; a tensor keeps its place, since a recorded step reads it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+
+
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], guard: Guard, max_norm: float
+) -> Tensor:
+    """Clips the gradients, has the guard look at them, and steps; their total norm before
+    clipping (max_norm 0: they are not), left on the device.
+    """
     if max_norm:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    guard.watch(optimizer, norm)
+    optimizer.step()
+    return norm

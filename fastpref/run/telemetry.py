@@ -7,6 +7,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ from torch import Tensor
 from ..files import write_atomic, writing
 from ..loss.functional import PairLoss
 from ..loss.objectives import SDPO, Objective
-from . import checkpoint
 
 BINS = 10
 
@@ -84,6 +86,44 @@ class Meter:
                 ]
         self.names = []
         return result
+
+
+class Clock:
+    """The seconds of a loop: in all, and since the last lap; of those, what it waited for data."""
+
+    def __init__(self, step: int) -> None:
+        self.first, self.step = step, step
+        self.began = self.since = time.perf_counter()
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No part of the lap: it is of training alone."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def lap(self, step: int, pairs: int) -> dict[str, float]:
+        """Since the last lap, with `pairs` a step."""
+        now = time.perf_counter()
+        spent, steps = now - self.since, step - self.step
+        found = {
+            "perf/seconds_per_pair": spent / (steps * pairs),
+            "perf/data_wait_fraction": self.waited / spent,
+        }
+        self.since, self.step, self.waited = now, step, 0.0
+        return found
+
+    def seconds_per_pair(self, step: int, pairs: int) -> float | None:
+        """In all, saves and validation too; None: no step was done."""
+        spent, steps = time.perf_counter() - self.began, step - self.first
+        return spent / (steps * pairs) if steps else None
 
 
 def check_trackers(names: list[str]) -> None:
@@ -191,30 +231,6 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
             (kept & ((weights - 1).abs() > objective.clip)).double().mean(0)
         )
     return values
-
-
-def announce(config, model, dataset, objective, device, dtype, noise, kept) -> None:
-    """What was picked, a line each; kept: the checkpointing."""
-    trained = sum(p.numel() for p in checkpoint.trainable(model).values())
-    total = sum(p.numel() for p in model.parameters())
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
-    mode = auto if config.reference == "auto" else config.reference
-    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
-    print(f"data       {len(dataset)} pairs, {per_step} per step")
-    print(f"objective  {objective or 'sft on the chosen clips'}")
-    print(f"reference  {mode}" + (f", margin noise {noise:.2g}" if noise is not None else ""))
-    precision = str(dtype).removeprefix("torch.")
-    print(
-        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {kept}"
-        + (", compiled blocks" if config.compile else "")
-        + (", CUDA graphs" if config.cuda_graphs else "")
-    )
 
 
 def postfix(metrics: dict[str, Any]) -> str:

@@ -134,6 +134,20 @@ class StepGraph:
         print(f"graphs: the {self.name} runs without CUDA graphs ({why})", file=sys.stderr)
 
 
+def recorded_pass(
+    function: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor], device: torch.device
+) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]:
+    """A reference pass (noisy, t, cond) as a CUDA graph; what it says is overwritten by the next
+    pass.
+    """
+
+    def whole(noisy: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        return function(noisy, t, cond)
+
+    graph = StepGraph(whole, device, name="reference pass")
+    return lambda noisy, t, cond: graph(noisy=noisy, t=t, **cond)
+
+
 class _Record:
     """One shape of inputs: the buffers, and once recorded the graph and its outputs."""
 

@@ -1,7 +1,6 @@
-"""One pair step: from noisy latents to gradients in `.grad`, joint or deferred.
+"""One pair step's loss and backward: all members at once, or one after the other (deferred).
 
-Both functions take the same arguments and leave the same gradient of `scale * loss`; they differ in
-what they hold on the way. To the loop they are one name; a fork may call either, or neither.
+Both leave the same gradient of `scale * loss` in `.grad`; they differ in what they hold on the way.
 """
 
 from __future__ import annotations
@@ -23,60 +22,63 @@ from ..loss.objectives import Objective
 from .reference import Policy, Reference, member
 
 
-def joint(
-    policy: Policy,
-    reference: Reference | Tensor,
-    noisy: Tensor,
-    t: Tensor,
+def pair_loss(
+    pred: Tensor,
     target: Tensor | Target,
-    cond: dict[str, Tensor],
+    ref: Tensor,
     objective: Objective | None,
     *,
     gain: Tensor | None = None,
     weight: Tensor | None = None,
-    scale: float = 1.0,
-    parameters: Sequence[Tensor],
-    skip_zeros: bool = False,
 ) -> PairLoss:
-    """All 2B members in one forward and one backward; adds d(scale loss)/dp to each p.grad.
+    """`preference_loss` of 2B members, winners first; objective None is the sft control, whose loss
+    is the mean of weight e_w.
 
-    noisy, t, target, cond: [2B, ...], winners first. reference: a function, or where they are known
-    its errors [2B] float64. objective None is the sft control: loss = mean of weight e_w. gain,
-    weight: [B] as in `preference_loss`.
+    ref: predictions like pred, or errors [2B] float64. gain [B] is left out where the objective
+    needs none.
+    """
+    if objective is None:
+        ref_err = ref if ref.dim() == 1 else pair_error(ref, target)
+        return supervised(pair_error(pred, target), ref_err, weight)
+    gain = gain if objective.needs_gain else None
+    return preference_loss(pred, target, ref, objective, gain=gain, weight=weight)
+
+
+def backward(
+    out: PairLoss, *, scale: float = 1.0, parameters: Sequence[Tensor], skip_zeros: bool = False
+) -> None:
+    """Adds d(scale loss)/dp to each p.grad.
+
     skip_zeros reads the coefficients on the host and leaves out a backward that could only add
     zeros (every pair masked, or beyond hinge's margin): the same gradient, one synchronisation.
     """
-    known = isinstance(reference, Tensor)
-    ref = reference if known else reference(noisy, t, cond)
-    pred = policy(noisy, t, cond)
-    if objective is None:
-        ref_err = ref if known else pair_error(ref, target)
-        out = supervised(pair_error(pred, target), ref_err, weight)
-    else:
-        out = preference_loss(pred, target, ref, objective, gain=gain, weight=weight)
     if skip_zeros and not out.coef.any():
         fill_gradients(parameters)
     else:
         (out.loss * scale).backward(inputs=list(parameters))
-    return out
 
 
 def deferred(
     policy: Policy,
-    reference: Reference | Tensor,
+    reference: Reference | None,
     noisy: Tensor,
     t: Tensor,
     target: Tensor | Target,
     cond: dict[str, Tensor],
-    objective: Objective | None,
+    ref_err: Tensor | None = None,
     *,
+    objective: Objective | None,
     gain: Tensor | None = None,
     weight: Tensor | None = None,
     scale: float = 1.0,
     parameters: Sequence[Tensor],
     skip_zeros: bool = False,
 ) -> PairLoss:
-    """`joint`'s gradient with one member's activations at a time, at the price of one buffer.
+    """The gradient of `backward(pair_loss(...))`, to `.grad` as well, with one member's activations
+    at a time, at the price of one buffer.
+
+    noisy, t, target, cond: [2B, ...], winners first. ref_err: the reference's errors [2B] float64
+    where they are known; it is not asked then.
 
     A pair's gradient is f_w grad e_w + f_l grad e_l, and the scalars f need both errors. So the
     winner's backward runs first, from e_w itself, into a side buffer S; its graph is freed; the
@@ -91,16 +93,15 @@ def deferred(
     if len(noisy) != rows:
         raise ValueError(
             f"deferred: noisy must have {rows} rows like target, winners then losers, got"
-            f" {len(noisy)} (where one prediction serves both members use joint)"
+            f" {len(noisy)} (one prediction that serves both members is for preference_loss)"
         )
     pairs = rows // 2
-    known = isinstance(reference, Tensor)
-    err, ref_err = [], []
+    known, err, said = ref_err is not None, [], []
     for i in range(pairs):
         own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
 
         inputs, y = member(noisy, t, target, cond, i, pairs)
-        refs = [reference[i::pairs]] if known else [pair_error(reference(*inputs), y)]
+        refs = [ref_err[i::pairs]] if known else [pair_error(reference(*inputs), y)]
         pred = policy(*inputs)
         err_w, seed, unit = unit_seed(pred, y)
         side = torch.autograd.grad(pred, parameters, seed, allow_unused=True)
@@ -113,17 +114,17 @@ def deferred(
         if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
             err_l = err_l.detach()  # other code to compile
         err.append(torch.cat([err_w, err_l]))
-        ref_err.append(torch.cat(refs))
+        said.append(torch.cat(refs))
 
-        out = finish(err[-1], ref_err[-1], objective, *own)
+        out = finish(err[-1], said[-1], objective, *own)
         if skip_zeros and not out.coef.any():
             fill_gradients(parameters)
         else:
             if out.loss.requires_grad:
                 (out.loss * (scale / pairs)).backward(inputs=list(parameters))
             add_scaled(parameters, side, out.coef[0] * (scale / (pairs * unit)))
-    err, ref_err = (torch.stack(v).detach().T.reshape(-1) for v in (err, ref_err))
-    return finish(err, ref_err, objective, gain, weight)
+    every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
+    return finish(*every, objective, gain, weight)
 
 
 def finish(
@@ -136,6 +137,7 @@ def finish(
     """The loss of errors [2B], differentiable in err."""
     if objective is None:
         return supervised(err, ref_err, weight)
+    gain = gain if objective.needs_gain else None
     return loss_from_errors(err, ref_err, objective, gain=gain, weight=weight)
 
 

@@ -37,7 +37,8 @@ from fastpref.pairs.encode import encode
 from fastpref.pairs.media import Sampling, decode
 from fastpref.pairs.rows import read_rows
 from fastpref.run.config import Config
-from fastpref.run.train import add_lora, train
+from fastpref.run.parts import add_lora
+from fastpref.run.train import train
 
 
 @pytest.fixture(params=FAMILIES)
@@ -325,7 +326,7 @@ def test_the_loss_is_diffusers_own(case, tmp_path):
             for k in pairs[0].cond}  # fmt: skip
     component = "unet" if case.family.frames == 1 else "transformer"
     policy = getattr(case.pipe(), component).requires_grad_(False)
-    add_lora(policy, Config(**given), case.module.LORA_TARGETS)
+    add_lora(policy, case.module.LORA_TARGETS, given.get("lora_rank"))
     values = load_file(tmp_path / "run" / "checkpoint-1" / "parameters.safetensors")
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:

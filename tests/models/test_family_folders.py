@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from fastpref import models
 from fastpref.models import folder as model_folder
 from fastpref.pairs.encode import encode
-from fastpref.run.assemble import load_model, open_data
+from fastpref.run.assemble import DATA
 from fastpref.run.config import Config
+from fastpref.run.parts import load_model, open_data
 
 
 @pytest.fixture(params=FAMILIES)
@@ -383,8 +384,9 @@ def test_a_set_of_another_base_is_refused(tmp_path, capsys):
     def opened(model: Path | str) -> None:
         values = {"family": "stable_diffusion", "model": str(model)}
         config = Config(**options(folder, tmp_path / "run", **values))
-        open_data(config, tmp_path / "run")
-        load_model(config, sd15.module, torch.device("cpu"), torch.float32)
+        device, dtype = torch.device("cpu"), torch.float32
+        open_data(config.data, tmp_path / "run", dtype=dtype, **config.only(*DATA))
+        load_model(sd15.module, config.model, config.data, device, dtype)
 
     says = r"another base than .*: vae.scaling_factor \(0.18215 there, 0.13025 here\); encode it"
     with pytest.raises(ValueError, match=says):

@@ -18,7 +18,8 @@ from fastpref.cli import main
 from fastpref.look.sample import sample, starting_noise
 from fastpref.pairs.encode import encode
 from fastpref.run.config import Config
-from fastpref.run.train import add_lora, train
+from fastpref.run.parts import add_lora
+from fastpref.run.train import train
 
 STEPS = 12
 
@@ -41,7 +42,7 @@ def trained(
 ) -> torch.nn.Module:
     """The base with the parameters of a checkpoint, through no export."""
     model = case.module.load(case.path, dtype).requires_grad_(False)
-    add_lora(model, Config(**given), case.module.LORA_TARGETS)
+    add_lora(model, case.module.LORA_TARGETS, given.get("lora_rank"))
     values = load_file(checkpoint / "parameters.safetensors")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

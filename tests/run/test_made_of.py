@@ -17,9 +17,11 @@ from fastpref.loss.functional import PairLoss
 from fastpref.pairs.dataset import Batch
 from fastpref.process import MASKED
 from fastpref.progress import stage
-from fastpref.run.assemble import make_process, preparer
+from fastpref.run import parts
+from fastpref.run.assemble import DRAWS, noising
 from fastpref.run.config import Config
 from fastpref.run.optimisation import schedule
+from fastpref.run.parts import preparer
 from fastpref.run.telemetry import pair_values
 from fastpref.run.train import train
 from fastpref.step import checkpointing, reference
@@ -27,6 +29,10 @@ from fastpref.step import checkpointing, reference
 
 def config(**changes):
     return Config(**options("data", "run", **changes))
+
+
+def make_process(config, family):
+    return parts.make_process(family, config.model, **noising(config))
 
 
 def test_times_are_stratified_over_the_draws_of_a_pair():
@@ -90,8 +96,8 @@ HALF = 0.5 * (1 + math.cos(math.pi / 4))
     ],
 )
 def test_schedule(kind, warm, factors):
-    c = config(lr_scheduler=kind, lr_warmup_steps=warm, max_train_steps=len(factors))
-    assert [schedule(c, i) for i in range(len(factors))] == pytest.approx(factors)
+    c = {"lr_scheduler": kind, "lr_warmup_steps": warm, "max_train_steps": len(factors)}
+    assert [schedule(i, **c) for i in range(len(factors))] == pytest.approx(factors)
 
 
 def test_the_first_step_is_as_long_as_the_scheduled_rate(pairs, tmp_path):
@@ -134,7 +140,8 @@ def test_a_prompt_is_dropped_for_both_members_of_a_pair():
         torch.zeros(2 * count, 1), {"text": torch.ones(2 * count, 2)},
         torch.ones(count), torch.arange(1, count + 1), [],
     )  # fmt: skip
-    prepare = preparer(config(prompt_dropout=0.3), Folder(), torch.device("cpu"), torch.float32)
+    how = config(prompt_dropout=0.3).only(*DRAWS)
+    prepare = preparer(Folder(), torch.device("cpu"), torch.float32, **how)
     kept = prepare(0, batch)[0].cond["text"]
     winners, losers = kept.chunk(2)
     assert torch.equal(winners, losers) and torch.equal(kept[:, 0], kept[:, 1])

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from fastpref import models
 from fastpref.cli import main
 from fastpref.pairs.dataset import PairDataset
-from fastpref.run.assemble import cache_mark, cache_reference, load_model, make_process, wait_for
+from fastpref.run.assemble import cache_mark, noising
+from fastpref.run.caching import cache_reference, wait_for
 from fastpref.run.config import Config
+from fastpref.run.parts import load_model, make_process, weights_dtype
 from fastpref.run.train import train
 from fastpref.step import cache
 
@@ -210,7 +212,7 @@ def test_a_cache_knows_which_run_it_is_of(pairs, tmp_path):
 
     def mark(device="cpu", dtype=torch.float32, backend="native", **change):
         config = Config(**options(pairs, tmp_path, reference="cached", **change))
-        process = make_process(config, models.family("toy"))
+        process = make_process(models.family("toy"), config.model, **noising(config))
         return cache_mark(config, PairDataset(pairs), process, torch.device(device), dtype, backend)
 
     changes = {
@@ -277,9 +279,10 @@ def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
         for change in ({"tuning": "lora"}, {"tuning": "full", "lora_rank": None}):
             change |= {"mixed_precision": precision, "reference": "cached"}
             config = Config(**options(pairs, tmp_path, **change))
-            process = make_process(config, family)
+            process = make_process(family, config.model, **noising(config))
             mark = cache_mark(config, PairDataset(pairs), process, device, dtype, "native")
-            model = load_model(config, family, device, dtype)
+            kept = weights_dtype(config.tuning, dtype)
+            model = load_model(family, config.model, config.data, device, kept)
             assert str(model.blocks[0].attn1.to_q.weight.dtype) == f"torch.{mark['weights_dtype']}"
             marks[precision, config.tuning] = mark
     lora, full = marks["bf16", "lora"], marks["bf16", "full"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fastpref.pairs.dataset import pair_file
 from fastpref.pairs.encode import encode
 from fastpref.process import Diffusion, from_config
-from fastpref.run.assemble import alone, claim
+from fastpref.run.folder import alone, claim
 from fastpref.run.parsing import config_values
 
 

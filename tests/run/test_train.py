@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from fastpref import models
 from fastpref.cli import main
 from fastpref.run import checkpoint
-from fastpref.run.assemble import alone
+from fastpref.run.bookkeeping import warn_of_repeats
 from fastpref.run.config import Config
-from fastpref.run.train import train, warn_of_repeats
+from fastpref.run.folder import alone
+from fastpref.run.train import train
 from fastpref.step import reference
 
 

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from fastpref import models
+from fastpref import models, progress
 from fastpref.pairs import dataset
-from fastpref.run import assemble, checkpoint, telemetry
+from fastpref.run import assemble, caching, checkpoint, checks, parts
 from fastpref.run.config import Config
 from fastpref.step import compiling
 
@@ -29,7 +29,8 @@ def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder / "media", count=4)
     config = options(folder / "media", folder / "run", max_train_steps=1)
-    return assemble.open_data(Config(**config), folder / "run").folder
+    how = Config(**config).only(*assemble.DATA)
+    return parts.open_data(config["data"], folder / "run", dtype=torch.float32, **how).folder
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def spied(monkeypatch):
 def block_calls(monkeypatch):
     """Forward runs of the blocks, by index, of every model loaded from now on."""
     calls: Counter = Counter()
-    real = assemble.load_model
+    real = parts.load_model
 
     def load(*args):
         model = real(*args)
@@ -61,7 +62,7 @@ def block_calls(monkeypatch):
             block.register_forward_hook(lambda *_, i=i: calls.update([i]))
         return model
 
-    monkeypatch.setattr(loop, "load_model", load)
+    monkeypatch.setattr(assemble, "load_model", load)
     return calls
 
 
@@ -97,7 +98,7 @@ def test_checkpointing_runs_again_what_it_says(pairs, tmp_path):
 
 @pytest.mark.parametrize("mode", ["joint", "deferred"])
 def test_the_pair_mode_and_skip_zeros_reach_the_step(mode, pairs, tmp_path, spied):
-    calls = {name: spied(loop, name) for name in ("joint", "deferred")}
+    calls = {"joint": spied(loop, "backward"), "deferred": spied(loop, "deferred")}
     for skip in (False, True):
         change = {"objective": "hinge", "pair_mode": mode, "skip_zeros": skip}
         run(pairs, tmp_path / str(skip), **change)
@@ -107,7 +108,7 @@ def test_the_pair_mode_and_skip_zeros_reach_the_step(mode, pairs, tmp_path, spie
 
 
 def test_attention_is_used_as_picked(pairs, tmp_path, spied):
-    entered = spied(loop.attention, "use")
+    entered = spied(assemble.attention, "use")
     run(pairs, tmp_path / "native")
     (args, _), = entered  # fmt: skip
     assert isinstance(args[0], WanTransformer3DModel) and args[1] == "native"
@@ -123,9 +124,11 @@ def test_the_attention_holds_in_the_step(pairs, tmp_path, monkeypatch):
         def __exit__(self, *_):
             inside[0] = False
 
-    real = loop.joint
-    monkeypatch.setattr(loop.attention, "use", lambda model, name: Use())
-    monkeypatch.setattr(loop, "joint", lambda *a, **k: (seen.append(inside[0]), real(*a, **k))[1])
+    real = loop.pair_loss
+    monkeypatch.setattr(assemble.attention, "use", lambda model, name: Use())
+    monkeypatch.setattr(
+        loop, "pair_loss", lambda *a, **k: (seen.append(inside[0]), real(*a, **k))[1]
+    )
     run(pairs, tmp_path)
     assert seen and all(seen) and inside == [False]
 
@@ -213,7 +216,7 @@ def test_on_a_gpu_steps_wait_for_nothing_and_recorded_ones_train_alike(
             waits = "error" if self.n in (6, 7) else "default"
             torch.cuda.set_sync_debug_mode(waits)
 
-    monkeypatch.setattr(telemetry, "tqdm", Progress)
+    monkeypatch.setattr(progress, "tqdm", Progress)
     losses = {}
     for graphs in (False, True):
         if "reference" in change:
@@ -240,7 +243,7 @@ def test_the_cache_is_filled_with_compiled_blocks(pairs, tmp_path, spied, monkey
     for compiled in (False, True):
         change = {"reference": "cached", "draws_per_pair": 1, "compile": compiled}
         change |= {"reference_cache": str(tmp_path / str(compiled))}
-        assemble.cache_reference(Config(**options(pairs, tmp_path / "run", **change)))
+        caching.cache_reference(Config(**options(pairs, tmp_path / "run", **change)))
         assert len(calls) == compiled
 
 
@@ -263,11 +266,11 @@ def test_the_reference_is_asked_once_a_draw(mode, pairs, tmp_path, block_calls):
 
 def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatch):
     def add(model, *args):
-        assemble.add_lora(model, *args)
+        parts.add_lora(model, *args)
         with torch.no_grad():
             next(p for n, p in model.named_parameters() if "base_layer.weight" in n).mul_(1.01)
 
-    monkeypatch.setattr(loop, "add_lora", add)
+    monkeypatch.setattr(assemble, "add_lora", add)
     with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
         run(pairs, tmp_path)
 
@@ -299,7 +302,7 @@ def test_weights_of_pairs_reach_the_loss(pairs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_margin_noise_is_of_eight_pairs_and_needs_no_backward(size, pairs, tmp_path, spied):
-    calls, backwards = spied(loop.checks, "changes"), []
+    calls, backwards = spied(checks, "changes"), []
     for steps in (1, 2):
         with Count("aten.gelu_backward.default") as seen:
             run(pairs, tmp_path / str(steps), train_batch_size=size, max_train_steps=steps)

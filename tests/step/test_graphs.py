@@ -11,14 +11,14 @@ import peft
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from tiny import STEPS
 from torch import Tensor, nn
 
 import fastpref
 from fastpref import models
 from fastpref.loss.functional import Draws, PairLoss
-from fastpref.run.assemble import recorded_pass
-from fastpref.step import pair, reference
-from fastpref.step.graphs import StepGraph, _detached, _Record
+from fastpref.step import reference
+from fastpref.step.graphs import StepGraph, _detached, _Record, recorded_pass
 
 OBJECTIVE = fastpref.objective("dpo", beta=500.0)
 SHAPE = (16, 3, 8, 8)
@@ -163,12 +163,12 @@ def batch(seed: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("pair_step", [pair.joint, pair.deferred], ids=["joint", "deferred"])
-def test_a_sample_step_replayed_is_the_step(pair_step, device):
+@pytest.mark.parametrize("form", ["joint", "deferred"])
+def test_a_sample_step_replayed_is_the_step(form, device):
     """Other pairs, other draws, other latents at every call, and the weights move between them."""
     model = adapted_wan(device)
     process = fastpref.FlowMatching(shift=3.0)
-    run, parameters = sample_step(model, process, pair_step)
+    run, parameters = sample_step(model, process, STEPS[form])
     graph = StepGraph(run, device, parameters=parameters)
     # On a GPU a recorded product may be another kernel; the margin is 250 times the errors.
     close = {} if device.type == "cpu" else {"rtol": 1e-4, "atol": 1e-3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -13,14 +14,18 @@ from safetensors.torch import load_file
 
 from fastpref import models
 from fastpref.cli import main
+from fastpref.look.validation import Prompts
 from fastpref.pairs.dataset import PairDataset
-from fastpref.run import assemble, fitting
-from fastpref.run import train as loop
+from fastpref.run import checkpoint, fitting
 from fastpref.run.config import Config
 from fastpref.run.fitting import needs
+from fastpref.run.guard import Guard
 from fastpref.run.parsing import config_values
+from fastpref.run.parts import add_lora
 from fastpref.run.train import train
 from fastpref.step import memory
+
+loop = importlib.import_module("fastpref.run.train")
 
 H100, H200 = memory.CARDS["h100-80"], memory.CARDS["h200"]
 
@@ -138,7 +143,7 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     config = Config(**options(pairs, tmp_path, mixed_precision="bf16", pair_mode="deferred"))
     family, dataset, gpu = models.family("toy"), PairDataset(pairs), torch.device("cuda")
     model = family.load(BASE, torch.bfloat16).requires_grad_(False)
-    assemble.add_lora(model, config, family.LORA_TARGETS)
+    add_lora(model, family.LORA_TARGETS, config.lora_rank)
     step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16, True)
 
     def pick(on: memory.Card, device=gpu, online=True, **changes) -> str:
@@ -207,15 +212,15 @@ def test_a_model_that_shapes_cannot_run_recomputes_all():
 
 def exhausted(monkeypatch, at: int) -> None:
     """A step that runs out of memory in the call number `at`."""
-    calls, real = [], loop.joint
+    calls, real = [], loop.pair_loss
 
-    def joint(*args, **options):
+    def pair_loss(*args, **options):
         calls.append(1)
         if len(calls) == at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
         return real(*args, **options)
 
-    monkeypatch.setattr(loop, "joint", joint)
+    monkeypatch.setattr(loop, "pair_loss", pair_loss)
 
 
 @pytest.mark.parametrize("at", ["save", "judge", "clips"])
@@ -227,9 +232,9 @@ def test_memory_that_ends_after_a_step_loses_nothing_either(at, pairs, tmp_path,
         change["validation_sampling_steps"] = 2
     train(Config(**options(pairs, tmp_path / "unbroken", **change)))
     place, name, number = {
-        "save": (loop.checkpoint, "save", 1),
-        "judge": (loop.Guard, "judge", 2),
-        "clips": (loop.Prompts, "clips", 3),
+        "save": (checkpoint, "save", 1),
+        "judge": (Guard, "judge", 2),
+        "clips": (Prompts, "clips", 3),
     }[at]
     calls, real = [], getattr(place, name)
 
@@ -243,7 +248,7 @@ def test_memory_that_ends_after_a_step_loses_nothing_either(at, pairs, tmp_path,
     run = Config(**options(pairs, tmp_path / "run", **change))
     with pytest.raises(ValueError, match="out of memory"):
         train(run)
-    assert loop.checkpoint.newest(tmp_path / "run")[0] is not None
+    assert checkpoint.newest(tmp_path / "run")[0] is not None
     train(run)
     a, b = (
         load_file(tmp_path / folder / "pytorch_lora_weights.safetensors")
@@ -322,7 +327,7 @@ def test_other_memory_is_not_a_steps(pairs, tmp_path, monkeypatch, capsys):
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
     assert "fastpref train: out of memory for the validation clips: another run may have" in said
-    monkeypatch.setattr("fastpref.run.train.load_model", full)
+    monkeypatch.setattr("fastpref.run.assemble.load_model", full)
     assert main(["train", *arguments(options(pairs, tmp_path / "other"))]) == 1
     assert "fastpref train: CUDA out of memory\n" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/memory.json"))

@@ -261,7 +261,7 @@ def test_a_window_on_the_timestep_is_a_mask_without_the_waste():
         level = process.level(draws)
         mask = ((level >= window[0]) & (level < window[1])).double() if weight else None
         zero = lambda noisy, t, cond: torch.zeros_like(noisy)  # noqa: E731
-        pair.joint(
+        STEPS["joint"](
             policy, zero, noisy, t, target, {}, None, weight=mask, parameters=[a]
         )  # fmt: skip
         return gradients([a])
@@ -278,10 +278,10 @@ def test_a_window_on_the_timestep_is_a_mask_without_the_waste():
 def test_deferred_refuses_one_prediction_for_both_members():
     c = case("sd15")
     noisy, t, target = c.inputs()
-    with pytest.raises(ValueError, match=r"noisy must have 4 rows.*got 2.*use joint"):
+    with pytest.raises(ValueError, match=r"noisy must have 4 rows.*got 2.*is for preference_loss"):
         pair.deferred(
-            c.policy, c.policy, noisy[:2], t[:2], target, c.cond, make("dpo"),
-            parameters=c.parameters,
+            c.policy, c.policy, noisy[:2], t[:2], target, c.cond,
+            objective=make("dpo"), parameters=c.parameters,
         )  # fmt: skip
 
 

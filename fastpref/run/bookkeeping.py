@@ -1,0 +1,297 @@
+"""What a loop does with a Run beside its own step: restore, check, update, log, save, finish."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import differences, write_atomic
+from ..look.validation import Prompts, draw_sheet
+from ..loss.functional import Draws, PairLoss
+from ..pairs import dataset
+from ..pairs.dataset import Batch
+from ..progress import announced, steps_bar
+from ..step import reference
+from ..step.graphs import StepGraph
+from . import checkpoint, checks, optimisation
+from .assemble import Run
+from .config import Config
+from .fitting import exhausted
+from .guard import Diverged, Interrupted, OutOfMemory, Signals, within_memory
+from .telemetry import Clock, Log, pair_values, postfix
+
+# ---- Before the first step
+
+
+def restore(run: Run) -> None:
+    """The state of the checkpoint that the run goes on from, if it does."""
+    if run.start is None:
+        return
+    state = checkpoint.load(run.start, run.model, run.optimizer)
+    changed = differences(state["made_of"], run.made_of)
+    if changed:
+        raise ValueError(
+            f"{run.start} was trained on another {changed}: put it back, or choose another "
+            "output_dir"
+        )
+    run.begin = run.step = state["step"]
+    run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
+    run.meter.restore(state["meter"])
+    (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
+    print(f"resumed from {run.start}")
+
+
+def check(run: Run) -> None:
+    """The margin's noise at a start, and the cache's errors against the reference of now."""
+    config = run.config
+    now = run.reference
+    if now is None and run.start is None:
+        # Fully tuned, its errors all there: until its first step the model is its own reference.
+        now = reference.base(run.model, run.predict)
+    size, seed = config.train_batch_size, config.seed
+    few = partial(checks.first_pairs, run.dataset, size, seed, run.prepare)
+    try:
+        if run.start is None and run.objective is not None:
+            how = {"pair_mode": config.pair_mode, "beta": run.objective.beta}
+            run.margin_noise = checks.margin_noise(run.policy, now, run.process, few(), **how)
+        if run.cache and now and run.margin_noise is not None:
+            how = {"beta": run.objective.beta, "margin_noise": run.margin_noise}
+            checks.drift(run.cache, now, run.process, few(), **how)
+    except torch.OutOfMemoryError as error:
+        raise exhausted(config, error) from None
+
+
+def announce(run: Run) -> None:
+    """Writes config.yaml, and says what was picked, a line each."""
+    config = run.config
+    config.save(run.folder / "config.yaml")
+    warn_of_repeats(config, run.dataset.shapes)
+    trained = sum(p.numel() for p in run.parameters)
+    total = sum(p.numel() for p in run.model.parameters())
+    where = (
+        torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
+    mode = auto if config.reference == "auto" else config.reference
+    noise = "" if run.margin_noise is None else f", margin noise {run.margin_noise:.2g}"
+    precision = str(run.dtype).removeprefix("torch.")
+    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
+    print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
+    print(f"objective  {run.objective or 'sft on the chosen clips'}")
+    print(f"reference  {mode}{noise}")
+    print(
+        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {run.checkpointing}"
+        + (", compiled blocks" if config.compile else "")
+        + (", CUDA graphs" if config.cuda_graphs else "")
+    )
+    print(f"attention  {run.attention}")
+    if run.cache:
+        print(f"cache      {run.cache}")
+    if config.validation_prompts:
+        scale = config.validation_guidance_scale
+        run.prompts = Prompts(
+            run.family,
+            run.process,
+            config.model,
+            config.validation_prompts,
+            run.device,
+            run.dtype,
+            scale,
+        )
+
+
+def warn_of_repeats(config: Config, shapes: list[str]) -> None:
+    """With K draws per pair, epochs beyond K repeat earlier draws. An epoch is as many batches as
+    its pairs fill: those left over wait for another one.
+    """
+    batches = config.max_train_steps * config.gradient_accumulation_steps
+    epochs = batches / dataset.batches_per_epoch(shapes, config.train_batch_size)
+    if config.draws_per_pair and epochs > config.draws_per_pair:
+        print(
+            f"warning: {epochs:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
+            "later epochs repeat the same timesteps and noise",
+            file=sys.stderr,
+        )
+
+
+# ---- The loop
+
+
+@contextmanager
+def at_work(run: Run) -> Iterator[None]:
+    """Around a loop: its batches, log, bar, clock and signals.
+
+    Raises:
+        ValueError: out of memory; what was done is saved, and the line says what to change.
+    """
+    config = run.config
+    run.log = Log(run.folder, config.trackers, config.to_dict(), run.begin)
+    run.bar = steps_bar(config.max_train_steps, run.begin)
+    run.stop = Signals()
+    run.clock = Clock(run.begin)
+    run.batches = batches(run)
+    run.saved = run.begin
+    run.meter.begin()
+    try:
+        yield
+    except (torch.OutOfMemoryError, OutOfMemory) as error:
+        run.meter.forget()
+        if run.step > run.saved:
+            save(run)
+        raise exhausted(config, error) from None
+    finally:
+        if run.cache:
+            run.cache.flush()
+        run.stop.restore()
+        run.settings.close()
+        run.bar.close()
+        run.log.close()
+
+
+def batches(run: Run) -> Iterator[tuple[int, Batch, Draws]]:
+    """(epoch, batch on the device, its draws), from the step that the run begins with."""
+    config = run.config
+    stream = dataset.batches(
+        run.dataset,
+        config.train_batch_size,
+        config.seed,
+        start=run.begin * config.gradient_accumulation_steps,
+        num_workers=config.num_workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    while True:
+        with run.clock.waiting():
+            epoch, batch = next(stream)
+        yield epoch, *run.prepare(epoch, batch)
+
+
+def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[PairLoss, dict]]:
+    """A loop's step of one batch with what the metrics want of it, as one CUDA graph where the run
+    asks for it: then it is a function of tensors alone. The first call says how long it takes.
+    """
+
+    def whole(**inputs: Tensor | None) -> tuple[PairLoss, dict[str, Tensor]]:
+        out = step(**inputs)
+        return out, pair_values(out, run.objective)
+
+    if run.config.cuda_graphs:
+        whole = StepGraph(whole, run.device, parameters=run.parameters)
+    return announced("first batch, forward and backward", whole)
+
+
+def update(run: Run) -> Tensor:
+    """One step of the optimiser at its learning rate; the gradients' norm, left on the device."""
+    config, plan = run.config, ("lr_scheduler", "lr_warmup_steps", "max_train_steps")
+    factor = optimisation.schedule(run.step, **config.only(*plan))
+    run.learning_rate = config.learning_rate * factor
+    optimisation.set_rate(run.optimizer, run.learning_rate)
+    norm = run.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.meter.begin()
+    run.bar.update()
+    return norm
+
+
+def self_check(run: Run, out: PairLoss) -> None:
+    """Of adapters, in the first steps: they change what the model says, and the reference does not
+    see them. out: of the step's last batch.
+    """
+    if run.config.tuning != "lora":
+        return
+    if run.step == 1:
+        checks.check_on(run.model, run.probe)
+    if run.step == max(run.begin, 1) + 1:  # began with adapters that say something
+        checks.check_step(out.err, out.ref_err)
+
+
+def log(run: Run, epoch: int, grad_norm: Tensor) -> None:
+    """A line of metrics: means since the last one, to the log, the bar and the guard."""
+    run.metrics = run.meter.flush(by_level=("rewards/margins", "importance/weight"))
+    run.meter.begin()
+    run.metrics |= {"grad_norm": grad_norm.item(), "learning_rate": run.learning_rate}
+    run.metrics |= run.clock.lap(run.step, run.pairs_per_step)
+    if run.cache:
+        run.metrics["perf/reference_cached"] = run.cache.share()
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device)
+        run.metrics["perf/peak_memory_gb"] = peak / 1e9
+    run.log.write({"global_step": run.step, "epoch": epoch, **run.metrics})
+    said = postfix(run.metrics)
+    run.bar.set_postfix_str(said)
+    if run.bar.disable:  # no terminal
+        print(f"step {run.step} of {run.config.max_train_steps}: {said}", file=sys.stderr)
+    warning = run.guard.judge(run.metrics, run.step)
+    if warning:
+        run.bar.write(f"warning: {warning}", file=sys.stderr)
+
+
+def save(run: Run) -> None:
+    """A checkpoint that the run goes on from."""
+    if run.cache:
+        run.cache.flush()
+    state = {"margin_noise": run.margin_noise, "made_of": run.made_of}
+    state |= {"meter": run.meter.state(), "metrics": run.metrics}
+    keep = run.config.checkpoints_total_limit
+    checkpoint.save(run.folder, run.step, run.model, run.optimizer, state, keep)
+    run.saved = run.step
+
+
+def validate(run: Run) -> None:
+    """Clips of the validation prompts, base beside tuned at the same seeds, as pictures."""
+    config, folder = run.config, run.folder / "validation"
+    there = run.step == run.begin and (folder / f"step-{run.step:06d}.png").exists()
+    if not run.prompts or run.step % config.validation_steps or there:
+        return
+    shape, steps = run.dataset[0].latents_w.shape, config.validation_sampling_steps
+    what = (
+        "the validation clips: another run may have fewer validation_prompts, this one later "
+        "validation_steps"
+    )
+    with within_memory(what):
+        draw_sheet(folder, run.step, run.prompts, run.model, shape, steps)
+
+
+def leave_if_asked(run: Run) -> None:
+    """Interrupted: a signal has arrived, the step is saved, and there are more left."""
+    if run.stop and run.saved == run.step and not run.done:
+        where = f"saved at step {run.step} in {run.folder}"
+        raise Interrupted(f"{where}; run the same command to go on")
+
+
+# ---- After the last step
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Writes the adapter or the model with its card, and result.json; the final metrics.
+
+    Raises:
+        Diverged: a parameter is not finite.
+    """
+    folder = run.folder
+    if not all(p.isfinite().all() for p in run.parameters):
+        raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
+    artifact = checkpoint.export(folder, run.model)
+    values, pairs = run.config.to_dict(), len(run.dataset)
+    card = checkpoint.model_card(values, artifact.name, run.made_of["data"], pairs)
+    write_atomic(folder / "README.md", card.encode())
+    speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
+    result = {
+        "global_step": run.step,
+        "seconds_per_pair": speed or run.metrics["perf/seconds_per_pair"],
+        "margin_noise": run.margin_noise,
+        "artifact": str(artifact),
+        "output_dir": str(folder),
+        "metrics": run.metrics,
+    }
+    write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
+    return result

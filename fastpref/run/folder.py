@@ -1,0 +1,103 @@
+"""The folder of a run: whose it is, what it goes on from, what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..files import differences, locked, mark
+from . import checkpoint
+from .config import FREE_FIELDS, Config
+
+
+def claim(folder: Path, kind: str = "train") -> Path:
+    """Makes `folder` the output of `fastpref KIND` (by its .fastpref); ValueError where another
+    command's or something else is in it.
+    """
+    if folder.is_dir() and not (folder / ".fastpref").exists() and any(folder.iterdir()):
+        raise ValueError(f"output_dir {folder} holds something else: choose another one")
+    return mark(folder, kind)
+
+
+@contextmanager
+def alone(folder: Path, kind: str = "train") -> Iterator[None]:
+    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile."""
+    with locked(claim(folder, kind)):
+        yield
+
+
+def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
+    """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
+    after a check that the folder is this run's.
+    """
+    folder = claim(Path(config.output_dir)).parent
+    record, done = folder / "config.yaml", folder / "result.json"
+    started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
+    if started and record.exists():
+        before, now = read_record(record), config.to_dict()
+        # A decaying schedule is a function of the last step: another one is another run.
+        free = FREE_FIELDS - ({"max_train_steps"} if config.lr_scheduler != "constant" else set())
+        listed = differences(before, now, free)
+        if listed:
+            raise ValueError(
+                f"{folder} holds another run: {listed}. "
+                "Choose another output_dir, or the same values"
+            )
+    elif started:
+        raise ValueError(
+            f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
+        )
+    checkpoint.clean(folder)
+    result = read_record(done) if done.exists() else None
+    if result is not None:
+        artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
+        if result.get("global_step", 0) >= config.max_train_steps:
+            if checkpoint.whole(artifact):
+                return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+            print(
+                f"warning: {artifact} is missing or damaged: writing it again from the last "
+                "checkpoint",
+                file=sys.stderr,
+            )
+    wanted = config.resume_from_checkpoint
+    if wanted not in (None, "latest"):
+        own = [path.resolve() for path in checkpoint.folders(folder)]
+        if Path(wanted).resolve() not in own:
+            raise ValueError(
+                f"resume_from_checkpoint: expected latest or a checkpoint in {folder}, got {wanted}"
+            )
+        if Path(wanted).resolve() != own[0]:
+            raise ValueError(
+                f"resume_from_checkpoint: {own[0].name} is newer than {wanted}: to go back, move "
+                "the newer ones away first"
+            )
+        return Path(wanted), None
+    found, broken = checkpoint.newest(folder)
+    for line in broken:
+        print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
+    if found is None and result is not None:
+        raise ValueError(
+            f"{folder} is trained to step {result.get('global_step')}, and no checkpoint is left "
+            "to go on from: choose another output_dir"
+        )
+    if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
+        print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
+    return found, None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A file that a run wrote about itself, YAML or JSON."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        found = read(path.read_text())
+    except (ValueError, yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
+    return found
