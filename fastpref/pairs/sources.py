@@ -3,6 +3,10 @@
 Each has `name`, `path` (the file, or None), `root` (the folder media paths are relative to),
 `columns` (None where there is no record), `total` (records, where known), and iterates over
 (where, record): a dict, or the reason why there is none. Only the file itself is checked here.
+
+Text files are read here and not by `datasets` (5.2): one broken line costs it the whole file, the
+prompts 007 and NA are 7.0 and none to it, and a comma too many in one row shifts every row's cells
+into the next column.
 """
 
 from __future__ import annotations

@@ -44,16 +44,15 @@ def train(config: Config) -> dict[str, Any]:
     accumulate = config.gradient_accumulation_steps
     how = {"parameters": run.parameters, "skip_zeros": config.skip_zeros, "scale": 1 / accumulate}
 
-    def one_batch(latents, weight, pair_id, index, times, ref_err, **cond):
+    def one_batch(latents, weight, pair_id, index, times, known, **cond):
         draws, at = Draws(config.seed, pair_id, index), Times(*times)
         noisy, t, target = run.process.noise(latents, draws, at)
-        about = {"objective": run.objective, "gain": at.gain, "weight": weight}
+        pair = {"objective": run.objective, "gain": at.gain, "weight": weight}
         if config.pair_mode == "deferred":  # member by member, with half the activations
-            inputs = (noisy, t, target, cond, ref_err)
-            return deferred(run.policy, run.reference, *inputs, **about, **how)
-        ref = run.reference(noisy, t, cond) if ref_err is None else ref_err
+            return deferred(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
+        ref = run.reference(noisy, t, cond) if known is None else known
         pred = run.policy(noisy, t, cond)
-        out = pair_loss(pred, target, ref, **about)
+        out = pair_loss(pred, target, ref, **pair)
         backward(out, **how)
         return out
 
@@ -69,7 +68,7 @@ def train(config: Config) -> dict[str, Any]:
                     pair_id=draws.pair_id,
                     index=draws.index,
                     times=times,
-                    ref_err=run.known(epoch, batch, draws),
+                    known=run.known(epoch, batch, draws),
                     **batch.cond,
                 )
                 run.meter.add(values, Times(*times).level)

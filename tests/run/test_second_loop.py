@@ -1,5 +1,7 @@
 """A loop of one's own over the same Run: SFT on the chosen clips, as a fork would write it."""
 
+import ast
+import inspect
 from itertools import islice
 from pathlib import Path
 
@@ -70,3 +72,18 @@ def test_it_trains_resumes_and_ends_as_the_sft_objective_does(accumulate, encode
         torch.testing.assert_close(own[key], value, rtol=1e-3, atol=1e-5)
     assert result["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-5)
     assert sft(configs["a"]) == result, "already done"
+
+
+def test_the_loop_reads_on_two_screens():
+    """All of a step in sight: nothing of it is a long function inside the function."""
+    source = inspect.getsource(train)
+    assert len(source.splitlines()) <= 120
+    (whole,) = ast.parse(source).body
+    inner = [node for node in ast.walk(whole) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    for node in inner:
+        assert node is whole or node.body[-1].end_lineno - node.body[0].lineno < 10, node.name
+    step = ("process.noise(", "run.reference(", "run.policy(", "pair_loss(", "backward(")
+    loop = ("run.batches", "update(", "log(", "save(", "validate(run)", "finish(")
+    for words in (step, loop):
+        where = [source.rindex(word) for word in words]
+        assert where == sorted(where)
