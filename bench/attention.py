@@ -20,8 +20,8 @@ from torch import Tensor
 from bench import timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import attention_kernel
-from fastpref.step import attention
-from fastpref.step.attention import BACKENDS, SCALES, Call
+from fastpref.step import backends
+from fastpref.step.backends import BACKENDS, SCALES, Call
 
 FAMILIES = ("wan", "cogvideox-2b")
 ROWS = 4096  # queries at a time in float32: their scores are what takes the memory
@@ -36,8 +36,8 @@ def self_attention(family: str, shape: str | None, device: torch.device) -> Call
 
 
 def exact(call: Call, scale: float) -> list[Tensor]:
-    """What `attention.results` gives, in float32, a head and some queries at a time."""
-    q, k, v, grad = (x.detach() for x in attention.inputs(call, scale))
+    """What `backends.results` gives, in float32, a head and some queries at a time."""
+    q, k, v, grad = (x.detach() for x in backends.inputs(call, scale))
     out = [torch.zeros(x.shape, device=call.device) for x in (q, q, k, v)]
     for at in ((b, h) for b in range(call.batch) for h in range(call.heads)):
         key, value = (x[at].float().requires_grad_() for x in (k, v))
@@ -53,12 +53,12 @@ def exact(call: Call, scale: float) -> list[Tensor]:
 
 
 def parts(name: str, call: Call) -> dict[str, Callable[[], object]]:
-    """The two calls that are timed, inside `attention.serving`."""
-    q, k, v, grad = attention.inputs(call)
-    with attention.serving(name):
-        out = attention.attend(name, q, k, v)
+    """The two calls that are timed, inside `backends.serving`."""
+    q, k, v, grad = backends.inputs(call)
+    with backends.serving(name):
+        out = backends.attend(name, q, k, v)
     return {
-        "forward": lambda: attention.attend(name, q, k, v),
+        "forward": lambda: backends.attend(name, q, k, v),
         "backward": lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
     }
 
@@ -74,12 +74,12 @@ def measure(family: str, args: argparse.Namespace) -> list[dict[str, object]]:
     for name in BACKENDS:
         rows.append({**facts, "backend": name})
         if name != "native":
-            why = attention.why_not_here(name, device) or attention.why_not_on(call, name)
+            why = backends.why_not_here(name, device) or backends.why_not_on(call, name)
             if why:
                 rows[-1]["left_out"] = why
                 continue
         for scale, right in truth.items():
-            off = attention.difference(attention.results(name, call, scale), right)
+            off = backends.difference(backends.results(name, call, scale), right)
             rows[-1][f"off_at_{scale:g}"] = off
         rows[-1]["kernel"] = attention_kernel(call, name)
         timed[name] = parts(name, call)
@@ -88,7 +88,7 @@ def measure(family: str, args: argparse.Namespace) -> list[dict[str, object]]:
     orders = timing.orders(list(timed))
     for k in range(1 + args.rounds):
         for name in next(orders):
-            with attention.serving(name):
+            with backends.serving(name):
                 for part, run in timed[name].items():
                     seconds = timing.once(run, device, ahead=4_000_000)
                     if k:  # the first round warms up

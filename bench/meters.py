@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from fastpref.step import attention
+from fastpref.step import backends
 
 
 class Clock:
@@ -125,18 +125,18 @@ class Power:
 
 
 @torch.no_grad()
-def attention_kernel(call: attention.Call, name: str) -> str:
+def attention_kernel(call: backends.Call, name: str) -> str:
     """The kernel that computes `call` with backend `name`: the longest of its forward's trace."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    q, k, v, _ = attention.inputs(call)
+    q, k, v, _ = backends.inputs(call)
     gpu = call.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + gpu]
-    with attention.serving(name):
-        attention.attend(name, q, k, v)
+    with backends.serving(name):
+        backends.attend(name, q, k, v)
         with profile(activities=activities) as trace:
-            attention.attend(name, q, k, v)
+            backends.attend(name, q, k, v)
             if gpu:
                 torch.cuda.synchronize()
     if not gpu:

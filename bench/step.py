@@ -54,7 +54,7 @@ from bench.inductor import Carried
 from bench.meters import Power, SavedBytes, attention_kernel
 from bench.rows import describe, energy, print_table
 from bench.variants import DRAWS, Ours, Setting, Usual, rungs, tensors
-from fastpref.step import attention, memory
+from fastpref.step import backends, memory
 
 LARGE = (
     *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),
@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
     parser.add_argument("--inductor", type=Path, help="read compiled code from this file, add ours")
-    parser.add_argument("--attention", default="native", choices=["auto", *attention.BACKENDS])
+    parser.add_argument("--attention", default="native", choices=["auto", *backends.BACKENDS])
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16, float32 on a CPU")
     args = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ from bench.meters import Clock
 from fastpref import models, oracle
 from fastpref.pairs.dataset import Batch
 from fastpref.process import Times
-from fastpref.step import attention, checkpointing, compiling, pair, reference
+from fastpref.step import attention, backends, checkpointing, compiling, pair, reference
 from fastpref.step.graphs import StepGraph
 
 BETA, SEED, RANK = 500.0, 1, 64
@@ -69,7 +69,7 @@ class Setting:
         self.attention = attention.choose(
             args.attention, self.model, lambda: self.predict(self.model), device
         )
-        self.calls = attention.observe(lambda: self.predict(self.model))
+        self.calls = backends.observe(lambda: self.predict(self.model))
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> Tensor:

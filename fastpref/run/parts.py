@@ -23,7 +23,7 @@ from ..pairs import encode
 from ..pairs.dataset import Batch, PairDataset, read_fingerprint
 from ..process import Diffusion, FlowMatching
 from ..progress import stage
-from ..step import attention, cache
+from ..step import attention, backends, cache
 from ..step.filling import Prepare
 from ..step.reference import Predict
 from . import checkpoint
@@ -234,7 +234,7 @@ def pick_attention(
     earlier: dict[str, Any],
 ) -> attention.Choice:
     """The run's attention backend; auto keeps to what was picked earlier."""
-    if wanted == "auto" and earlier.get("attention") in attention.BACKENDS:
+    if wanted == "auto" and earlier.get("attention") in backends.BACKENDS:
         wanted = earlier["attention"]
     if device.type != "cuda":  # nothing is timed
         return attention.choose(wanted, model, probe, device)

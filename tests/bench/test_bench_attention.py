@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import attention as bench
-from fastpref.step import attention
-from fastpref.step.attention import Call
+from fastpref.step import backends
+from fastpref.step.backends import Call
 
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--rounds", "3"]
@@ -20,7 +20,7 @@ def at_hand(monkeypatch):
     """As on a GPU: on CPU tensors PyTorch's flash attention runs, and cuDNN does not."""
     here = {"native", "flash", "cudnn"}
     why = lambda name, device: None if name in here else "not installed"  # noqa: E731
-    monkeypatch.setattr(attention, "why_not_here", why)
+    monkeypatch.setattr(backends, "why_not_here", why)
 
 
 @pytest.mark.parametrize("scale", [1.0, 16.0])
@@ -28,7 +28,7 @@ def test_the_truth_is_float64_attention(scale, monkeypatch):
     """With keys of another number, and queries that leave a rest."""
     monkeypatch.setattr(bench, "ROWS", 7)
     call = Call(2, 3, 24, 16, 8, torch.bfloat16, CPU)
-    q, k, v, grad = (x.detach().double() for x in attention.inputs(call, scale))
+    q, k, v, grad = (x.detach().double() for x in backends.inputs(call, scale))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
     right = [out, *torch.autograd.grad(out, leaves, grad)]
@@ -51,7 +51,7 @@ def test_the_calls_are_those_of_the_steps(family, said):
 def test_rows_of_what_runs_and_reasons_for_the_rest(at_hand, tmp_path, capsys):
     assert bench.main([*QUICK, "--output", str(tmp_path / "rows")]) == 0
     rows = {row["backend"]: row for row in map(json.loads, (tmp_path / "rows").open())}
-    assert set(rows) == set(attention.BACKENDS)
+    assert set(rows) == set(backends.BACKENDS)
     said = capsys.readouterr().out
     for name in ("native", "flash"):
         row = rows[name]
@@ -68,9 +68,9 @@ def test_rows_of_what_runs_and_reasons_for_the_rest(at_hand, tmp_path, capsys):
 
 
 def test_a_kernel_that_is_wrong_is_not_timed(at_hand, tmp_path, monkeypatch):
-    right = attention.attend
+    right = backends.attend
     wrong = lambda name, q, k, v: right("native", q, k, v) * (1 + (name == "flash"))  # noqa: E731
-    monkeypatch.setattr(attention, "attend", wrong)
+    monkeypatch.setattr(backends, "attend", wrong)
     assert bench.main([*QUICK, "--output", str(tmp_path / "rows")]) == 0
     rows = {row["backend"]: row for row in map(json.loads, (tmp_path / "rows").open())}
     assert "strays from native attention" in rows["flash"]["left_out"]

@@ -11,7 +11,7 @@ from torch import nn
 from bench import meters, pair_loss, step, timing
 from bench.architectures import ARCHITECTURES
 from bench.meters import Clock, SavedBytes
-from fastpref.step.attention import Call
+from fastpref.step.backends import Call
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,7 @@ def test_the_attention_kernel_is_that_of_the_forward(monkeypatch):
     call = Call(1, 2, 256, 256, 32, torch.float32, CPU)
     name = meters.attention_kernel(call, "native")
     assert name == "aten::_scaled_dot_product_flash_attention_for_cpu"
-    inputs, recorded = meters.attention.inputs, []
+    inputs, recorded = meters.backends.inputs, []
 
     def slow(call):
         torch.randn(3000, 3000) @ torch.randn(3000, 3000)
@@ -132,5 +132,5 @@ def test_the_attention_kernel_is_that_of_the_forward(monkeypatch):
         made[0].register_hook(recorded.append)
         return made
 
-    monkeypatch.setattr(meters.attention, "inputs", slow)
+    monkeypatch.setattr(meters.backends, "inputs", slow)
     assert meters.attention_kernel(call, "native") == name and not recorded

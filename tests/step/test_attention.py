@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from fastpref import models
-from fastpref.step import attention, checkpointing, compiling
-from fastpref.step.attention import Call
+from fastpref.step import attention, backends, checkpointing, compiling
+from fastpref.step.backends import Call
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = ("flash", "native")
@@ -65,20 +65,20 @@ FAMILIES = {"wan": wan, "cogvideox": cogvideox, "unet": unet}
 def test_observe_reads_the_attentions_of_a_forward():
     """Tokens and heads by hand: Wan's 3x4x4 patches and its text, CogVideoX's both in one."""
     f32 = torch.float32
-    assert attention.observe(wan()[1]) == [
+    assert backends.observe(wan()[1]) == [
         Call(2, 2, 48, 48, 16, f32, CPU),
         Call(2, 2, 48, 7, 16, f32, CPU),
     ]
-    assert attention.observe(cogvideox()[1]) == [Call(1, 2, 54, 54, 16, f32, CPU)]
-    found = attention.observe(unet()[1])
+    assert backends.observe(cogvideox()[1]) == [Call(1, 2, 54, 54, 16, f32, CPU)]
+    found = backends.observe(unet()[1])
     assert found[0] == Call(1, 2, 16, 16, 32, f32, CPU) and Call(1, 2, 16, 7, 32, f32, CPU) in found
-    assert attention.observe(lambda: None) == []
+    assert backends.observe(lambda: None) == []
 
 
 def test_observe_changes_nothing():
     _, probe = wan()
     before, inside = probe(), []
-    attention.observe(lambda: inside.append(probe()))
+    backends.observe(lambda: inside.append(probe()))
     assert torch.equal(before, inside[0])
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_name():
     ],
 )
 def test_what_is_not_installed_names_what_to_install(name, install):
-    if importlib.util.find_spec(attention._PACKAGES[name][0]) is not None:
+    if importlib.util.find_spec(backends._PACKAGES[name][0]) is not None:
         pytest.skip(f"{name} is installed")
     with pytest.raises(ValueError) as raised:
         attention.choose(name, wan()[0], wan()[1], CUDA)
@@ -177,7 +177,7 @@ def test_queries_that_autocast_will_cast_count_as_cast(family, sizes, monkeypatc
     refused.
     """
     model, probe = as_on_a_gpu(*FAMILIES[family]())
-    assert attention.observe(probe)[0] == Call(*sizes, 16, torch.bfloat16, CPU, mixed=True)
+    assert backends.observe(probe)[0] == Call(*sizes, 16, torch.bfloat16, CPU, mixed=True)
     assert "flash" in attention.choose("auto", model, probe, CUDA, rounds=1).seconds
     assert attention.choose("flash", model, probe, CUDA).name == "flash"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
@@ -190,7 +190,7 @@ def test_what_autocast_leaves_alone_is_observed_as_it_is():
     q, wide = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).double()
     with torch.autocast("cpu", torch.bfloat16):
         assert attend(wide, wide, wide).dtype == torch.float64
-        calls = attention.observe(lambda: (attend(wide, wide, wide), attend(q, q, q)))
+        calls = backends.observe(lambda: (attend(wide, wide, wide), attend(q, q, q)))
     assert [call.dtype for call in calls] == [torch.float64, torch.bfloat16]
     assert not any(call.mixed for call in calls)
 
@@ -207,10 +207,10 @@ def test_a_kernel_that_does_not_run_on_the_shape_is_refused_in_one_line():
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is here")
 def test_a_package_that_diffusers_does_not_take_is_refused_in_one_line(monkeypatch):
     """As an old one is, which computes all the same."""
-    right = attention.attend
+    right = backends.attend
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
-        attention, "attend",
+        backends, "attend",
         lambda name, *qkv: right("native" if name == "flash_attn" else name, *qkv),
     )  # fmt: skip
     model, probe = half(*wan())
@@ -250,20 +250,20 @@ def test_auto_times_what_runs_and_says_why_the_rest_does_not(family):
     assert choice.name == (fastest if clearly else "native")
     assert all(0 < s < 10 for s in choice.seconds.values())
     assert "does not run" in choice.refused["cudnn"]
-    assert set(choice.seconds) | set(choice.refused) == set(attention.BACKENDS)
+    assert set(choice.seconds) | set(choice.refused) == set(backends.BACKENDS)
     assert str(choice).startswith(f"{choice.name} (") and "\n" not in str(choice)
 
 
 @pytest.mark.parametrize(("seconds", "name"), [(0.98, "native"), (0.96, "flash")])
 def test_auto_stays_native_within_the_noise(seconds, name, monkeypatch):
     taken = {"native": 1.0, "flash": seconds}
-    monkeypatch.setattr(attention, "_seconds", lambda name, call: taken.get(name, 9.0))
+    monkeypatch.setattr(backends, "seconds", lambda name, call: taken.get(name, 9.0))
     assert attention.choose("auto", *half(*wan()), CUDA, rounds=1).name == name
 
 
 def test_auto_leaves_out_what_is_wrong(monkeypatch):
     """A planted kernel: first its gradient of v is off by a tenth, then one output is NaN."""
-    right = attention.attend
+    right = backends.attend
 
     def biased(name, q, k, v):
         if name != "flash":
@@ -275,7 +275,7 @@ def test_auto_leaves_out_what_is_wrong(monkeypatch):
         return out * torch.where(torch.arange(16) == 3, torch.nan, 1.0) if name == "flash" else out
 
     for planted in (biased, broken):
-        monkeypatch.setattr(attention, "attend", planted)
+        monkeypatch.setattr(backends, "attend", planted)
         choice = attention.choose("auto", *half(*wan()), CUDA, rounds=1)
         assert "strays from native attention" in choice.refused["flash"], planted.__name__
         assert "flash" not in choice.seconds
@@ -287,18 +287,18 @@ def test_a_kernel_that_is_right_at_one_size_alone_is_refused(monkeypatch):
     """Attention as it is written down, all in bfloat16: right within rounding, as long as no score
     is so large that its own rounding counts.
     """
-    right = attention.attend
+    right = backends.attend
 
     def written(name, q, k, v):
         if name != "flash":
             return right(name, q, k, v)
         return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
-    monkeypatch.setattr(attention, "attend", written)
+    monkeypatch.setattr(backends, "attend", written)
     call = Call(2, 2, 48, 48, 16, torch.bfloat16, CPU)
     off = {
-        scale: attention.difference(*(attention.results(n, call, scale) for n in BOTH))
-        for scale in attention.SCALES
+        scale: backends.difference(*(backends.results(n, call, scale) for n in BOTH))
+        for scale in backends.SCALES
     }
     assert off[1.0] < 1e-2 and off[16.0] > 0.1
     said = r"attention flash: strays from native attention on \[2, 2, 48, 16\] on 48 keys in "
@@ -315,25 +315,25 @@ def test_two_kernels_that_are_right_are_not_refused(size, dtype):
     """
     call = Call(*size, dtype, CPU)
     with sdpa_kernel(SDPBackend.MATH):  # attention native, that is
-        assert attention.why_not_on(call, "flash") is None
+        assert backends.why_not_on(call, "flash") is None
 
 
 def test_difference_is_relative_to_the_norm_of_output_and_gradients(monkeypatch):
     call = Call(2, 3, 40, 24, 16, torch.float32, CPU)
-    native = attention.results("native", call)
-    assert attention.difference(attention.results("native", call), native) == 0.0
-    right = attention.attend
+    native = backends.results("native", call)
+    assert backends.difference(backends.results("native", call), native) == 0.0
+    right = backends.attend
     monkeypatch.setattr(
-        attention, "attend",
+        backends, "attend",
         lambda name, q, k, v: right("native", q, k, v) * (1.25 if name == "cudnn" else 1.0),
     )  # fmt: skip
-    off = attention.difference(attention.results("cudnn", call), native)
+    off = backends.difference(backends.results("cudnn", call), native)
     assert off == pytest.approx(0.25, rel=1e-5)
     least = tuple(4 * x.norm().item() for x in native)
-    off = attention.difference(attention.results("cudnn", call), native, least)
+    off = backends.difference(backends.results("cudnn", call), native, least)
     assert off == pytest.approx(0.25 / 4, rel=1e-5)
     wrong = [*native[:3], native[3] * torch.nan]
-    assert attention.difference(wrong, native) == torch.inf
+    assert backends.difference(wrong, native) == torch.inf
 
 
 # ---- Setting it
@@ -439,5 +439,5 @@ def test_watch_sees_what_pytorch_is_asked():
     """Keyword and positional arguments alike."""
     q = torch.randn(1, 2, 5, 8)
     k = torch.randn(1, 2, 9, 8)
-    calls = attention.observe(lambda: (attend(q, k, k), attend(query=k, key=k, value=k)))
+    calls = backends.observe(lambda: (attend(q, k, k), attend(query=k, key=k, value=k)))
     assert calls == [Call(1, 2, 9, 9, 8, q.dtype, CPU), Call(1, 2, 5, 9, 8, q.dtype, CPU)]
