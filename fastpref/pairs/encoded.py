@@ -1,0 +1,137 @@
+"""The encoded set as it is written: its folder bound to one encoding, its tensors, its index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import differences, identity, model_identity, write_atomic
+from ..models.folder import encoders_of
+from .dataset import pair_file, read_fingerprint
+from .media import Sampling
+from .prepare import Prepared, stored_shapes
+from .rows import Row, Rows
+
+# Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
+# what was found of data whose rows were all bad.
+LEFT_OVER = (".fastpref", "fingerprint.json", "bad_rows.jsonl", "counts.json")
+
+
+def fingerprint(
+    module: ModuleType,
+    model: str | Path,
+    rows: Rows,
+    sampling: Sampling,
+    dtype: str,
+    seed: int | None,
+) -> dict[str, Any]:
+    """What decides an encoded set's content, as compared by `check`.
+
+    Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
+    what training compares with the base it gets (`models.folder.encoders_of`).
+    """
+    encoders = encoders_of(model)
+    return {
+        "family": module.__name__,
+        "model": model_identity(model),
+        **({"encoders": encoders} if encoders else {}),
+        **asdict(sampling),
+        "dtype": dtype,
+        **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
+        "ranked": rows.ranked if rows.layout == "candidates" else None,
+        "data": identity(rows.path) if rows.path else rows.name,
+        **rows.version,
+    }
+
+
+def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
+    """Whether pairs of this encoding are in `folder` already; ValueError names what differs if it
+    is another's.
+
+    A folder without pairs must be new or empty (but for LEFT_OVER, and a fingerprint binds nothing
+    there: its model may since be mended), and none may be the folder of the `data` itself.
+    """
+    if folder.resolve() == data:
+        raise ValueError(f"output_dir {folder}: is the data folder; choose another output_dir")
+    if not (folder / "fingerprint.json").exists() or not (folder / "pairs").exists():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir {folder}: is a file; choose another output_dir")
+        there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        foreign = [name for name in there if not name.startswith(LEFT_OVER)]
+        if foreign:
+            raise ValueError(
+                f"output_dir {folder}: holds something else ({foreign[0]}): "
+                "choose another output_dir"
+            )
+        return False
+    before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
+    hidden = {"data"} if data else set()  # of files: two digests say nothing
+    listed = differences(before, now, hidden)
+    if not listed and before.get("data") != now["data"]:
+        raise ValueError(
+            f"output_dir {folder}: the data changed since it was encoded; delete that folder to "
+            "encode again, or choose another output_dir"
+        )
+    if listed:
+        raise ValueError(
+            f"output_dir {folder}: encoded with another {listed}; "
+            "choose another output_dir, or the same values"
+        )
+    return True
+
+
+def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
+    """Makes `folder` this encoding's own, by its fingerprint; ValueError as `check`."""
+    if not check(folder, now, data):
+        write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
+
+
+def entry(item: Prepared) -> dict[str, Any]:
+    """A pair's line of the index: everything but the media."""
+    names = [f.name for f in fields(Row) if f.name not in ("chosen", "rejected")]
+    return {"pair_id": item.pair_id} | {name: getattr(item.row, name) for name in names}
+
+
+def embeddings(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A prompt's embeddings under the names they are stored by."""
+    return {f"cond.{name}": value for name, value in cond.items()}
+
+
+def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is written of `tensors`: floating ones in `dtype`, the others as they are."""
+    return {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in tensors.items()
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes them as one safetensors file."""
+    from safetensors.torch import save
+
+    write_atomic(path, save(tensors))
+
+
+def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
+    """index.parquet, one row per pair, by id; an encoded set is complete with it.
+
+    Neither the order of the rows nor what an interruption left to encode changes it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = sorted(index, key=lambda line: line["pair_id"])
+    columns = {name: [line[name] for line in index] for name in index[0]}
+    columns["shapes"] = [stored_shapes(pair_file(folder, i)) for i in columns["pair_id"]]
+    numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
+    numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64()}
+    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())
