@@ -94,6 +94,15 @@ def _check_tensor(function: str, name: str, value: Any, device: torch.device | N
     _check_tangent(function, name, value)
 
 
+def _check_rows(function: str, name: str, value: Any) -> None:
+    _check_tensor(function, name, value, None)
+    if value.dim() < 2 or value.numel() == 0:
+        raise ValueError(
+            f"{function}: {name} must be [rows, ...] with at least one element a row,"
+            f" got {_describe(value)}"
+        )
+
+
 def _check_tangent(function: str, name: str, value: Tensor) -> None:
     """Without this a forward-mode derivative would silently be zero."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
@@ -132,13 +141,8 @@ def _unpack(function: str, pred: Tensor, target: Any, paired: bool) -> tuple:
     Returns (data, seed, pair_id, index, p, q) as the ops take them: data is y itself and there are
     no draws, or it is x0 and the rest says how to make y of it.
     """
-    _check_tensor(function, "pred", pred, None)
+    _check_rows(function, "pred", pred)
     shape = pred.shape
-    if len(shape) < 2 or 0 in shape:
-        raise ValueError(
-            f"{function}: pred must be [rows, ...] with at least one element a row,"
-            f" got {_describe(pred)}"
-        )
     made = isinstance(target, Target)
     name, data = ("target.x0", target.x0) if made else ("target", target)
     _check_tensor(function, name, data, pred.device)
@@ -202,12 +206,7 @@ def add_noise(
     tensor like x0, in `dtype` (default x0's). No gradient flows to x0.
     Raises TypeError or ValueError on a wrong dtype, shape or device.
     """
-    _check_tensor("add_noise", "x0", x0, None)
-    if x0.dim() < 2 or x0.numel() == 0:
-        raise ValueError(
-            f"add_noise: x0 must be [rows, ...] with at least one element a row,"
-            f" got {_describe(x0)}"
-        )
+    _check_rows("add_noise", "x0", x0)
     _check_draws("add_noise", draws, x0, None)
     pairs = draws.pair_id.shape[0]
     _check_per_pair("add_noise", "a", a, pairs, x0.device)
