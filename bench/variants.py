@@ -24,6 +24,21 @@ BETA, SEED, RANK = 500.0, 1, 64
 LEARNING_RATE = 1e-5
 DRAWS = 4  # that the steps go through
 
+# Of a table: on a GPU where tokens are many, where they are few, and on a CPU.
+LARGE = (
+    *("B0", "B1", "B4", "B5", "joint/full", "deferred/full", "deferred/attention"),
+    *("deferred/attention+compile", "deferred/none+compile", "deferred/none+compile+cached"),
+)
+SMALL = (
+    *("B0", "B1", "joint/none", "joint/none+compile", "joint/none+compile+graph"),
+    *("joint/none+compile+cached+graph", "B4", "B5"),
+)
+CPU = (
+    *("B0", "B1", "joint/full", "joint/none", "deferred/attention", "deferred/none"),
+    *("joint/none+graph", "joint/none+cached", "deferred/none+cached"),
+)
+FEW_TOKENS = 4000  # of a sample: below, launches count and a pair fits in one batch
+
 
 def adapt(model: nn.Module, arch: Architecture, adapters: str) -> None:
     """Puts float32 adapters on all blocks, or on the upper half of them."""
@@ -271,3 +286,12 @@ class Ours:
 
 def tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def default_variants(setting: Setting) -> tuple[str, ...]:
+    return CPU if setting.device.type == "cpu" else usual(setting.arch, setting.shape)
+
+
+def usual(arch: Architecture, shape: str | None) -> tuple[str, ...]:
+    """On a GPU, of clips of this shape."""
+    return SMALL if arch.tokens(shape or arch.shape) <= FEW_TOKENS else LARGE

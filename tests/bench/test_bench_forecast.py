@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import step
+from bench import step, table
 from bench.forecast import Beside, forecast, plan
 from fastpref.step import memory
 
@@ -105,15 +105,15 @@ def test_a_variant_that_is_predicted_not_to_fit_is_not_tried(monkeypatch):
     gib = ((less + more) / 2 / (1 - memory.SPARE) + memory.CONTEXT) / memory.GIB
     made, tried = [], []
 
-    class Table(step.Table):
+    class Table(table.Table):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.forecast = beside(found, replace(H100, gib=gib))
             made.append(self)
 
-    real = step.prepare
-    monkeypatch.setattr(step, "prepare", lambda name, *a: (tried.append(name), real(name, *a))[1])
-    monkeypatch.setattr(step, "Table", Table)
+    real = table.prepare
+    monkeypatch.setattr(table, "prepare", lambda name, *a: (tried.append(name), real(name, *a))[1])
+    monkeypatch.setattr(table, "Table", Table)
     assert step.main([*args, "--shape", own.shape, "--rounds", "2", "--minutes", "1"]) == 0
     assert tried == ["B1", few] and made
     rows = made[0].rows

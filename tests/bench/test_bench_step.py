@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import attention, margin_noise, overhead, pair_loss, step, timing
+from bench import attention, margin_noise, overhead, pair_loss, step, table, timing, variants
 from bench.architectures import ARCHITECTURES
 from bench.variants import Ours, Usual
 from fastpref.step import compiling
@@ -97,7 +97,7 @@ def test_rows_are_written_where_output_says_alone(results, tmp_path, monkeypatch
 def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert results.run(*QUICK) == 0
     rows = results()
-    assert set(rows) == set(step.CPU)
+    assert set(rows) == set(variants.CPU)
     for name, row in rows.items():
         assert row["gradient_off"] < 1e-4, name
         assert row["s_per_pair"] > 0 and len(row["s_per_pair_quartiles"]) == 2
@@ -110,8 +110,9 @@ def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert 0 < held[0] / held[1] <= 0.6
     said = capsys.readouterr().out
     assert "activations held, deferred over joint: 0." in said and "cached over B0: " in said
-    table = [line.split()[0] for line in said[said.index("variant  ") :].splitlines()[1:]]
-    assert table[: len(rows)] == sorted(step.CPU), "baselines, then ours before what adds to them"
+    shown = [line.split()[0] for line in said[said.index("variant  ") :].splitlines()[1:]]
+    in_order = sorted(variants.CPU)  # baselines, then ours before what adds to them
+    assert shown[: len(rows)] == in_order
 
 
 @pytest.fixture
@@ -140,14 +141,14 @@ def test_the_other_process_and_text_in_the_sequence(name, results, narrow_cogvid
 
 
 def test_a_wrong_gradient_is_recorded_not_timed_and_fails(results, monkeypatch, capsys):
-    right = step.Ours._step
+    right = Ours._step
 
     def biased(self, *args, **kwargs):
         loss = right(self, *args, **kwargs)
         self.setting.parameters[3].grad *= 1.5
         return loss
 
-    monkeypatch.setattr(step.Ours, "_step", biased)
+    monkeypatch.setattr(Ours, "_step", biased)
     assert results.run(*QUICK, "--variants", "B0", "joint/none") == 1
     row = results()["joint/none"]
     assert "gradient is off B1's by" in row["left_out"] and "s_per_pair" not in row
@@ -162,14 +163,14 @@ def test_what_cannot_run_is_recorded_and_the_rest_is_timed(
     error, reason, code, results, monkeypatch
 ):
     """A variant too large is an answer; one that fails is a mistake."""
-    right = step.Ours.__init__
+    right = Ours.__init__
 
     def full(self, name, setting):
         if name == "joint/none":
             raise error
         right(self, name, setting)
 
-    monkeypatch.setattr(step.Ours, "__init__", full)
+    monkeypatch.setattr(Ours, "__init__", full)
     assert results.run(*QUICK, "--variants", "joint/none", "deferred/none") == code
     rows = results()
     assert rows["joint/none"]["left_out"] == reason
@@ -227,12 +228,12 @@ def test_what_a_gpu_does_not_record_is_left_out():
     """On a CPU there are no graphs, and the row says so."""
     variant = Ours("joint/none+graph", setting("tiny"))
     assert [graph.name for graph in variant.graphs] == ["joint/none+graph", "optimiser"]
-    assert step.not_recorded(variant, CPU) is None
+    assert table.not_recorded(variant, CPU) is None
     for graph in variant.graphs:
         graph.why_not = None
-    assert step.not_recorded(variant, torch.device("cuda")) is None
+    assert table.not_recorded(variant, torch.device("cuda")) is None
     variant.graphs[1].why_not = "it waits"
-    said = step.not_recorded(variant, torch.device("cuda"))
+    said = table.not_recorded(variant, torch.device("cuda"))
     assert said == "the optimiser was not recorded: it waits"
 
 
@@ -251,15 +252,15 @@ def test_preparing_leaves_what_timing_takes(seconds, prepared, results, monkeypa
     """Of 600 seconds 250 are left when B1 and joint/full are prepared: with one more variant, steps
     of 20 seconds need 360 to be timed, of 5 seconds 90.
     """
-    right, clock, passed = step.prepare, step.time.perf_counter, [0.0]
+    right, clock, passed = table.prepare, table.time.perf_counter, [0.0]
 
     def prepare(name, *rest):
         variant, known = right(name, *rest)
         passed[0] += {"B1": 100, "joint/full": 250}.get(name, 0)
         return variant, known | {"s_first": seconds}
 
-    monkeypatch.setattr(step, "prepare", prepare)
-    monkeypatch.setattr(step.time, "perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr(table, "prepare", prepare)
+    monkeypatch.setattr(table.time, "perf_counter", lambda: clock() + passed[0])
     names = ["--variants", "joint/full", "joint/none"]
     assert results.run(*QUICK, *names, "--minutes", "10") == (0 if prepared else 3)
     rows = results()
@@ -312,9 +313,9 @@ def test_sigterm_leaves_the_rounds_that_are_complete(call, rounds, results, monk
 def test_compiled_code_is_saved_before_a_process_can_be_ended(results, monkeypatch, tmp_path):
     """After each variant, the one that fails included, and after SIGTERM in the last."""
     saved, path = [], tmp_path / "inductor.zip"
-    monkeypatch.setattr(step.Carried, "load", lambda self: saved.append(self.entry) or 0)
-    monkeypatch.setattr(step.Carried, "save", lambda self: saved.append(len(prepared)))
-    right, prepared = step.prepare, []
+    monkeypatch.setattr(table.Carried, "load", lambda self: saved.append(self.entry) or 0)
+    monkeypatch.setattr(table.Carried, "save", lambda self: saved.append(len(prepared)))
+    right, prepared = table.prepare, []
 
     def prepare(name, *rest):
         prepared.append(name)
@@ -324,13 +325,13 @@ def test_compiled_code_is_saved_before_a_process_can_be_ended(results, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return right(name, *rest)
 
-    monkeypatch.setattr(step, "prepare", prepare)
+    monkeypatch.setattr(table, "prepare", prepare)
     names = ["--variants", "joint/full", "joint/none", "deferred/none"]
     assert results.run(*QUICK, *names, "--inductor", str(path)) == 1
     assert prepared == ["B1", "joint/full", "joint/none", "deferred/none"]
     assert saved[1:] == [1, 2, 3, 4]
-    table = "tiny-1x64x64-2-float32-all-native-B1-joint full-joint none-deferred none"
-    assert saved[0].endswith(f"/{table}")
+    told = "tiny-1x64x64-2-float32-all-native-B1-joint full-joint none-deferred none"
+    assert saved[0].endswith(f"/{told}")
 
 
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.1)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import step
+from bench import table
 from bench.architectures import ARCHITECTURES
 from bench.baselines import BASELINES
 from bench.variants import Ours, Setting, Usual, rungs
@@ -119,7 +119,7 @@ def test_a_compiled_variant_compiles_and_runs_what_its_name_says(name, tiny, mon
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert (found["attention"], found["compiled"], graphs) == COMPILED[name]
     if name not in BASELINES:  # 0.9 MB a member, or a block's inputs and its attentions' outputs
-        held = step.activation_bytes(variant, tiny["all"])
+        held = table.activation_bytes(variant, tiny["all"])
         assert held > 0.7e6 if "/none" in name else held < 0.3e6
 
 
