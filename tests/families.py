@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.true_size import clip_tokenizer, t5_tokenizer
+from bench.random_weights import clip_tokenizer, t5_tokenizer
 from fastpref import models
 from fastpref.pairs.media import write_clip
 from fastpref.process import Diffusion, FlowMatching

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import true_size
-from bench.true_size import SIZES
+from bench.random_weights import SIZES
 
 
 def parameters(library: str, name: str, config: dict) -> int:
