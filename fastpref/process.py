@@ -1,4 +1,6 @@
-"""Noising processes: schedule tables from a scheduler's config, draws, targets, importance gain.
+"""Noising processes in one file, since flow matching and diffusion share base, draws and config.
+
+Schedule tables from a scheduler's config, draws, targets, importance gain.
 
 A process turns draws into noise levels: x_t = a x0 + s eps, and the network predicts
 y = p eps + q x0.

@@ -139,6 +139,18 @@ def test_every_module(module):
     assert ast.get_docstring(ast.parse(source)), "every file opens with what lives there"
 
 
+def test_a_long_file_says_why():
+    """Over 350 lines a file is split, or the first sentence of its docstring says why it is not."""
+    silent = []
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "bench").rglob("*.py")]):
+        source = path.read_text()
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        first = re.split(r"(?<=[.!?])\s|\n\n", docstring)[0]
+        if len(source.splitlines()) > 350 and "one file" not in " ".join(first.split()):
+            silent.append(str(path.relative_to(ROOT)))
+    assert not silent
+
+
 def test_native_headers_stay_light():
     """kernels.h includes nothing heavy, the bindings no torch, and no C++ file includes torch."""
     for path in sorted((ROOT / "csrc").iterdir()):
