@@ -21,8 +21,10 @@ from torch import Tensor
 from .loss import oracle
 from .loss.functional import Draws, Target, add_noise
 
-MOST_TIMESTEPS = 10**6
+MOST_TIMESTEPS = 10**6  # published ones have 1000; a damaged config's 10**12 would fill the memory
+# Finite, since inf times an error of 0 is NaN.
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
+# 1 / 1000 is where diffusers' flow grids end; at 0 the gain of a step would be infinite.
 LAST_STEP = 1e-3  # flow: where reverse steps end, a time before the shift
 
 
@@ -44,6 +46,7 @@ class Times(NamedTuple):
         return Times(*torch.stack(self).to(device, non_blocking=True))
 
 
+# eq=False: tensors in fields have no single answer to ==.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Process(ABC):
     """What both processes share.
@@ -101,6 +104,7 @@ class Process(ABC):
         u = oracle.uniform(draws.seed, draws.pair_id, draws.index, oracle.TIMESTEP)
         if self.strata is None:
             return u
+        # The offset: without it all pairs of an epoch would be in one stratum.
         # Word group 1 of draw 0: numbers that no time uses, one offset per pair.
         zero, group = torch.zeros_like(draws.index), draws.pair_id.new_ones(1)
         offset = oracle.words(draws.seed, draws.pair_id, zero, group, oracle.TIMESTEP)[0][:, 0]
@@ -242,6 +246,7 @@ class Diffusion(Process):
 
     alphas_cumprod: Tensor
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    # init=False: `replace` begins with an empty one, since gains hang on importance_steps.
     _on_device: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -290,6 +295,7 @@ class Diffusion(Process):
     def _window(self) -> tuple[int, int]:
         """timestep_range as the first and the last timestep: t / T in [lo, hi)."""
         total = len(self.alphas_cumprod)
+        # 0.28 * 100 is 28.000000000000004: without the 1e-9 timestep 28 would be left out.
         lo, hi = (math.ceil(level * total - 1e-9) for level in self.timestep_range)
         return lo, hi - 1
 
@@ -299,6 +305,7 @@ class Diffusion(Process):
     def _timestep(self, draws: Draws) -> Tensor:
         first, last = self._window()
         t = first + (self._uniform(draws) * (last - first + 1)).floor().long()
+        # A stratum's last place, (K - 1 + u) / K, can round to 1.
         return t.clamp(max=last)
 
     def _tables(self, device: torch.device) -> Tensor:
@@ -371,6 +378,7 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
     elif schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, total, dtype=torch.float64).square()
     elif schedule == "squaredcos_cap_v2":
+        # The cosine schedule of arXiv 2102.09672, capped as diffusers caps it.
         time = torch.arange(total + 1, dtype=torch.float64) / total
         bar = ((time + 0.008) / 1.008 * torch.pi / 2).cos().square()
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
@@ -381,6 +389,7 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
         )
     abar = (1 - betas).cumprod(0)
     scale = config.get("snr_shift_scale", 3.0 if cogvideox else 1.0)
+    # SNR / scale, and before the rescaling, as in CogVideoX's schedulers.
     abar = abar / (scale + (1 - scale) * abar)
     if config.get("rescale_betas_zero_snr", False):
         # Shift and scale sqrt(abar) so that its last value is 0 and its first stays (2305.08891).

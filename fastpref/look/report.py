@@ -114,7 +114,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # the latter: JSON nested too deeply
             continue
         if isinstance(row, dict) and isinstance(row.get("global_step"), int | float):
             rows.append(row)
@@ -146,6 +146,7 @@ def curves(run: Path, path: Path) -> None:
     def line(axis: Any, key: str, label: str | None = None, **style: Any) -> None:
         values = [_number(row.get(key)) for row in rows]
         if not all(map(math.isnan, values)):
+            # A line through one value shows nothing.
             marker = "." if len(values) < 3 else None
             axis.plot(steps, values, label=label, marker=marker, **style)
 

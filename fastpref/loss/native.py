@@ -52,6 +52,7 @@ def launchers(like: Tensor, *dtypes: torch.dtype):
     for dtype in dtypes:
         if dtype not in DTYPES:
             return None
+    # is_cpu first: device.type makes a string at every look, 8 us with cold caches.
     native = getattr(_C, "cpu" if like.is_cpu else like.device.type, None)
     if native is None and like.is_cuda and _C is not None:
         warnings.warn(
@@ -71,6 +72,7 @@ def last(like: Tensor) -> int:
     """A launcher's last argument: the number of threads, or the current stream."""
     if like.is_cpu:
         return torch.get_num_threads()
+    # As Inductor's code asks; torch.cuda.current_stream() makes an object of it first.
     return torch._C._cuda_getCurrentRawStream(like.device.index)
 
 
@@ -85,12 +87,14 @@ def _launch(launcher, like: Tensor, *arguments) -> None:
         elif isinstance(argument, torch.dtype):
             plain.append(DTYPES[argument])
         elif not isinstance(argument, Tensor):
-            plain.append(argument)
+            plain.append(argument)  # an integer of another type, such as numpy's
         else:
+            # A negated view's sign is a flag of the tensor: its memory holds the other one.
             if argument.is_neg() or not argument.is_contiguous():
                 argument = argument.resolve_neg().contiguous()
                 alive.append(argument)
             plain.append(argument.data_ptr())
+    # CUDA refuses to launch into a stream of a device that is not the current one.
     if like.is_cuda and torch.cuda.device_count() > 1:
         with torch.cuda.device(like.device):
             return launcher(*plain, last(like))
@@ -211,11 +215,13 @@ def pair_loss(
     _check_scalars("pair_loss", pairs, pred, hyper, gain, weight, ref_err)
     _check_objective("pair_loss", objective)
     native = launchers(pred, pred.dtype, target.dtype) if known(objective) else None
+    # The kernel reads prediction and reference in one dtype.
     if ref is not None and (native is None or ref.dtype != pred.dtype):
         ref, ref_err = None, pair_error(ref, target, seed, pair_id, index, p, q)
     if native is None:
         err = pair_error(pred, target, seed, pair_id, index, p, q)
         loss, *rest = loss_epilogue(err, ref_err, hyper, gain, weight, objective)
+        # A clone, here and below: no output of an operator may be one of its inputs (opcheck).
         return loss, rest[0], err, ref_err.clone(), *rest[1:]
     return checked_pair_loss(
         native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id,
@@ -281,6 +287,7 @@ def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):
 
 def checked_pair_grad(native, shape, pred, target, coef, grad, scale, seed, pair_id, index, p, q):
     """pair_grad by these launchers, of what has been checked."""
+    # Not with a permuted prediction's own strides: the kernel writes row after row.
     out = torch.empty_like(pred, memory_format=torch.contiguous_format)
     _launch(
         native.pair_grad, pred, *shape, pred, pred.dtype, target, target.dtype,

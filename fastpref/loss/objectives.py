@@ -16,6 +16,7 @@ BETA_CONVENTIONS = ("half_mean", "mean", "half_sum", "sum")
 
 _RANGES = {
     "beta": ("> 0", lambda x: x > 0),
+    # From 0.5 on these two have the least loss at a margin of 0 or below: nothing is preferred.
     "label_smoothing": (">= 0 and < 0.5", lambda x: 0 <= x < 0.5),
     "alpha": ("> 0 and < 0.5", lambda x: 0 < x < 0.5),
     "clip": ("> 0 and < 1", lambda x: 0 < x < 1),
@@ -50,6 +51,7 @@ class Objective:
                     raise TypeError(
                         f"{self.name}: {option} must be a number {expected}, got {value!r}"
                     )
+                # Not math.isfinite, which raises OverflowError on an int beyond a float.
                 if not (abs(value) <= sys.float_info.max and valid(value)):
                     raise ValueError(
                         f"{self.name}: {option} must be finite and {expected}, got {value}"
@@ -86,6 +88,7 @@ class Objective:
             device = torch.device("cuda", torch.cuda.current_device())  # whatever it is called
         watched = is_dynamo_compiling() or _len_torch_dispatch_stack()
         if watched or _are_functorch_transforms_active():  # it is traced, fake or wrapped
+            # Past the cache: kept there it would spoil every later loss of this objective.
             return _hyper_tensor.__wrapped__(self, device)
         return _hyper_tensor(self, device)
 
@@ -93,6 +96,7 @@ class Objective:
 _CPU = torch.device("cpu")
 
 
+# Not kept by the objective, whose copies and pickles would then carry tensors.
 @lru_cache(maxsize=256)
 def _hyper_tensor(objective: Objective, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may later be saved for a backward

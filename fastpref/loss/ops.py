@@ -31,6 +31,7 @@ SCHEMAS = {
 }
 _library = torch.library.Library("fastpref", "DEF")
 for _name, _schema in SCHEMAS.items():
+    # The tag promises what torch.library.opcheck holds the operators to in the tests.
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -52,6 +53,7 @@ def _fake_pair_loss(pred, target, *_):
 
 
 def _fake_pair_grad(pred, *_):
+    # Contiguous, as the kernel writes it, whatever strides pred has.
     return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
 
 
@@ -96,6 +98,7 @@ def _keep_pair_loss(ctx, inputs, output) -> None:
     pred, target, *_, ctx.seed, pair_id, index, p, q = inputs
     ctx.save_for_backward(pred, target, output[-1], pair_id, index, p, q)
     ctx.mark_non_differentiable(*output[1:])
+    # Else each backward would fill zeros for the six outputs that have no gradient.
     ctx.set_materialize_grads(False)
 
 
@@ -118,6 +121,7 @@ def _keep_loss_epilogue(ctx, inputs, output) -> None:
 def _backward_loss_epilogue(ctx, grad, *_):
     err, coef = ctx.saved_tensors
     grad_err = None if grad is None else coef * (grad * (2.0 / coef.shape[0]))
+    # To autograd coef is a constant: a second derivative would be missing without a word.
     if grad_err is not None and torch.is_grad_enabled():  # create_graph
         grad_err = _Final.apply(grad_err, err)
     return grad_err, *[None] * 5
@@ -160,6 +164,7 @@ def _unwatched(tensor: Tensor) -> bool:
         not is_dynamo_compiling()
         and type(tensor) in (Tensor, Parameter)
         and (tensor.is_cpu or tensor.is_cuda)
+        # Both private: torch has no public question for either, and each is one C++ call.
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
     )
@@ -171,6 +176,7 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, core, shape, inputs, rest):
         loss, *others = native.checked_pair_loss(core, shape, pred, *inputs)
+        # By a list of the caller's: what is returned autograd wraps, one by one.
         rest += others
         target, *_, ctx.seed, pair_id, index, p, q = inputs
         ctx.core, ctx.shape = core, shape
@@ -181,6 +187,7 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx, grad):
         pred, target, coef, *draws = ctx.saved_tensors
         rest = (pred, target, coef, grad, 2.0 / ctx.shape[0], ctx.seed, *draws)
+        # The operator refuses create_graph, and a mode entered since the forward sees it.
         if torch.is_grad_enabled() or not _unwatched(pred):
             return torch.ops.fastpref.pair_grad(*rest), None, None, None, None
         return native.checked_pair_grad(ctx.core, ctx.shape, *rest), None, None, None, None

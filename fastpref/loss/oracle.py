@@ -63,6 +63,7 @@ def _clip(x: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
 
 
 def _clipped(wbar: Tensor, h: Hyper) -> Tensor:
+    # clamp will do here: wbar is detached, nobody asks for its gradient at the edge.
     return wbar.clamp(1 - h.clip, 1 + h.clip)
 
 
@@ -182,8 +183,10 @@ def epilogue(
         leaves = [e.requires_grad_() for e in err.clone().chunk(2)]
         value, m = _evaluate(number, Hyper(*hyper), *leaves, *ref_err.chunk(2), gain)
         value = value * weight
+        # materialize: a new objective may leave the loser's error out.
         coefs = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
     pair_loss, m = value.detach(), m.detach()
+    # Plus 0 or NaN: of a branch not taken torch.where's backward says 0, whatever the loss is.
     coef = torch.cat(coefs) + pair_loss.mul(0).repeat(2)
     weighted = OBJECTIVES[number] in _WEIGHTED
     wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)
@@ -253,6 +256,7 @@ def words(
     seed: int, pair_id: Tensor, index: Tensor, groups: Tensor, domain: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of element groups [G] of draws (seed, pair_id [B], index [B]): four of [B, G]."""
+    # The counter's four words are all taken: the domain has the top 4 bits of the index's.
     draw = (domain << 28) | (index & 0x0FFFFFFF)
     counters = (draw, pair_id & _WORD, (pair_id >> 32) & _WORD)
     group = groups.expand(pair_id.shape[0], -1)

@@ -149,5 +149,6 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
 def decode(pipe: Encoders, latents: Tensor) -> Tensor:
     """`[C, f, h, w]` -> pixels `uint8 [4(f-1)+1, 8h, 8w, 3]`."""
     media = pipe.media
+    # In the order of CogVideoXPipeline, to the same bits.
     x = 1 / media.vae_scaling_factor_image * latents[None].to(pipe.device, media.vae.dtype)
     return to_frames(media.vae.decode(x).sample[0])

@@ -68,7 +68,7 @@ class Architecture:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents [2B, C, f, h, w], winners first, and the condition, one prompt per pair."""
         made = {"device": device}
-        if device.type != "meta":
+        if device.type != "meta":  # which has no generator
             made["generator"] = torch.Generator(device).manual_seed(0)
         latents = torch.randn(2 * pairs, *self.latent(shape), **made).to(dtype)
         cond = {"text": torch.randn(pairs, *self.text, **made).to(dtype).repeat(2, 1, 1)}
@@ -84,6 +84,7 @@ class Architecture:
         if isinstance(patch, int):
             patch = (config.get("patch_size_t") or 1, patch, patch)
         if pooled is not None:
+            # SDXL's six time ids are embedded beside the pooled text.
             times = 6 * config["addition_time_embed_dim"]
             pooled = config["projection_class_embeddings_input_dim"] - times
         return replace(
@@ -102,7 +103,7 @@ _FLOW = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
-    "flow_shift": 3.0,
+    "flow_shift": 3.0,  # for 480p; diffusers names 5 for 720p
 }
 _DDPM = {
     "_class_name": "DDPMScheduler",

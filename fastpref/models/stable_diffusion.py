@@ -88,6 +88,7 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
     )[0].unsqueeze(2)
 
 
+# Kept on the device: a CUDA graph cannot record a copy from the host.
 @lru_cache(maxsize=16)
 def time_ids(size: tuple[int, int], device: torch.device) -> Tensor:
     """`[6]`: original height and width, top and left of the crop, target height and width."""
@@ -100,12 +101,15 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     index = read_config(StableDiffusionPipeline, path)
+    # The extras: else one pipeline warns of a checker that nobody hands it, and the other loads a
+    # watermark's library wherever there is one.
     if index.get("text_encoder_2") is None:
         kind, extra = StableDiffusionPipeline, {"requires_safety_checker": False}
     elif index.get("text_encoder", (None,))[0] is None:
         raise ValueError(f"stable_diffusion.pipeline: {path} is a refiner; expected SDXL's base")
     else:
         kind, extra = StableDiffusionXLPipeline, {"add_watermarker": False}
+    # True: AutoencoderKL's own default.
     upcast = read_config(AutoencoderKL, path, "vae").get("force_upcast", True)
     return Encoders(kind, path, dtype, vae_dtype=torch.float32 if upcast else dtype, **extra)
 

@@ -108,13 +108,16 @@ def encode_media(pipe: Pipeline, frames: Tensor) -> Tensor:
             f"toy.encode_media: height and width expected divisible by {PATCH}, got "
             f"{frames.shape[1]}x{frames.shape[2]}: pass --height and --width when encoding"
         )
+    # contiguous: safetensors refuses what is permuted.
     return (frames.permute(3, 0, 1, 2).float() / 127.5 - 1).to(pipe.dtype).contiguous()
 
 
 def embed_word(word: str) -> Tensor:
     """A fixed unit Gaussian vector `[TEXT_DIM]` for any word, from its SHAKE-256 hash."""
+    # Not hash(), which Python salts anew in every process.
     digest = hashlib.shake_256(word.encode()).digest(4 * TEXT_DIM)
     words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
+    # + 0.5: at -1 and 1 erfinv is infinite.
     uniform = (torch.tensor(words, dtype=torch.float64) + 0.5) / 2**32
     return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).float()
 

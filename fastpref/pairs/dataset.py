@@ -67,6 +67,7 @@ class Batch:
 
 def pair_file(folder: Path, pair_id: int) -> Path:
     """Where a pair's tensors stand in an encoded set: 256 folders, named by the id in hex."""
+    # One folder of a million files would be slow to list.
     name = f"{pair_id:016x}"
     return folder / "pairs" / name[-2:] / f"{name}.safetensors"
 
@@ -94,7 +95,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     path = folder / "fingerprint.json"
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # the last: JSON nested too deeply
         found = None
     if not isinstance(found, dict):
         raise ValueError(
@@ -238,6 +239,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 def epoch_order(n: int, seed: int, epoch: int) -> Iterator[int]:
     """A permutation of range(n): a function of the seed and the epoch alone."""
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+    # manual_seed takes all 64 bits; without the shift every run's order would be another one.
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     # As int32 the same permutation in a third of the time; turned into numbers a part at a time:
     # all of 1e6 at once would stop the loop at an epoch's end.
@@ -329,6 +331,8 @@ def map_ahead(
     if num_workers == 0:
         yield from map(function, items)
         return
+    # Threads: what is mapped is read in torch.stack, which releases the GIL; a DataLoader's
+    # processes would hand every batch over.
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastpref-data")
     try:
         ahead: deque[Future[Any]] = deque()
@@ -339,4 +343,5 @@ def map_ahead(
         while ahead:
             yield ahead.popleft().result()
     finally:
+        # Who leaves the loop does not wait for reads that nobody wants.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -18,6 +18,7 @@ from ..files import write_atomic
 
 # Only formats that hold their own data: playlists and the like would make FFmpeg open other files.
 FORMATS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
+# A small file can claim any size: what one row may take, MAX_PIXELS being 1.6 GB.
 MAX_BYTES = 2 << 30  # of one file
 MAX_FRAME = 1 << 26  # pixels of one decoded frame: 8192 x 8192
 MAX_FRAMES = 1 << 16  # of one clip
@@ -113,6 +114,7 @@ def timeline(data: bytes) -> tuple[list[Fraction], Fraction]:
     with _open(data) as container:
         stream = _video(container)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        # demux ends with an empty packet, which is to flush a decoder.
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         if not packets:
             raise MediaError("unreadable", "holds no frames")
@@ -224,6 +226,7 @@ def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:
     if size != (h, w):
         planes = frame.permute(2, 0, 1)[None].float()
         planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True)
+        # Bicubic overshoots at edges.
         frame = planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frame[top : top + height, left : left + width].contiguous()
@@ -251,6 +254,7 @@ def truncation(data: bytes) -> str | None:
     FFmpeg plays what is left of a cut clip without a word; here half a clip is not a clip.
     """
     size, expected = len(data), 0
+    # Behind an end mark writers pad (GIF) or append data of their own (JPEG, PNG).
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return None if data.rstrip(b"\0")[-1:] == b"\x3b" else "the GIF trailer is missing"
     if data[:3] == b"\xff\xd8\xff":
@@ -274,11 +278,13 @@ def truncation(data: bytes) -> str | None:
 
 def _segment_end(data: bytes) -> int:
     """Where a Matroska segment ends by its own header; 0 where it does not say."""
+    # The header before a segment is short; further on the same four bytes may be a picture's.
     at = data[:4096].find(b"\x18\x53\x80\x67") + 4
     if at < 4 or at >= len(data) or data[at] == 0:
         return 0
     length = 9 - data[at].bit_length()
     value = int.from_bytes(data[at : at + length]) & ((1 << 7 * length) - 1)
+    # All ones: not known, as in a stream that was recorded live.
     return 0 if value == (1 << 7 * length) - 1 else at + length + value
 
 
@@ -289,6 +295,7 @@ def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:
     buffer = io.BytesIO()
     buffer.name = path.name  # its ending decides the format
     with av.open(buffer, "w") as container:
+        # 29.97 is exactly n / 35184372088832, beyond FFmpeg's 32 bits; NTSC's rates are n / 1001.
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
         stream.height, stream.width = frames.shape[1:3]

@@ -54,11 +54,13 @@ def save(
     older ones beyond `keep`. (Newer ones are damaged: the run has fallen back from them.)
     """
     parameters = trainable(model)
+    # By name: torch's own state_dict knows a parameter by its place alone.
     moments = {
-        f"{name}/{key}": value.detach().contiguous()
+        f"{name}/{key}": value.detach().contiguous()  # safetensors refuses other strides
         for name, p in parameters.items()
         for key, value in optimizer.state[p].items()
     }
+    # Draws need none, a model's dropout does. To ask CUDA for its state would initialise it.
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state()
@@ -76,12 +78,13 @@ def save(
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        # Before the rename, or after a power cut the name could stand for empty files.
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        if final.exists():
+        if final.exists():  # nothing is renamed over a folder that holds files
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush(folder)
+        _flush(folder)  # the new name is a part of it
     saved = folders(folder)
     for old in saved[saved.index(final) + keep :]:
         shutil.rmtree(old)
@@ -121,7 +124,7 @@ def fault(checkpoint: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{error.strerror.lower()}: {error.filename}"
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):  # not JSON, or of another form
         return "manifest.json is not readable"
     return None
 
@@ -172,7 +175,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                 f"there, {list(p.shape)} here"
             )
         with torch.no_grad():
-            p.copy_(values[name])
+            p.copy_(values[name])  # in place: the optimiser and a recorded step hold it
     saved = optimizer.state_dict()
     order = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in parameters.items()}
@@ -184,6 +187,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         }
         for i, p in enumerate(order)
     }
+    # AdamW has no entry for a parameter that never had a gradient.
     saved["state"] = {i: entry for i, entry in saved["state"].items() if entry}
     optimizer.load_state_dict(saved)
     torch.set_rng_state(generators["cpu"])
@@ -206,11 +210,12 @@ def export(folder: Path, model: nn.Module) -> Path:
     import peft
 
     config = model.peft_config["default"].to_dict()
+    # save_embedding_layers: by default peft may ask the hub for the base model's config.
     values = peft.get_peft_model_state_dict(
         model, adapter_name="default", save_embedding_layers=False
     )
     metadata = {
-        f"{component}.{k}": sorted(v) if isinstance(v, set) else v
+        f"{component}.{k}": sorted(v) if isinstance(v, set) else v  # JSON has no sets
         for k, v in config.items()
         if k in LORA_SETTINGS
     }
@@ -249,7 +254,7 @@ def _whole(file: Path) -> bool:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(min(length, size)))
+        header = json.loads(opened.read(min(length, size)))  # min: a damaged one may be 2^64
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return size == 8 + length + max(ends)
 
@@ -319,7 +324,7 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
     except (
         *(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError),
-        *(OverflowError, RecursionError, re.error),
+        *(OverflowError, RecursionError, re.error),  # re's: peft reads the file's names as patterns
     ) as error:
         raise ValueError(
             f"{path}: expected a LoRA file of {type(model).__name__} with its rank in the metadata "

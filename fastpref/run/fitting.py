@@ -159,6 +159,7 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
     family = models.family(values["family"])
     wanted = {name: values[name] for name in ("pair_mode", "checkpointing", "compile")}
     given = {k: v for k, v in values.items() if v not in (None, "")}
+    # A Config asks for these; no prediction hangs on them, nor on beta's value.
     given = {"model": "-", "data": "-", "output_dir": "-", "mixed_precision": "bf16", **given}
     if given.get("objective", "dpo") != "sft":
         given.setdefault("beta", 1.0)

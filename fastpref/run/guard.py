@@ -33,6 +33,7 @@ class Guard:
     def watch(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
         """Before optimizer.step(): tells it to skip where the gradient's norm is not finite."""
         bad = (~torch.isfinite(grad_norm)).to(torch.float32)
+        # GradScaler's own way in: fused AdamW reads it on the device, as float32 alone.
         optimizer.found_inf = bad
         self.skipped.add_(bad)  # in place: this may be part of a recorded step
         self.debt.add_(1.5 * bad - 0.5).clamp_(min=0)
@@ -89,6 +90,7 @@ class Signals:
 
     def _note(self, number: int, frame: Any) -> None:
         if self.arrived:
+            # Who asks a second time does not want to wait for the save.
             raise KeyboardInterrupt
         self.arrived = True
 

@@ -22,6 +22,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """recorded: the device of a CUDA graph, which reads the learning rate from a tensor."""
     rate = learning_rate if recorded is None else torch.tensor(learning_rate, device=recorded)
+    # fused: the one that reads the guard's found_inf; the others raise where it is set.
     return torch.optim.AdamW(
         parameters,
         lr=rate,
@@ -38,6 +39,7 @@ def schedule(step: int, *, lr_scheduler: str, lr_warmup_steps: int, max_train_st
     0.
     """
     if step < lr_warmup_steps:
+        # From 1 on: at rate 0 the first step would teach nothing.
         return (step + 1) / lr_warmup_steps
     if lr_scheduler == "constant":
         return 1.0

@@ -46,6 +46,7 @@ class Meter:
 
     def begin(self) -> None:
         """What is added from here on `forget` takes back."""
+        # Clones: values are added in place.
         self.before = (self.names, self.sums.clone(), self.counts.clone()) if self.names else ([],)
 
     def forget(self) -> None:
@@ -57,6 +58,7 @@ class Meter:
         """What was added since the last flush, for a checkpoint; `restore` takes it back."""
         if not self.names:
             return {}
+        # Lists of floats: JSON gives a float64 back to the bit.
         return {"names": self.names, "sums": self.sums.tolist(), "counts": self.counts.tolist()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -217,7 +219,7 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
         "rewards/rejected": scale * (err_l - ref_l),
         "rewards/margins": margin,
         "rewards/accuracies": right,
-        "implicit_acc": right,
+        "implicit_acc": right,  # diffusers' name of the same; the one above is TRL's
     }
     if out.importance is not None:
         weights = out.importance.view(2, -1)

@@ -31,6 +31,7 @@ from ..pairs.dataset import PairDataset, batches_per_epoch, epoch_batches
 from .reference import PairMode
 
 SECONDS = 10  # between two writes: what a killed process computes again
+# safetensors cannot be appended to: each write makes the file in hand anew.
 ROWS = 4096  # of a file, until the next one is begun
 
 
@@ -72,7 +73,7 @@ def fingerprint(
         "dtype": dtype,
         "weights_dtype": weights_dtype,
         "prompt_dropout": prompt_dropout,
-        "core": "none" if native._C is None else "built",
+        "core": "none" if native._C is None else "built",  # the oracle sums in another order
         "torch": torch.__version__,
     }
     for each in fields(process):
@@ -81,6 +82,7 @@ def fingerprint(
             if isinstance(value, Tensor):
                 value = hashlib.blake2b(value.numpy().tobytes(), digest_size=16).hexdigest()
             values[f"process.{each.name}"] = value
+    # As it will be read back: JSON makes lists of tuples, which would differ from them.
     return json.loads(json.dumps(values))
 
 
@@ -109,6 +111,7 @@ class ErrorCache:
         self.ids, self.order = torch.tensor(dataset.pair_ids).sort()
         shape = (len(self.ids), fingerprint["draws_per_pair"], 2)
         try:  # rows as the set has them
+            # NaN: not known. No error is: what is not finite is never kept.
             self.table = torch.full(shape, torch.nan, dtype=torch.float64)
         except RuntimeError:
             raise ValueError(
@@ -117,6 +120,7 @@ class ErrorCache:
             ) from None
         self.waiting: list[tuple[Draws, Tensor]] = []  # as they came, still on their device
         self.pending = torch.zeros(shape[:2], dtype=torch.bool)  # whose they are
+        # Not from a seeded generator: processes of one seed share the folder.
         self.name, self.part = f"errors-{secrets.token_hex(4)}", 0
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []  # of the file in hand
         self.computed, self.unwritten, self.failed = 0, False, False
@@ -133,6 +137,7 @@ class ErrorCache:
     def get(self, draws: Draws) -> Tensor | None:
         """The errors [2B] float64 of a batch's draws, winners first; None: not all are known."""
         at = self.rows(draws.pair_id), draws.index
+        # To settle waits for the device: only where something of this batch is waiting.
         if self.waiting and self.pending[at].any():
             self._settle()
         found = self.table[at]  # [B, 2]
@@ -249,6 +254,7 @@ class ErrorCache:
     def _read_others(self) -> None:
         for file in sorted(self.folder.glob("errors-*.safetensors")):
             size = file.stat().st_size if file.is_file() else None
+            # -1 and not None, which is the size of a file that has vanished meanwhile.
             if file.name.startswith(self.name) or self.seen.get(file, -1) == size:
                 continue
             self.seen[file] = size
@@ -269,7 +275,7 @@ def recorded(folder: Path) -> dict[str, Any]:
         return {}
     try:
         there = json.loads(record.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # the last: JSON nested too deeply
         there = None
     if not isinstance(there, dict) or not there:
         raise ValueError(

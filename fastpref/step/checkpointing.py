@@ -40,7 +40,7 @@ def apply(model: nn.Module, blocks: str, mode: Mode) -> int:
     wrapped: dict[type, Callable[..., Any]] = {}  # blocks of a class share code once compiled
     for block in found:
         if getattr(block.forward, "is_checkpointed", False):
-            del block.forward
+            del block.forward  # the instance's own: the class's comes back
         if mode == "none":
             continue
         for part in block.modules():
@@ -74,6 +74,8 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 def _checkpointed(forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
+    # Reentrant checkpoints take no keywords and no choice of what stays. Keeping the random state
+    # asks the generator in every block, which a CUDA graph's recording refuses.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "attention":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)

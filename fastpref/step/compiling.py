@@ -56,6 +56,8 @@ def compile_blocks(
     config = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(config, name, max(getattr(config, name), LIMIT))
+    # Left open, `dynamic` would compile a second shape for all sizes: other kernels, which may
+    # round otherwise.
     settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
     if backend == "inductor" and options:
         from torch._inductor import config as inductor
@@ -77,6 +79,7 @@ def _plainly(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def plain(value: Any) -> Any:
+        # Not contiguous(): a row cut from a table is that already and has the table's stride.
         return value.reshape(-1).view(value.shape) if isinstance(value, Tensor) else value
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

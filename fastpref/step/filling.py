@@ -49,6 +49,7 @@ def fill(
         every = islice(_batches(cache, k), rank, None, world)
         work += [(k, rows) for rows in every if lacking[list(rows)].any()]
     before, total = cache.computed, sum(len(rows) for _, rows in work)
+    # None is tqdm's way to say: no bar where stderr is not a terminal.
     with tqdm(total=total, unit="draw", disable=True if rank else None, file=sys.stderr) as bar:
         load = partial(_load, cache)
         for (k, rows), batch in zip(work, map_ahead(load, work, num_workers), strict=True):
@@ -112,6 +113,7 @@ def _load(cache: ErrorCache, work: tuple[int, tuple[int, ...]]) -> Batch:
     """A batch of `_batches`, filled up with its own pairs."""
     _, rows = work
     size = cache.fingerprint["train_batch_size"]
+    # Full, as in training: a matrix product rounds by how many rows it has.
     return collate([cache.dataset[rows[i % len(rows)]] for i in range(size)])
 
 

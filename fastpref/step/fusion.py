@@ -36,6 +36,7 @@ def work_of(func: Any, inputs: Any, out: Any) -> Work | None:
     moved = sum(map(_bytes, given)) + sum(map(_bytes, made))
     if checkpointing.keeps(func) or "attention" in name:
         kind = "attention_backward" if "backward" in name else "attention"
+        # A backward's first tensor is the gradient. Two products forward, five backward.
         q, k = given[1:3] if kind == "attention_backward" else given[:2]  # [B, H, N, D]
         flops = (4.0 if kind == "attention" else 10.0) * math.prod(q.shape) * k.shape[2]
         return Work(kind, flops, moved, q.shape[3])
@@ -143,11 +144,13 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
     end = {k: max(place[n] for n in own) for k, own in members.items()}
     for node in wanted:
         kept = node.op != "call_function"
+        # AOTAutograd's name for what a forward was given; what else a backward is given, it frees.
         if kept and (node.op != "placeholder" or node.name.startswith("primals")):
             continue  # the model's, or the caller's
         if not kept:
             change[place[node]] += _size(node)
         if node not in results:
+            # Half a place later: its last reader has its own output by then.
             change[max(end[k] for k in members if node in reads[k]) + 0.5] -= _size(node)
     alive = most = 0
     for when in sorted(change):

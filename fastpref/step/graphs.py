@@ -48,7 +48,7 @@ class StepGraph:
         device: torch.device,
         *,
         parameters: Sequence[Tensor] = (),
-        warmup: int = 3,
+        warmup: int = 3,  # as in PyTorch's own recipe
         limit: int = 8,
         name: str = "step",
     ) -> None:
@@ -89,6 +89,7 @@ class StepGraph:
             self.grads = [torch.zeros_like(p) for p in self.parameters]
         new, old = [], []
         for p, grad in zip(self.parameters, self.grads, strict=True):
+            # A recording adds to an address: whatever tensor .grad is now, it has to be the buffer.
             if p.grad is not grad:
                 (new if p.grad is None else old).append(grad)
                 if p.grad is not None:
@@ -109,6 +110,7 @@ class StepGraph:
 
     def _capture(self, record: _Record) -> bool:
         graph = torch.cuda.CUDAGraph()
+        # One pool: shapes take turns, and none reads what another has left in it.
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             # A recording that fails leaves its own stream current. thread_local: the data loader's

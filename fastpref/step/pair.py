@@ -104,6 +104,7 @@ def deferred(
         refs = [ref_err[i::pairs]] if known else [pair_error(reference(*inputs), y)]
         pred = policy(*inputs)
         err_w, seed, unit = unit_seed(pred, y)
+        # allow_unused: what the pass has not reached, `backward` too would leave alone.
         side = torch.autograd.grad(pred, parameters, seed, allow_unused=True)
         del pred, seed
 
@@ -120,9 +121,10 @@ def deferred(
         if skip_zeros and not out.coef.any():
             fill_gradients(parameters)
         else:
-            if out.loss.requires_grad:
+            if out.loss.requires_grad:  # in sft it does not
                 (out.loss * (scale / pairs)).backward(inputs=list(parameters))
             add_scaled(parameters, side, out.coef[0] * (scale / (pairs * unit)))
+    # Once more over all pairs: the numbers of a joint step.
     every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
     return finish(*every, objective, gain, weight)
 
@@ -169,5 +171,5 @@ def add_scaled(parameters: Sequence[Tensor], side: Sequence[Tensor | None], fact
         return
     fill_gradients([p for p, _ in used])
     wide = [s.float() if s.dtype.itemsize < 4 else s for _, s in used]
-    torch._foreach_mul_(wide, factor.to(wide[0].dtype))
+    torch._foreach_mul_(wide, factor.to(wide[0].dtype))  # in place: nobody reads `side` again
     torch._foreach_add_([p.grad for p, _ in used], wide)

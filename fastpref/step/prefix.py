@@ -95,6 +95,7 @@ class Prefix:
 
     def run(self, predict: Callable[[], Tensor], *inputs: Any) -> Tensor:
         """`predict()`: the second pass if `inputs` are the recorded ones, else a whole one."""
+        # By identity: to compare values would wait for the device.
         same = len(inputs) == len(self.inputs)
         if not same or not all(a is b for a, b in zip(inputs, self.inputs, strict=True)):
             return predict()
@@ -113,11 +114,13 @@ class Prefix:
 
     def _check(self, predict: Callable[[], Tensor], inputs: tuple[Any, ...]) -> None:
         """Whether a second pass says what a whole one does; eagerly, since compiled code rounds."""
+        # Asked, since set_stance imports it, which takes most of a second.
         compiles = "torch._dynamo" in sys.modules
         stance = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
         with torch.no_grad(), stance:
             with self.record(*inputs):
                 whole = predict()
+            # torch.equal but for NaN, which is as good as itself here.
             same = self.why_not is None and torch.allclose(
                 whole, self._second(predict, self.outputs), rtol=0, atol=0, equal_nan=True
             )
@@ -134,6 +137,7 @@ class _Passed:
     """A tensor handed straight to the next part: alive if something else holds it too."""
 
     def __init__(self, value: Tensor) -> None:
+        # Weak, or the recording would itself keep it alive. The blank: one zero under any shape.
         self.value = weakref.ref(value)
         self.blank = value.new_zeros(()).expand(value.shape)
 
@@ -146,11 +150,13 @@ def _settle(value: Any) -> Any:
     return value.blank if alive is None else alive
 
 
+# A hook runs around a part's forward; only another module can stand in its place.
 class _StandIn(nn.Module):
     """Stands in a part's place for one pass; whoever looks at its attributes sees the part's."""
 
     def __init__(self, part: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
+        # nn.Module's own way would make the part a child, its parameters under new names.
         self.__dict__["part"], self.__dict__["call"] = part, call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,6 +168,7 @@ class _StandIn(nn.Module):
 
 def _places(model: nn.Module) -> Iterator[Place]:
     for name, child in model.named_children():
+        # Nobody calls a list: its members are called.
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _places(child)
         else:

@@ -177,5 +177,7 @@ def changes(
     parts = []
     for inputs, target in passes(process, batch, draws, pair_mode):
         ref_err = pair_error(reference(*inputs), target)
+        # Without gradient a compiled block is other code: one compilation more, and it may round
+        # otherwise than the one that trains.
         parts.append(pair_error(policy(*inputs).detach(), target) - ref_err)
     return torch.cat(parts)

@@ -86,6 +86,7 @@ def passes(
     looked at, and the rest is like the third.
     """
     count = like_each_other(model, blocks)
+    # The first block is unlike the others: no gradient enters it. The third is one of them.
     sizes = (2, 3) if count > 3 else (None,)
     found = []
     for size in sizes:
@@ -121,6 +122,7 @@ def _passes(
     shared: bool,
     size: int | None,
 ) -> Passes:
+    # What a family keeps beside its model (rotary tables, time ids) is real.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     if size is not None:
@@ -174,11 +176,13 @@ def _policy(
 def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `model` whose parameters and buffers are fake tensors on a CPU."""
     tensors = {id(v): _fake(v, mode) for v in (*model.parameters(), *model.buffers())}
+    # By deepcopy's memo each tensor counts as copied already, into its fake.
     return copy.deepcopy(model, tensors)
 
 
 def _fake(value: Tensor, mode: FakeTensorMode) -> Tensor:
     options = {"dtype": value.dtype, "device": "meta"}
+    # Not by mode.from_tensor, which keeps the device: a model on meta is to run too.
     shell = torch.empty_strided(value.shape, value.stride(), **options)
     fake = FakeTensor(mode, shell, CPU)
     if not isinstance(value, nn.Parameter):
@@ -215,6 +219,7 @@ def _autocast_of_cuda() -> Iterator[None]:
             library.impl(name, kernel(op), "AutocastCPU")
         yield
     finally:
+        # Else its kernels stay in the process: a Library has no public end.
         library._destroy()
 
 
@@ -227,6 +232,7 @@ class Meter(TorchDispatchMode):
     own: tensors that are not counted: parameters, buffers, inputs.
     """
 
+    # A class attribute: torch calls a compiled graph, and hands it no meter.
     now: Meter | None = None  # the one that counts
     supports_higher_order_operators = True
 
@@ -245,6 +251,7 @@ class Meter(TorchDispatchMode):
         return True
 
     def own(self, tensor: Tensor) -> None:
+        # The C++ storage's address: all views of a tensor share it.
         self.known.add(tensor.untyped_storage()._cdata)
 
     @contextmanager
@@ -319,5 +326,6 @@ def _stand_in(graph: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..
             del values
         return results.pop()
 
+    # torch then hands over its only list of the inputs: cleared, they end before outputs count.
     run._boxed_call = True
     return run
