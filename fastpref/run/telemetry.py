@@ -170,7 +170,7 @@ class Log:
         # JSON has no NaN: a value that is not finite is written as null and named in "not_finite".
         finite, bad = {}, []
         for key, value in row.items():
-            if isinstance(value, float) and value - value != 0:
+            if isinstance(value, float) and not math.isfinite(value):
                 bad.append(key)
                 value = None
             finite[key] = value

@@ -103,7 +103,8 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return f"{self.pair_mode}/{self.checkpointing}" + "+compile" * self.compile
+        name = f"{self.pair_mode}/{self.checkpointing}"
+        return f"{name}+compile" if self.compile else name
 
     @property
     def peak(self) -> int:
@@ -112,12 +113,11 @@ class Prediction:
     def flags(self, mixed_precision: str, *, graphs: bool = True) -> str:
         """Of `fastpref train`; graphs: a step can be recorded."""
         compiled = str(self.compile).lower()
-        return (
+        flags = (
             f"--mixed_precision {mixed_precision} --pair_mode {self.pair_mode} --checkpointing "
             f"{self.checkpointing} --compile {compiled}"
-            + " --cuda_graphs true"
-            * (self.launch_bound and graphs)
         )
+        return f"{flags} --cuda_graphs true" if self.launch_bound and graphs else flags
 
     def fits(self, on: Card) -> bool:
         """With 8 % to spare."""
@@ -211,8 +211,7 @@ def seconds(step: Step, found: Passes, on: Card, rows: int, launch: float) -> fl
     """
     if on.product is None:
         return None
-    # As a number True is 1: where the errors are cached the first part is left out.
-    parts = ("reference", "forward", "backward")[not step.online :]
+    parts = ("reference", "forward", "backward") if step.online else ("forward", "backward")
     return 2 * sum(_seconds(found.work[part], on, rows, launch) for part in parts)
 
 
