@@ -235,14 +235,14 @@ def load(options: argparse.Namespace) -> tuple:
 
     from . import models
     from .models.folder import scheduler_config
-    from .run import checkpoint
+    from .run import artifact
     from .run.parts import device_of
 
     device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = models.family(options.family)
     model = family.load(options.model, torch.float32)
     if options.lora:
-        checkpoint.load_lora(options.lora, model)
+        artifact.load_lora(options.lora, model)
     process = family.process(scheduler_config(options.model))
     return family, process, model.to(device).eval()
 

@@ -42,6 +42,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
     """Writes `data` beside `path`, flushes it to the disk and renames it over `path`; new: where
     there is a file already, that one stays.

@@ -20,7 +20,7 @@ from ..pairs.dataset import Batch
 from ..progress import announced, steps_bar
 from ..step import reference
 from ..step.graphs import StepGraph
-from . import checkpoint, checks, optimisation
+from . import artifact, checkpoint, checks, optimisation
 from .assemble import Run
 from .config import Config
 from .fitting import exhausted
@@ -280,16 +280,16 @@ def finish(run: Run) -> dict[str, Any]:
     folder = run.folder
     if not all(p.isfinite().all() for p in run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
-    artifact = checkpoint.export(folder, run.model)
+    exported = artifact.export(folder, run.model)
     values, pairs = run.config.to_dict(), len(run.dataset)
-    card = checkpoint.model_card(values, artifact.name, run.made_of["data"], pairs)
+    card = artifact.model_card(values, exported.name, run.made_of["data"], pairs)
     write_atomic(folder / "README.md", card.encode())
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
     result = {
         "global_step": run.step,
         "seconds_per_pair": speed or run.metrics["perf/seconds_per_pair"],
         "margin_noise": run.margin_noise,
-        "artifact": str(artifact),
+        "artifact": str(exported),
         "output_dir": str(folder),
         "metrics": run.metrics,
     }

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..files import differences, locked, mark
-from . import checkpoint
+from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
 
 
@@ -56,12 +56,12 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     checkpoint.clean(folder)
     result = read_record(done) if done.exists() else None
     if result is not None:
-        artifact = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
+        exported = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
         if result.get("global_step", 0) >= config.max_train_steps:
-            if checkpoint.whole(artifact):
-                return None, result | {"output_dir": str(folder), "artifact": str(artifact)}
+            if artifact.whole(exported):
+                return None, result | {"output_dir": str(folder), "artifact": str(exported)}
             print(
-                f"warning: {artifact} is missing or damaged: writing it again from the last "
+                f"warning: {exported} is missing or damaged: writing it again from the last "
                 "checkpoint",
                 file=sys.stderr,
             )

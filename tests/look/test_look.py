@@ -16,7 +16,7 @@ from fastpref.look import evaluate
 from fastpref.models import toy
 from fastpref.pairs.dataset import pair_file
 from fastpref.pairs.media import write_clip
-from fastpref.run import checkpoint
+from fastpref.run import artifact
 
 SIZE = ["--num_frames", "8", "--height", "12", "--width", "12", "--steps", "2"]
 MODEL = ["--family", "toy", "--model", str(BASE)]
@@ -84,7 +84,7 @@ def test_errors_of_clips_of_two_sizes(mixed):
 def test_eval_prints_changes_on_draws_of_its_own(mixed, tmp_path, capsys):
     model = toy.load(BASE)
     adapt(model, toy.LORA_TARGETS)
-    checkpoint.export(tmp_path, model)
+    artifact.export(tmp_path, model)
     where = [
         "eval",
         *MODEL,
@@ -108,7 +108,7 @@ def test_eval_prints_changes_on_draws_of_its_own(mixed, tmp_path, capsys):
 def test_eval_names_a_pair_that_is_not_finite(mixed, tmp_path, capsys):
     model = toy.load(BASE)
     adapt(model, toy.LORA_TARGETS)
-    checkpoint.export(tmp_path, model)
+    artifact.export(tmp_path, model)
     broken = pair_file(mixed.folder, mixed.pair_ids[3])
     tensors = load_file(broken)
     tensors["latents_w"][0, 0, 0, 0] = torch.nan

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import adapt
 
 from fastpref.models import toy
-from fastpref.run import checkpoint
+from fastpref.run import artifact
 
 CONFIG = {
     "model": str(BASE), "objective": "dpo", "beta": 1.0, "beta_convention": "half_mean",
@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
     """An adapter of rank 4 on the shipped base."""
     model = toy.load(BASE)
     adapt(model, toy.LORA_TARGETS)
-    return checkpoint.export(tmp_path_factory.mktemp("lora"), model)
+    return artifact.export(tmp_path_factory.mktemp("lora"), model)
 
 
 def said(exported, path, **change):
@@ -41,7 +41,7 @@ def said(exported, path, **change):
 
 def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
     for change, scaling in (({}, 1.0), ({"use_rslora": True}, 2.0)):  # 4 / 4, 4 / sqrt(4)
-        model = checkpoint.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
+        model = artifact.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
         layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert {layer.scaling["default"] for layer in layers} == {scaling}
 
@@ -60,7 +60,7 @@ def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
 )
 def test_settings_that_cannot_be_are_one_line(change, says, exported, tmp_path):
     with pytest.raises(ValueError, match="expected a LoRA file of WanTransformer3D") as error:
-        checkpoint.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
+        artifact.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -73,6 +73,6 @@ def test_an_adapter_that_is_not_there(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("model, linked", [(str(BASE), False), ("owner/name", True)])
 def test_a_card_links_to_a_model_of_the_hub_only(model, linked):
-    card = checkpoint.model_card(CONFIG | {"model": model}, "lora.safetensors", "0", 1)
+    card = artifact.model_card(CONFIG | {"model": model}, "lora.safetensors", "0", 1)
     assert (f"---\nbase_model: {model}\n" in card) == linked and f"| base model | {model} |" in card
     assert card.startswith("---\n")
