@@ -268,10 +268,9 @@ def sample(rest: list[str]) -> None:
 
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
-    family, process, model = load(options)
+    family, _, model = load(options)
     prompts = Prompts(
         family,
-        process,
         options.model,
         options.prompts,
         next(model.parameters()).device,

@@ -226,11 +226,6 @@ class FlowMatching(Process):
             gain=torch.where(r < s, gain, MASKED),
         )
 
-    def sigmas(self, steps: int) -> Tensor:
-        """The sampling grid [steps + 1] float64: 1 down to the last step's sigma, then 0."""
-        grid = torch.linspace(1, 1 / self.num_train_timesteps, steps + 1, dtype=torch.float64)
-        return torch.cat((self._shifted(grid[:-1]), grid.new_zeros(1)))
-
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

@@ -6,18 +6,18 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from bench.random_weights import clip_tokenizer, t5_tokenizer
 from fastpref import models
+from fastpref.models.folder import scheduler_of
 from fastpref.pairs.media import write_clip
 from fastpref.process import Diffusion, FlowMatching
 
@@ -305,6 +305,10 @@ class Case:
         return self.module.pipeline(self.path)
 
     @cached_property
+    def scheduler(self) -> Any:
+        return scheduler_of(self.encoders, self.path)
+
+    @cached_property
     def config(self) -> dict:
         return json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
 
@@ -347,7 +351,7 @@ def results(output: Any) -> Any:
 
 
 def run(case: Case, pipe: Any, latents: Tensor, steps: int, **extra: Any) -> Any:
-    """The pipeline on PROMPTS from given noise [N, C, F, h, w], without guidance."""
+    """The pipeline on PROMPTS from given noise [N, C, F, h, w]; without guidance by default."""
     if case.family.name == "cogvideox":
         latents = latents.permute(0, 2, 1, 3, 4)
     if case.family.frames == 1:
@@ -357,26 +361,14 @@ def run(case: Case, pipe: Any, latents: Tensor, steps: int, **extra: Any) -> Any
             PROMPTS[: len(latents)],
             latents=latents,
             num_inference_steps=steps,
-            guidance_scale=1.0,
-            **(size_of(case) | token_limit(case) | extra),
+            **({"guidance_scale": 1.0} | size_of(case) | token_limit(case) | extra),
         )
     )
 
 
-def ddim_or_euler(case: Case, pipe: Any, steps: int) -> Any:
-    """The scheduler that steps as `fastpref.look.sample` does: DDIM, or Euler on UniPC's grid."""
-    import diffusers
-
-    if case.family.name == "wan":
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=case.config["flow_shift"])
-        grid = np.linspace(1, 1e-3, steps + 1)[:-1]
-        on_grid = partial(scheduler.set_timesteps, sigmas=grid)
-        scheduler.set_timesteps = lambda _, device: on_grid(device=device)
-        return scheduler
-    image = case.family.frames == 1
-    kind = diffusers.DDIMScheduler if image else diffusers.CogVideoXDDIMScheduler
-    settings = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
-    return kind.from_config({**pipe.scheduler.config, **settings})
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    """What a pipeline's scheduler draws from, as `sample` seeds it."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def ours(case: Case, latents: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Sampler:
             latents = sample(
                 self.model,
                 self.family,
-                self.process,
+                self.pipe.scheduler,
                 cond,
                 SHAPE,
                 steps=SAMPLING_STEPS,

@@ -1,18 +1,17 @@
-"""Deterministic samplers: Euler for flow matching, DDIM for diffusion, noise keyed by seeds."""
+"""Samples as the model's pipeline draws them: a loop over its scheduler, noise keyed by seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..loss import oracle
-from ..process import Diffusion, FlowMatching
-
-Predict = Callable[[Tensor, float], Tensor]  # (x, t) -> prediction
 
 
 def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -26,7 +25,7 @@ def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
 def sample(
     model: nn.Module,
     family: ModuleType,
-    process: FlowMatching | Diffusion,
+    scheduler: Any,
     cond: dict[str, Tensor],
     shape: Sequence[int],
     *,
@@ -38,30 +37,27 @@ def sample(
     """Latents `[N, *shape]` for `cond` of `[N, ...]`, one seed each; no randomness but the seeds.
 
     Two models sampled with the same seeds start from the same noise, so their clips can be compared
-    pair by pair. `negative` is the condition of the empty prompt, needed when `guidance_scale` is
-    not 1: pred = negative + guidance_scale (cond - negative).
+    pair by pair. `scheduler` is one of diffusers, or an object that is called as one. `negative` is
+    the condition of the empty prompt, needed when `guidance_scale` is not 1:
+    pred = negative + guidance_scale (cond - negative).
     """
     for name, value in cond.items():
         if len(value) != len(seeds):
             raise ValueError(
                 f"sample: cond[{name!r}] expected {len(seeds)} rows, one per seed, got {len(value)}"
             )
-    limit = 10**6 if isinstance(process, FlowMatching) else len(process.alphas_cumprod)
-    if not 1 <= steps <= limit:
-        raise ValueError(f"sample: steps expected 1 to {limit}, got {steps}")
     if (guidance_scale != 1) != (negative is not None):
         raise ValueError(
             "sample: guidance_scale other than 1 and negative belong together, got "
             f"guidance_scale={guidance_scale} and negative={'given' if negative else None}"
         )
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    x = starting_noise(shape, seeds).to(parameter.device)
-    cond = {k: v.to(parameter.device) for k, v in cond.items()}
-    negative = negative and {k: v.to(parameter.device) for k, v in negative.items()}
+    device = next(p for p in model.parameters() if p.is_floating_point()).device
+    cond = {k: v.to(device) for k, v in cond.items()}
+    negative = negative and {k: v.to(device) for k, v in negative.items()}
 
-    def predict(x: Tensor, t: float) -> Tensor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
         noisy = x.to(model.dtype)
-        times = torch.full((len(x),), t, device=x.device)
+        times = t.to(device).float().expand(len(x))
         pred = family.predict(model, noisy, times, cond).float()
         if negative is not None:
             without = family.predict(model, noisy, times, negative).float()
@@ -70,35 +66,38 @@ def sample(
 
     was_training = model.training
     model.eval()
-    x = (_euler if isinstance(process, FlowMatching) else _ddim)(process, predict, x, steps)
+    with named(scheduler, steps):
+        # What a scheduler adds of its own is drawn row by row: the same in any batch.
+        own = {"eta": 0.0, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+        own = {k: v for k, v in own.items() if k in signature(scheduler.step).parameters}
+        start(scheduler, steps, device)
+    x = starting_noise(shape, seeds).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        pred = predict(scaled, t)
+        with named(scheduler, steps):
+            x = scheduler.step(pred, t, x, **own, return_dict=False)[0]
     model.train(was_training)
     return x
 
 
-def _euler(process: FlowMatching, predict: Predict, x: Tensor, steps: int) -> Tensor:
-    """dx = (r - s) v from sigma s to r, along the process's own grid from 1 to 0."""
-    sigmas = process.sigmas(steps).tolist()
-    for s, r in pairwise(sigmas):
-        x = x + (r - s) * predict(x, process.num_train_timesteps * s)
-    return x
+def start(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Lays the scheduler's grid of `steps` steps, from noise to clean latents."""
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:  # beyond it some repeat a timestep, some end in nan
+        raise ValueError(f"expected 1 to {most} steps")
+    scheduler.set_timesteps(steps, device=device)
+    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError("expected a scheduler that goes from noise to clean latents")
+    if hasattr(scheduler, "set_begin_index"):  # else it looks for a timestep, and may find a later
+        scheduler.set_begin_index(0)
 
 
-def _ddim(process: Diffusion, predict: Predict, x: Tensor, steps: int) -> Tensor:
-    """x_r = a_r x0-hat + s_r eps-hat with eta 0, on a grid that starts at the last timestep."""
-    alphas = process.alphas_cumprod.double()
-    total = len(alphas)
-    times = [round(total - i * total / steps) - 1 for i in range(steps)]
-    for i, t in enumerate(times):
-        a, s = alphas[t].sqrt().item(), (1 - alphas[t]).sqrt().item()
-        last = i + 1 == steps
-        a_r = 1.0 if last else alphas[times[i + 1]].sqrt().item()
-        s_r = 0.0 if last else (1 - alphas[times[i + 1]]).sqrt().item()
-        pred = predict(x, float(t))
-        if process.prediction_type == "v_prediction":
-            clean, noise = a * x - s * pred, s * x + a * pred
-        elif process.prediction_type == "sample":
-            clean, noise = pred, (x - a * pred) / s
-        else:
-            clean, noise = (x - s * pred) / a, pred
-        x = a_r * clean + s_r * noise
-    return x
+@contextmanager
+def named(scheduler: Any, steps: int) -> Iterator[None]:
+    """Whatever a scheduler raises as a ValueError with its name and the steps it was asked for."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        name = type(scheduler).__name__
+        raise ValueError(f"sample: {name}, {steps} steps: {error}") from error

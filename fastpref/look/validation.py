@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomic
+from ..models.folder import scheduler_of
 from ..progress import stage
 from ..step import compiling
 from .report import Comparison, contact_sheet
@@ -28,14 +29,13 @@ class Prompts:
     def __init__(
         self,
         family: ModuleType,
-        process: Any,
         path: str,
         prompts: Sequence[str],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         guidance_scale: float = 1.0,
     ) -> None:
-        self.family, self.process, self.guidance = family, process, guidance_scale
+        self.family, self.path, self.guidance = family, path, guidance_scale
         self.prompts, self.device = list(prompts), device
         with stage("text encoder: loading, and the prompts"):
             *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
@@ -61,7 +61,7 @@ class Prompts:
         latents = sample(
             model,
             self.family,
-            self.process,
+            scheduler_of(self.pipe, self.path),
             self.cond,
             shape,
             steps=steps,

@@ -95,11 +95,49 @@ def rotary(
         return get_3d_rotary_pos_embed(embed_dim=head_dim, grid_size=grid, device=device, **how)
 
 
+class Parts(Encoders):
+    """Encoders whose scheduler has the `step` of every other family's."""
+
+    @property
+    def scheduler(self) -> Any:
+        from diffusers import CogVideoXDPMScheduler
+
+        found = super().scheduler
+        return DPM(found) if isinstance(found, CogVideoXDPMScheduler) else found
+
+
+class DPM:
+    """CogVideoXDPMScheduler with the `step` of other schedulers: it remembers the step before.
+
+    The noise that it adds lies as in its pipeline's latents, frames before channels.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, steps: int, device: torch.device) -> None:
+        self.scheduler.set_timesteps(steps, device=device)
+        self.clean = self.before = None
+
+    def step(
+        self, pred: Tensor, t: Tensor, x: Tensor, generator: Any, return_dict: bool
+    ) -> tuple[Tensor]:
+        pred, x = pred.transpose(1, 2), x.transpose(1, 2)
+        x, self.clean = self.scheduler.step(
+            *(pred, self.clean, t, self.before, x), generator=generator, return_dict=return_dict
+        )
+        self.before = t
+        return (x.transpose(1, 2),)
+
+
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
     """T5 and the VAE in `dtype`, each loaded when first used."""
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
-    pipe = Encoders(CogVideoXPipeline, path, dtype)
+    pipe = Parts(CogVideoXPipeline, path, dtype)
     pipe.transformer = read_config(CogVideoXTransformer3DModel, path, "transformer")
     return pipe
 

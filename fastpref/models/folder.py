@@ -97,6 +97,19 @@ def scheduler_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def scheduler_of(pipe: Any, path: str | Path) -> Any:
+    """What samples are drawn with: `pipe.scheduler`, where what a family's `pipeline` gave has one;
+    else the folder's or hub id's, of the class that its config names.
+    """
+    import diffusers
+
+    own = getattr(pipe, "scheduler", None)
+    if own is not None:
+        return own
+    kind = getattr(diffusers, scheduler_config(path)["_class_name"])
+    return load_part(kind, path, "scheduler")
+
+
 def variant(path: str | Path, part: str) -> str | None:
     """The file variant to load a part of a folder with: none unless only variants are there.
 
@@ -186,7 +199,9 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     what = "weights" if is_model else kind.__name__
     try:
         loaded = kind.from_pretrained(str(path), subfolder=part, **options)
-    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        *(ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError),
+    ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {path}/{part}: {what} cannot be read ({reason})") from None
     if not is_model:
@@ -310,6 +325,11 @@ class Encoders:
     def media(self) -> Any:
         """The pipeline with its VAE alone."""
         return self._load(("vae",), self.vae_dtype)
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's: Stable Diffusion's mends what old folders say of theirs."""
+        return self.media.scheduler
 
     def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
         parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, FlowMatching, from_config
-from .folder import check_rotary, load_model
+from .folder import check_rotary, load_model, scheduler_config
 
 TEXT_DIM = 32
 SLOTS = 8
@@ -47,6 +47,34 @@ class Pipeline(NamedTuple):
     """What media and text need beside the transformer: for pixels and hashed words, nothing."""
 
     dtype: torch.dtype
+    path: str | Path
+
+    @property
+    def scheduler(self) -> Euler | None:
+        """For flow matching our own; none where the folder is of another kind."""
+        found = process(scheduler_config(self.path))
+        return Euler(found) if isinstance(found, FlowMatching) else None
+
+
+class Euler:
+    """Euler's method for flow matching, called as a scheduler of diffusers.
+
+    FlowMatchEulerDiscreteScheduler has another grid and rounds it to float32: the demo's pairs,
+    and so its table, would be others.
+    """
+
+    def __init__(self, process: FlowMatching) -> None:
+        self.config = process  # has num_train_timesteps, as a scheduler's config
+
+    def set_timesteps(self, steps: int, device: torch.device) -> None:
+        shift, total = self.config.shift, self.config.num_train_timesteps
+        u = torch.linspace(1, 1 / total, steps + 1, dtype=torch.float64)[:-1]
+        sigmas = torch.cat((shift * u / (1 + (shift - 1) * u), u.new_zeros(1)))
+        self.timesteps = total * sigmas[:-1].to(device)
+        self.changes = iter(sigmas.diff().tolist())
+
+    def step(self, pred: Tensor, t: Tensor, x: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (x + next(self.changes) * pred,)
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -93,7 +121,7 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Pipeline:
     """What `encode_media`, `encode_text` and `decode` need; the toy family has no VAE to load."""
-    return Pipeline(dtype)
+    return Pipeline(dtype, path)
 
 
 def encode_media(pipe: Pipeline, frames: Tensor) -> Tensor:

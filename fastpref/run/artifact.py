@@ -1,4 +1,4 @@
-"""What a user takes away from a run, the adapter or the model with its card; and its way back in."""
+"""What a user takes away from a run, the adapter or the model and its card; and the way back."""
 
 from __future__ import annotations
 

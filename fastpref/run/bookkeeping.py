@@ -100,7 +100,6 @@ def announce(run: Run) -> None:
         scale = config.validation_guidance_scale
         run.prompts = Prompts(
             run.family,
-            run.process,
             config.model,
             config.validation_prompts,
             run.device,

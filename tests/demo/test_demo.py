@@ -20,7 +20,7 @@ from fastpref.look.report import Page, read_metrics, run_report
 from fastpref.look.sample import sample, starting_noise
 from fastpref.models import toy
 from fastpref.pairs.media import Sampling, decode
-from fastpref.process import Diffusion, FlowMatching
+from fastpref.process import FlowMatching
 
 
 @pytest.fixture(scope="module")
@@ -131,64 +131,34 @@ def test_starting_noise_is_the_draw_of_the_seed():
 
 
 class Gaussian(torch.nn.Module):
-    """The exact predictor for data N(mean, width^2): samplers must reproduce that distribution."""
+    """The exact velocity for data N(mean, width^2): Euler must reproduce that distribution."""
 
     mean, width = 0.7, 0.3
+    dtype = torch.float32
 
-    def __init__(self, process):
+    def __init__(self):
         super().__init__()
-        self.process = process
         self.unused = torch.nn.Parameter(torch.zeros(1))
-        self.dtype = torch.float32
 
     def forward(self, x, t):
-        if isinstance(self.process, FlowMatching):
-            s = t[0].item() / 1000
-            a = 1 - s
-        else:
-            abar = self.process.alphas_cumprod[int(t[0].item())].item()
-            a, s = abar**0.5, (1 - abar) ** 0.5
+        s = t[0].item() / 1000
+        a = 1 - s
         total = (a * self.width) ** 2 + s**2
         clean = self.mean + a * self.width**2 / total * (x - a * self.mean)
-        noise = s / total * (x - a * self.mean)
-        if isinstance(self.process, FlowMatching):
-            return noise - clean
-        return {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}[
-            self.process.prediction_type
-        ]
+        return s / total * (x - a * self.mean) - clean
 
 
-def diffusion(prediction_type: str, zero_snr: bool = False) -> Diffusion:
-    betas = torch.linspace(0.0001**0.5, 0.04**0.5, 1000, dtype=torch.float64).square()
-    alphas = (1 - betas).cumprod(0)
-    if zero_snr:
-        alphas[-1] = 0
-    return Diffusion(alphas_cumprod=alphas, prediction_type=prediction_type)
-
-
-@pytest.mark.parametrize(
-    "process",
-    [
-        FlowMatching(),
-        FlowMatching(shift=5.0),
-        diffusion("epsilon"),
-        diffusion("sample"),
-        diffusion("v_prediction"),
-        diffusion("v_prediction", zero_snr=True),
-    ],
-    ids=["flow", "flow shift 5", "epsilon", "sample", "v", "v zero snr"],
-)
-def test_samplers_reach_the_distribution_the_predictor_knows(process):
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_euler_reaches_the_distribution_the_predictor_knows(shift):
     class Family:
         @staticmethod
         def predict(model, noisy, t, cond):
             return model(noisy, t)
 
-    model = Gaussian(process)
-    seeds = list(range(40))
-    out = sample(model, Family, process, {}, (500,), steps=500, seeds=seeds)
-    assert out.mean().item() == pytest.approx(model.mean, abs=0.02)
-    assert out.std().item() == pytest.approx(model.width, rel=0.07)
+    scheduler, seeds = toy.Euler(FlowMatching(shift=shift)), list(range(40))
+    out = sample(Gaussian(), Family, scheduler, {}, (500,), steps=500, seeds=seeds)
+    assert out.mean().item() == pytest.approx(Gaussian.mean, abs=0.02)
+    assert out.std().item() == pytest.approx(Gaussian.width, rel=0.07)
 
 
 def test_guidance_needs_its_negative_and_extrapolates(base):
@@ -196,9 +166,8 @@ def test_guidance_needs_its_negative_and_extrapolates(base):
     cond, empty = ({"text": row["text"][None]} for row in rows)
 
     def draw(**options):
-        return sample(
-            base.model, toy, base.process, cond, (3, 8, 12, 12), steps=1, seeds=[3], **options
-        )
+        how = {"steps": 1, "seeds": [3], **options}
+        return sample(base.model, toy, base.pipe.scheduler, cond, (3, 8, 12, 12), **how)
 
     with pytest.raises(ValueError, match="belong together"):
         draw(guidance_scale=3.0)

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from fastpref import models
 from fastpref.demo.run import BASE
 from fastpref.models import toy
+from fastpref.models.folder import scheduler_of
 from fastpref.process import FlowMatching
 
 
@@ -168,3 +170,27 @@ def test_weights_that_are_no_safetensors_are_named(content, tmp_path):
     with pytest.raises(ValueError, match=r"model/transformer: weights (cannot be read|lack)") as e:
         toy.load(tmp_path / "model")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_eulers_grid_is_in_float64(shift):
+    """The demo's numbers hang on each bit of it."""
+    scheduler = toy.Euler(FlowMatching(shift=shift))
+    u = torch.linspace(1, 1e-3, 21, dtype=torch.float64)[:-1]
+    sigmas = [*(shift * u / (1 + (shift - 1) * u)).tolist(), 0.0]
+    x, v = torch.randn(2, 1000)
+    for _ in range(2):  # a scheduler starts again
+        scheduler.set_timesteps(20, torch.device("cpu"))
+        assert scheduler.timesteps.tolist() == [1000 * s for s in sigmas[:-1]]
+        ours = theirs = x
+        for t, s, r in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True):
+            (ours,) = scheduler.step(v, t, ours, return_dict=False)
+            theirs = theirs + (r - s) * v
+            assert torch.equal(ours, theirs)
+
+
+def test_a_toy_of_another_process_has_the_folders_scheduler(tmp_path):
+    assert type(toy.pipeline(BASE).scheduler) is toy.Euler
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    assert toy.pipeline(tmp_path).scheduler is None
+    assert type(scheduler_of(toy.pipeline(tmp_path), tmp_path)) is DDIMScheduler
