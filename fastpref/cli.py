@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
 
     from .run.parsing import Parser
@@ -229,24 +228,6 @@ def model_options(name: str, what: str, seed: int) -> Parser:
     return options
 
 
-def load(options: argparse.Namespace) -> tuple:
-    """The family, its process and the model, with the adapter in it where one is named."""
-    import torch
-
-    from . import models
-    from .models.folder import scheduler_config
-    from .run import artifact
-    from .run.parts import device_of
-
-    device = device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    family = models.family(options.family)
-    model = family.load(options.model, torch.float32)
-    if options.lora:
-        artifact.load_lora(options.lora, model)
-    process = family.process(scheduler_config(options.model))
-    return family, process, model.to(device).eval()
-
-
 def sample(rest: list[str]) -> None:
     options = model_options("sample", "Writes one clip per prompt as lossless mp4.", seed=0)
     options.add_argument("--prompts", nargs="+", required=True)
@@ -262,20 +243,21 @@ def sample(rest: list[str]) -> None:
             raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
+    from . import models
     from .look.validation import Prompts
     from .pairs.media import write_clip
+    from .run import artifact
     from .run.folder import claim
+    from .run.parts import make_process, place
 
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
-    family, _, model = load(options)
-    prompts = Prompts(
-        family,
-        options.model,
-        options.prompts,
-        next(model.parameters()).device,
-        guidance_scale=options.guidance_scale,
-    )
+    device, _ = place(options.device)
+    family = models.family(options.family)
+    make_process(family, options.model)  # a scheduler that training refuses is refused here too
+    model = artifact.opened(family, options.model, options.lora, device)
+    scale = options.guidance_scale
+    prompts = Prompts(family, options.model, options.prompts, device, guidance_scale=scale)
     seeds = [options.seed + i for i in range(len(options.prompts))]
     shape = prompts.shape(options.num_frames, options.height, options.width)
     clips = prompts.clips(model, shape, options.steps, seeds)
@@ -295,10 +277,16 @@ def evaluate(rest: list[str]) -> None:
         raise ValueError(f"--draws_per_pair: expected 1 or more, got {options.draws_per_pair}")
     if not options.lora:
         raise ValueError("--lora is required: the run's folder, or its adapter file")
+    from . import models
     from .look.evaluate import against_base
     from .pairs.dataset import PairDataset
+    from .run import artifact
+    from .run.parts import make_process, place
 
-    family, process, model = load(options)
+    device, _ = place(options.device)
+    family = models.family(options.family)
+    model = artifact.opened(family, options.model, options.lora, device)
+    process = make_process(family, options.model)
     how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair}
     print(json.dumps(against_base(model, family, process, PairDataset(options.data), **how)))
 
@@ -341,12 +329,8 @@ def doctor(rest: list[str]) -> None:
 
 def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     """`fastpref doctor --family ...`: the choices of a run, and the flags of the best that fits."""
-    import torch
-
-    from .run.fitting import needs
+    from .run.fitting import card_of, needs
     from .run.parsing import config_values
-    from .run.parts import device_of
-    from .step import memory
 
     open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))
     required = ("family", "model", "data", "output_dir")
@@ -354,21 +338,4 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     values = config_values([*absent, *flags], "fastpref doctor", **open_)
     if not values["family"]:
         raise ValueError("--family: needed to say what a run would need")
-    if not card and not torch.cuda.is_available():
-        raise ValueError(f"--card: no GPU is here: name one, {', '.join(memory.CARDS)} or its GiB")
-    device = device_of(values["device"] or "cuda") if not card else None
-    if device is not None and device.type != "cuda":
-        raise ValueError("--device: expected cuda or cuda:N, or a --card instead")
-    on = memory.card(card) if card else memory.card_of(device)
-    found = needs(values, shape, on)
-    print(
-        f"{values['family']} {found.shape} on {on.name}, {on.gib:.1f} GiB: predicted, not measured;"
-        f" fits: in {on.room / 1e9:.1f} GB, which leaves 8 % to spare"
-    )
-    print(memory.table(found.rows, on))
-    if not found.alike and any(row.compile for row in found.rows):
-        print("blocks that differ from each other: compiled ones keep and take less than is said")
-    if found.flags is None:
-        print("nothing fits: fewer frames, a smaller --train_batch_size or size, or a larger card")
-    else:
-        print(f"use, as predicted: {found.flags}")
+    print(needs(values, shape, card_of(card, values["device"])))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .folder import Encoders, Normal, drawn, load_model, pixels, read_config, to_frames, with_values
+from .encoders import Encoders, Normal, drawn, pixels, to_frames
+from .folder import load_model, read_config, with_values
 
 # Self- and cross-attention projections of every transformer block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import FlowMatching, from_config
-from .folder import (
-    Encoders,
-    Normal,
-    check_rotary,
-    drawn,
-    load_model,
-    pixels,
-    read_config,
-    to_frames,
-)
+from .encoders import Encoders, Normal, drawn, pixels, to_frames
+from .folder import check_rotary, load_model, read_config
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from .. import models
 from ..files import locked, mark
 from ..loss import oracle
-from ..models.folder import Encoders, check_path
+from ..models.encoders import Encoders
+from ..models.folder import check_path
 from ..progress import stage
 from .dataset import pair_file
 from .encoded import (

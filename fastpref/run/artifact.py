@@ -6,8 +6,10 @@ import json
 import math
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -164,6 +166,16 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
             )
     peft.set_peft_model_state_dict(model, values)
     return model
+
+
+def opened(
+    family: ModuleType, path: str | Path, lora: str | None, device: torch.device
+) -> nn.Module:
+    """The model of a folder in float32, with an exported adapter in it where one is named."""
+    model = family.load(path, torch.float32)
+    if lora:
+        load_lora(lora, model)
+    return model.to(device).eval()
 
 
 def component_of(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from . import checkpoint
 from .config import Config
 from .folder import read_record
 from .guard import OutOfMemory
-from .parts import add_lora, frozen_copy, predictor, weights_dtype
+from .parts import add_lora, device_of, frozen_copy, predictor, weights_dtype
 
 META = torch.device("meta")
 
@@ -134,16 +134,49 @@ def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> Va
     )
 
 
+def card_of(name: str | None, device: str | None) -> memory.Card:
+    """The card that is named, or the one that is here. ValueError: neither is."""
+    if name:
+        return memory.card(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"--card: no GPU is here: name one, {', '.join(memory.CARDS)} or its GiB")
+    here = device_of(device or "cuda")
+    if here.type != "cuda":
+        raise ValueError("--device: expected cuda or cuda:N, or a --card instead")
+    return memory.card_of(here)
+
+
 @dataclass(frozen=True)
 class Needs:
     """The choices of a run with clips of this shape, and the flags of the best. alike: the model's
     blocks are; else compiled ones are predicted like those that are not.
     """
 
+    family: str
     shape: str
+    on: memory.Card
     rows: list[memory.Prediction]
     flags: str | None
     alike: bool
+
+    def __str__(self) -> str:
+        on = self.on
+        lines = [
+            f"{self.family} {self.shape} on {on.name}, {on.gib:.1f} GiB: predicted, not measured;"
+            f" fits: in {on.room / 1e9:.1f} GB, which leaves 8 % to spare",
+            memory.table(self.rows, on),
+        ]
+        if not self.alike and any(row.compile for row in self.rows):
+            lines.append(
+                "blocks that differ from each other: compiled ones keep and take less than is said"
+            )
+        if self.flags is None:
+            lines.append(
+                "nothing fits: fewer frames, a smaller --train_batch_size or size, or a larger card"
+            )
+        else:
+            lines.append(f"use, as predicted: {self.flags}")
+        return "\n".join(lines)
 
 
 def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
@@ -215,9 +248,5 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         raise ValueError(f"shapes alone do not run through this model ({reason})") from error
     best = memory.best(rows, on)
     alike = simulate.like_each_other(model, family.BLOCKS) > 0
-    return Needs(
-        shape,
-        rows,
-        best and best.flags(config.mixed_precision, graphs=not config.skip_zeros),
-        alike,
-    )
+    flags = best and best.flags(config.mixed_precision, graphs=not config.skip_zeros)
+    return Needs(values["family"], shape, on, rows, flags, alike)

@@ -29,7 +29,7 @@ from ..step.reference import Predict
 from . import checkpoint
 
 
-def place(device: str | None, mixed_precision: str) -> tuple[torch.device, torch.dtype]:
+def place(device: str | None, mixed_precision: str = "no") -> tuple[torch.device, torch.dtype]:
     """Where a run computes, and in which precision."""
     found = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return found, torch.bfloat16 if mixed_precision == "bf16" else torch.float32

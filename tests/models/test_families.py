@@ -30,7 +30,7 @@ from torch import Tensor
 from fastpref import models, oracle
 from fastpref.look.sample import starting_noise
 from fastpref.loss.functional import Draws, pair_error
-from fastpref.models import folder as model_folder
+from fastpref.models import encoders as model_encoders
 from fastpref.pairs.dataset import PairDataset
 from fastpref.pairs.encode import encode
 from fastpref.pairs.media import Sampling, decode
@@ -395,7 +395,7 @@ def test_a_clip_for_cogvideox_one_five(tmp_path):
     assert pipe.vae.config.invert_scale_latents
     with torch.no_grad():
         frames = pipe.decode_latents(latents[None].transpose(1, 2))[0]
-    assert torch.equal(module.decode(encoders, latents), model_folder.to_frames(frames))
+    assert torch.equal(module.decode(encoders, latents), model_encoders.to_frames(frames))
 
 
 def test_sdxl_is_told_the_size_in_pixels():

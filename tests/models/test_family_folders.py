@@ -15,6 +15,7 @@ from families import FAMILIES, PROMPTS, Case, frames_of, tiny, write_media
 from safetensors.torch import load_file, save_file
 
 from fastpref import models
+from fastpref.models import encoders as model_encoders
 from fastpref.models import folder as model_folder
 from fastpref.pairs.encode import encode
 from fastpref.run.assemble import DATA
@@ -270,7 +271,7 @@ def test_a_finished_set_loads_no_encoder(tmp_path, monkeypatch):
     media = write_media(case.family, tmp_path / "media")
     given = ("stable_diffusion", case.path, media, tmp_path / "set")
     encode(*given, progress=False)
-    monkeypatch.setattr(model_folder.Encoders, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(model_encoders.Encoders, "_load", lambda *_: pytest.fail("loaded"))
     encode(*given, progress=False)
 
 
