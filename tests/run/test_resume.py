@@ -15,7 +15,8 @@ from safetensors.torch import load, load_file, save_file
 
 from fastpref import models
 from fastpref.cli import main
-from fastpref.run.checkpoint import fault, whole
+from fastpref.run.artifact import whole
+from fastpref.run.checkpoint import fault
 from fastpref.run.config import Config
 from fastpref.run.guard import Diverged
 from fastpref.run.telemetry import Log
