@@ -43,6 +43,7 @@ from .parts import (
     pick_attention,
     predictor,
     preparer,
+    warn_of_another_model,
     weights_dtype,
 )
 from .telemetry import Clock, Log, Meter, check_trackers
@@ -136,8 +137,9 @@ def assemble(
     objective = config.make_objective(elements(dataset, config.beta_convention))
     process = make_process(family, config.model, **noising(config))
     kept = weights_dtype(config.tuning, dtype)
-    model = load_model(family, config.model, config.data, device, kept)
+    model = load_model(family, config.model, device, kept)
     model.requires_grad_(config.tuning == "full")
+    warn_of_another_model(config.model, config.data)
     predict = predictor(family, device, dtype)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
     first = next(batches(dataset, config.train_batch_size, config.seed))

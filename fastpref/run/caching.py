@@ -21,6 +21,7 @@ from .parts import (
     place,
     predictor,
     preparer,
+    warn_of_another_model,
     weights_dtype,
 )
 
@@ -52,7 +53,8 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     dataset = open_data(config.data, out, dtype=dtype, **config.only(*DATA))
     process = make_process(family, config.model, **noising(config))
     kept = weights_dtype(config.tuning, dtype)
-    model = load_model(family, config.model, config.data, device, kept)
+    model = load_model(family, config.model, device, kept)
+    warn_of_another_model(config.model, config.data)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
     where = cache_folder(config, dataset)
     says = reference.base(model, predictor(family, device, dtype))

@@ -84,25 +84,22 @@ def open_data(
 
 
 def load_model(
-    family: ModuleType, path: str, data: str, device: torch.device, dtype: torch.dtype
+    family: ModuleType, path: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The family's model on the device, its weights in `dtype`; frozen. Warns where `data` was
-    encoded with another model.
-    """
+    """The family's model on the device, its weights in `dtype`; frozen."""
     with stage("loading the model"):
-        model = family.load(path, dtype).to(device).requires_grad_(False)
-    _warn_of_another_model(path, Path(data))  # after it: what cannot be loaded is the real mistake
-    return model
+        return family.load(path, dtype).to(device).requires_grad_(False)
 
 
-def _warn_of_another_model(model: str, data: Path) -> None:
+def warn_of_another_model(model: str, data: str) -> None:
     """Of a set that was encoded with another model, whose encoders may be the same nonetheless.
+    Called once the model is loaded: one that cannot be is the real mistake.
 
     Families without encoders have none to be different.
     """
-    if not (data / "index.parquet").exists():
+    if not (Path(data) / "index.parquet").exists():
         return  # media, encoded with the run's own model
-    before = read_fingerprint(data)
+    before = read_fingerprint(Path(data))
     if before.get("encoders") and before["model"] != model_identity(model):
         print(
             f"warning: data {data} was encoded with another model than {model}: its VAE "

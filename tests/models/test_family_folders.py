@@ -20,7 +20,7 @@ from fastpref.models import folder as model_folder
 from fastpref.pairs.encode import encode
 from fastpref.run.assemble import DATA
 from fastpref.run.config import Config
-from fastpref.run.parts import load_model, open_data
+from fastpref.run.parts import load_model, open_data, warn_of_another_model
 
 
 @pytest.fixture(params=FAMILIES)
@@ -387,7 +387,8 @@ def test_a_set_of_another_base_is_refused(tmp_path, capsys):
         config = Config(**options(folder, tmp_path / "run", **values))
         device, dtype = torch.device("cpu"), torch.float32
         open_data(config.data, tmp_path / "run", dtype=dtype, **config.only(*DATA))
-        load_model(sd15.module, config.model, config.data, device, dtype)
+        load_model(sd15.module, config.model, device, dtype)
+        warn_of_another_model(config.model, config.data)
 
     says = r"another base than .*: vae.scaling_factor \(0.18215 there, 0.13025 here\); encode it"
     with pytest.raises(ValueError, match=says):

@@ -282,7 +282,7 @@ def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
             process = make_process(family, config.model, **noising(config))
             mark = cache_mark(config, PairDataset(pairs), process, device, dtype, "native")
             kept = weights_dtype(config.tuning, dtype)
-            model = load_model(family, config.model, config.data, device, kept)
+            model = load_model(family, config.model, device, kept)
             assert str(model.blocks[0].attn1.to_q.weight.dtype) == f"torch.{mark['weights_dtype']}"
             marks[precision, config.tuning] = mark
     lora, full = marks["bf16", "lora"], marks["bf16", "full"]
