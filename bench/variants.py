@@ -262,7 +262,7 @@ class Ours:
             inputs = (noisy, t, target, cond, ref_err)
             return pair.deferred(self.policy, self.reference, *inputs, **how).loss
         ref = self.reference(noisy, t, cond) if ref_err is None else ref_err
-        out = pair.pair_loss(self.policy(noisy, t, cond), target, ref, objective)
+        out = pair.training_loss(self.policy(noisy, t, cond), target, ref, objective)
         pair.backward(out, parameters=parameters)
         return out.loss
 

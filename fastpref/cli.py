@@ -189,11 +189,11 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from .run import sweep as run
     from .run.config import OFFLINE
     from .run.folder import alone
     from .run.parsing import betas, config_values, names
-    from .run.train import train
+    from .run.sweep import configs, encode_once, table
+    from .run.train import train as run
 
     options = parser("sweep", sweep.__doc__)
     options.add_argument("--objectives", required=True, help=f"with commas, of {','.join(OFFLINE)}")
@@ -202,16 +202,16 @@ def sweep(rest: list[str]) -> None:
     objectives = names("--objectives", mine.objectives, OFFLINE)
     strengths = betas("--betas", mine.betas)
     values = config_values(rest, "fastpref sweep", objective=None)
-    configs = run.configs(values, objectives, strengths)
+    runs = configs(values, objectives, strengths)
     folder = Path(values["output_dir"])
     with alone(folder, "sweep"):
-        run.encode_once(configs, folder)
+        encode_once(runs, folder)
         results = []
-        for config in configs:
+        for config in runs:
             print(f"--- {config.output_dir}")
             with alone(Path(config.output_dir)):
-                results.append(train(config)["metrics"])
-    print(run.table(configs, results))
+                results.append(run(config)["metrics"])
+    print(table(runs, results))
 
 
 def model_options(name: str, what: str, seed: int) -> Parser:
@@ -248,13 +248,12 @@ def sample(rest: list[str]) -> None:
     from .pairs.media import write_clip
     from .run import artifact
     from .run.folder import claim
-    from .run.parts import make_process, place
+    from .run.parts import place
 
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
     device, _ = place(options.device)
     family = models.family(options.family)
-    make_process(family, options.model)  # a scheduler that training refuses is refused here too
     model = artifact.opened(family, options.model, options.lora, device)
     scale = options.guidance_scale
     prompts = Prompts(family, options.model, options.prompts, device, guidance_scale=scale)
@@ -329,7 +328,7 @@ def doctor(rest: list[str]) -> None:
 
 def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     """`fastpref doctor --family ...`: the choices of a run, and the flags of the best that fits."""
-    from .run.fitting import card_of, needs
+    from .run.fitting import card_for, needs
     from .run.parsing import config_values
 
     open_ = dict.fromkeys(("pair_mode", "checkpointing", "compile", "mixed_precision"))
@@ -338,4 +337,4 @@ def forecast(shape: str | None, card: str | None, flags: list[str]) -> None:
     values = config_values([*absent, *flags], "fastpref doctor", **open_)
     if not values["family"]:
         raise ValueError("--family: needed to say what a run would need")
-    print(needs(values, shape, card_of(card, values["device"])))
+    print(needs(values, shape, card_for(card, values["device"])))

@@ -26,7 +26,7 @@ def joint(policy, reference, noisy, t, target, cond, objective, *, gain=None, we
     """The loop's lines: all members in one forward and one backward. reference: or its errors."""
     ref = reference if isinstance(reference, Tensor) else reference(noisy, t, cond)
     pred = policy(noisy, t, cond)
-    out = pair.pair_loss(pred, target, ref, objective, gain=gain, weight=weight)
+    out = pair.training_loss(pred, target, ref, objective, gain=gain, weight=weight)
     pair.backward(out, **how)
     return out
 

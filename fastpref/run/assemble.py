@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import models
-from ..files import identity, model_identity, write_atomic
+from ..files import differences, identity, model_identity, write_atomic
 from ..look.validation import Prompts
 from ..loss.functional import Draws
 from ..loss.objectives import Objective
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..process import Diffusion, FlowMatching
 from ..progress import stage
-from ..step import attention, cache, checkpointing, compiling, filling, reference
-from ..step.graphs import StepGraph, recorded_pass
+from ..step import attention, cache, checkpointing, compiling, filling, memory, reference
+from ..step.graphs import recorded_pass
 from . import checkpoint, checks, optimisation
 from .config import Config
-from .fitting import pick_checkpointing
+from .fitting import DECIDES, STEP, memory_step, pick_checkpointing
 from .folder import read_record
 from .guard import Guard, Signals
 from .parts import (
@@ -79,7 +79,7 @@ class Run:
     probe: Callable[[], Tensor]  # what the policy says of the first batch
     parameters: list[Tensor]
     optimizer: torch.optim.Optimizer
-    update: Callable[[], Tensor]  # clip, guard, optimiser; the gradients' norm
+    take_step: Callable[[], Tensor]  # clip, guard, optimiser; the gradients' norm
     guard: Guard
     meter: Meter
     made_of: dict[str, str]  # identities of data and model
@@ -87,8 +87,8 @@ class Run:
     checkpointing: str
     settings: ExitStack  # of the process, as long as the loop lasts
 
-    start: Path | None  # the checkpoint that it goes on from
-    begin: int = 0
+    start: Path | None = None  # the checkpoint that it goes on from
+    begin: int = 0  # its step
     step: int = 0  # optimiser steps that are done
     saved: int = 0
     margin_noise: float | None = None
@@ -97,7 +97,7 @@ class Run:
 
     # As long as a loop is at work (`bookkeeping.at_work`).
     batches: Iterator[tuple[int, Batch, Draws]] = field(init=False)  # (epoch, batch, draws)
-    log: Log = field(init=False)
+    journal: Log = field(init=False)
     bar: tqdm = field(init=False)
     clock: Clock = field(init=False)
     learning_rate: float = field(init=False)  # of the last step
@@ -121,7 +121,7 @@ def assemble(
 ) -> Run:
     """Reads the data, loads the model, puts in adapters, and makes all else that `config` says.
 
-    start: the checkpoint that `bookkeeping.restore` will read.
+    start: a checkpoint to go on from.
 
     Raises:
         ValueError: a mistake in the config or the data, in one line.
@@ -136,8 +136,7 @@ def assemble(
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))
     process = make_process(family, config.model, **noising(config))
-    kept = weights_dtype(config.tuning, dtype)
-    model = load_model(family, config.model, device, kept)
+    model = load_model(family, config.model, device, weights_dtype(config.tuning, dtype))
     model.requires_grad_(config.tuning == "full")
     warn_of_another_model(config.model, config.data)
     predict = predictor(family, device, dtype)
@@ -148,7 +147,7 @@ def assemble(
     record = folder / "attention.json"
     earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
     if config.reference == "cached" and start is None:
-        earlier = cache.recorded(cache_folder(config, dataset))
+        earlier = cache.recorded(cache_folder(config.reference_cache, dataset))
     backend = pick_attention(config.attention, model, probe, device, earlier)
     write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
     settings = ExitStack()
@@ -157,7 +156,7 @@ def assemble(
     store, asked = None, True  # of the reference's errors; whether it has to say more
     if config.reference == "cached":
         mark = cache_mark(config, dataset, process, device, dtype, backend.name)
-        where = cache_folder(config, dataset)
+        where = cache_folder(config.reference_cache, dataset)
         count = config.max_train_steps * config.gradient_accumulation_steps
         store, asked = open_cache(where, mark, dataset, device, model=config.model, batches=count)
     frozen = None
@@ -169,8 +168,15 @@ def assemble(
             base_says = probe()
             add_lora(model, targets, config.lora_rank, config.lora_alpha)
             checks.check_off(model, probe, base_says)
-    again = pick_checkpointing(config, family, model, dataset, device, dtype, folder, asked)
-    checkpointing.apply(model, family.BLOCKS, again)
+    recomputed = config.checkpointing
+    if recomputed == "auto" and device.type == "cuda":
+        how = {"online": asked, **config.only(*STEP)}
+        step = memory_step(family, model, dataset.largest(), dtype, **how)
+        note, on = folder / "memory.json", memory.card_of(device)
+        recomputed = pick_checkpointing(step, on, note, config.only(*DECIDES))
+    elif recomputed == "auto":
+        recomputed = "none"  # there is no card to fit
+    checkpointing.apply(model, family.BLOCKS, recomputed)
     if config.compile:
         print("compiling: each kind of block in the first forward and backward that reach it")
         compiling.compile_blocks(model, family.BLOCKS)
@@ -189,12 +195,10 @@ def assemble(
     optimizer = optimisation.adamw(parameters, recorded=recorded, **config.only(*adam))
     guard = Guard(device, patience=min(20, config.max_train_steps))
     clip = config.max_grad_norm
-    update = partial(optimisation.update, optimizer, parameters, guard, clip)
-    if graphs:
-        update = StepGraph(update, device, name="optimiser")
+    take_step = partial(optimisation.update, optimizer, parameters, guard, clip)
     made_of = {"data": identity(dataset.folder / "index.parquet")}
     made_of["model"] = model_identity(config.model)
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         device=device,
@@ -213,20 +217,38 @@ def assemble(
         probe=probe,
         parameters=parameters,
         optimizer=optimizer,
-        update=update,
+        take_step=take_step,
         guard=guard,
         meter=Meter(device),
         made_of=made_of,
         attention=backend,
-        checkpointing=again,
+        checkpointing=recomputed,
         settings=settings,
-        start=start,
     )
+    if start is not None:
+        restore(run, start)
+    return run
 
 
-def cache_folder(config: Config, dataset: PairDataset) -> Path:
-    """Where the run's cached reference errors are."""
-    return Path(config.reference_cache or dataset.folder / "reference")
+def restore(run: Run, start: Path) -> None:
+    """Takes over the state of the checkpoint that the run goes on from."""
+    state = checkpoint.load(start, run.model, run.optimizer)
+    changed = differences(state["made_of"], run.made_of)
+    if changed:
+        raise ValueError(
+            f"{start} was trained on another {changed}: put it back, or choose another output_dir"
+        )
+    run.begin = run.step = run.saved = state["step"]
+    run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
+    run.meter.restore(state["meter"])
+    (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
+    run.start = start
+    print(f"resumed from {start}")
+
+
+def cache_folder(reference_cache: str | None, dataset: PairDataset) -> Path:
+    """Where a run's cached reference errors are."""
+    return Path(reference_cache or dataset.folder / "reference")
 
 
 def cache_mark(

@@ -1,4 +1,4 @@
-"""What a loop does with a Run beside its own step: restore, check, update, log, save, finish."""
+"""What a loop does with a Run beside its own step: check, update, log, save, validate, finish."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import differences, write_atomic
+from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
 from ..pairs import dataset
@@ -23,29 +23,11 @@ from ..step.graphs import StepGraph
 from . import artifact, checkpoint, checks, optimisation
 from .assemble import Run
 from .config import Config
-from .fitting import exhausted
+from .fitting import MENDS, exhausted
 from .guard import Diverged, Interrupted, OutOfMemory, Signals, within_memory
 from .telemetry import Clock, Log, pair_values, postfix
 
 # ---- Before the first step
-
-
-def restore(run: Run) -> None:
-    """The state of the checkpoint that the run goes on from, if it does."""
-    if run.start is None:
-        return
-    state = checkpoint.load(run.start, run.model, run.optimizer)
-    changed = differences(state["made_of"], run.made_of)
-    if changed:
-        raise ValueError(
-            f"{run.start} was trained on another {changed}: put it back, or choose another "
-            "output_dir"
-        )
-    run.begin = run.step = state["step"]
-    run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
-    run.meter.restore(state["meter"])
-    (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
-    print(f"resumed from {run.start}")
 
 
 def check(run: Run) -> None:
@@ -65,13 +47,12 @@ def check(run: Run) -> None:
             how = {"beta": run.objective.beta, "margin_noise": run.margin_noise}
             checks.drift(run.cache, now, run.process, few(), **how)
     except torch.OutOfMemoryError as error:
-        raise exhausted(config, error) from None
+        raise exhausted(error, run.folder, **config.only(*MENDS)) from None
 
 
 def announce(run: Run) -> None:
-    """Writes config.yaml, and says what was picked, a line each."""
+    """Says what was picked, a line each."""
     config = run.config
-    config.save(run.folder / "config.yaml")
     warn_of_repeats(config, run.dataset.shapes)
     trained = sum(p.numel() for p in run.parameters)
     total = sum(p.numel() for p in run.model.parameters())
@@ -96,16 +77,6 @@ def announce(run: Run) -> None:
     print(f"attention  {run.attention}")
     if run.cache:
         print(f"cache      {run.cache}")
-    if config.validation_prompts:
-        scale = config.validation_guidance_scale
-        run.prompts = Prompts(
-            run.family,
-            config.model,
-            config.validation_prompts,
-            run.device,
-            run.dtype,
-            scale,
-        )
 
 
 def warn_of_repeats(config: Config, shapes: list[str]) -> None:
@@ -127,18 +98,18 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
 
 @contextmanager
 def at_work(run: Run) -> Iterator[None]:
-    """Around a loop: its batches, log, bar, clock and signals.
+    """Around a loop, once: its config.yaml, batches, log, bar, clock and signals.
 
     Raises:
         ValueError: out of memory; what was done is saved, and the line says what to change.
     """
     config = run.config
-    run.log = Log(run.folder, config.trackers, config.to_dict(), run.begin)
-    run.bar = steps_bar(config.max_train_steps, run.begin)
+    config.save(run.folder / "config.yaml")
+    run.journal = Log(run.folder, config.trackers, config.to_dict(), run.step)
+    run.bar = steps_bar(config.max_train_steps, run.step)
     run.stop = Signals()
-    run.clock = Clock(run.begin)
+    run.clock = Clock(run.step)
     run.batches = batches(run)
-    run.saved = run.begin
     run.meter.begin()
     try:
         yield
@@ -146,36 +117,42 @@ def at_work(run: Run) -> Iterator[None]:
         run.meter.forget()
         if run.step > run.saved:
             save(run)
-        raise exhausted(config, error) from None
+        raise exhausted(error, run.folder, **config.only(*MENDS)) from None
     finally:
         if run.cache:
             run.cache.flush()
         run.stop.restore()
         run.settings.close()
         run.bar.close()
-        run.log.close()
+        run.journal.close()
 
 
 def batches(run: Run) -> Iterator[tuple[int, Batch, Draws]]:
-    """(epoch, batch on the device, its draws), from the step that the run begins with."""
+    """(epoch, batch on the device, its draws), from the step that the run is at."""
     config = run.config
     stream = dataset.batches(
         run.dataset,
         config.train_batch_size,
         config.seed,
-        start=run.begin * config.gradient_accumulation_steps,
+        start=run.step * config.gradient_accumulation_steps,
         num_workers=config.num_workers,
         pin_memory=run.device.type == "cuda",
     )
-    while True:
+
+    def one() -> tuple[int, Batch, Draws]:
         with run.clock.waiting():
             epoch, batch = next(stream)
-        yield epoch, *run.prepare(epoch, batch)
+        return epoch, *run.prepare(epoch, batch)
+
+    return iter(one, None)  # without end: None is what it never gives
 
 
 def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[PairLoss, dict]]:
-    """A loop's step of one batch with what the metrics want of it, as one CUDA graph where the run
-    asks for it: then it is a function of tensors alone. The first call says how long it takes.
+    """A loop's step of one batch with what the metrics want of it; where the run asks for it as one
+    CUDA graph: then it is a function of tensors alone. The first call says how long it takes.
+
+    The optimiser's step is recorded with it: a graph of that reads the gradients where the step's
+    graph keeps them, and nowhere else.
     """
 
     def whole(**inputs: Tensor | None) -> tuple[PairLoss, dict[str, Tensor]]:
@@ -184,6 +161,8 @@ def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[Pai
 
     if run.config.cuda_graphs:
         whole = StepGraph(whole, run.device, parameters=run.parameters)
+    if run.config.cuda_graphs and run.device.type == "cuda":
+        run.take_step = StepGraph(run.take_step, run.device, name="optimiser")
     return announced("first batch, forward and backward", whole)
 
 
@@ -193,7 +172,7 @@ def update(run: Run) -> Tensor:
     factor = optimisation.schedule(run.step, **config.only(*plan))
     run.learning_rate = config.learning_rate * factor
     optimisation.set_rate(run.optimizer, run.learning_rate)
-    norm = run.update()
+    norm = run.take_step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.meter.begin()
@@ -224,7 +203,7 @@ def log(run: Run, epoch: int, grad_norm: Tensor) -> None:
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.device)
         run.metrics["perf/peak_memory_gb"] = peak / 1e9
-    run.log.write({"global_step": run.step, "epoch": epoch, **run.metrics})
+    run.journal.write({"global_step": run.step, "epoch": epoch, **run.metrics})
     said = postfix(run.metrics)
     run.bar.set_postfix_str(said)
     if run.bar.disable:  # no terminal
@@ -248,6 +227,9 @@ def save(run: Run) -> None:
 def validate(run: Run) -> None:
     """Clips of the validation prompts, base beside tuned at the same seeds, as pictures."""
     config, folder = run.config, run.folder / "validation"
+    if config.validation_prompts and not run.prompts:
+        names, scale = config.validation_prompts, config.validation_guidance_scale
+        run.prompts = Prompts(run.family, config.model, names, run.device, run.dtype, scale)
     there = run.step == run.begin and (folder / f"step-{run.step:06d}.png").exists()
     if not run.prompts or run.step % config.validation_steps or there:
         return

@@ -56,7 +56,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     model = load_model(family, config.model, device, kept)
     warn_of_another_model(config.model, config.data)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
-    where = cache_folder(config, dataset)
+    where = cache_folder(config.reference_cache, dataset)
     says = reference.base(model, predictor(family, device, dtype))
 
     def probe() -> None:

@@ -25,66 +25,60 @@ from .parts import add_lora, device_of, frozen_copy, predictor, weights_dtype
 
 META = torch.device("meta")
 
-# Of a run's options those that decide what it needs.
+# Of a run's options those that decide what it needs, and those that its step is made of.
 DECIDES = (
     *("model", "pair_mode", "compile", "train_batch_size", "mixed_precision", "tuning"),
     *("reference", "lora_rank", "lora_targets"),
 )
+STEP = ("train_batch_size", "reference", "tuning", "cuda_graphs")
+# Those that out of memory asks to change.
+MENDS = ("checkpointing", "pair_mode", "reference")
 
 
 def memory_step(
-    config: Config,
     family: Any,
     model: torch.nn.Module,
-    latents: Tensor,
-    cond: dict[str, Tensor],
+    sample: tuple[Tensor, dict[str, Tensor]],
     dtype: torch.dtype,
+    *,
     online: bool,
+    train_batch_size: int,
+    reference: str,
+    tuning: str,
+    cuda_graphs: bool,
 ) -> memory.Step:
-    """The run's step for `memory` to look at; latents and cond of one sample, their values do not
+    """A run's step for `memory` to look at; sample: latents and cond of one, their values do not
     matter. online: the reference's errors are not all known.
     """
+    latents, cond = sample
     return memory.Step(
         model,
         predictor(family, torch.device("cpu"), dtype),  # where shapes are run through it
         family.BLOCKS,
         (latents.to(dtype), torch.empty(1, device=latents.device), cond),
-        pairs=config.train_batch_size,
+        pairs=train_batch_size,
         online=online,
-        copies=2 if online and frozen_copy(config.reference, config.tuning) else 1,
-        shared=config.reference != "cached",
-        graphs=config.cuda_graphs,
+        copies=2 if online and frozen_copy(reference, tuning) else 1,
+        shared=reference != "cached",
+        graphs=cuda_graphs,
     )
 
 
 def pick_checkpointing(
-    config: Config,
-    family: Any,
-    model: torch.nn.Module,
-    dataset: PairDataset,
-    device: torch.device,
-    dtype: torch.dtype,
-    folder: Path,
-    online: bool,
-) -> str:
-    """The run's checkpointing. auto: on a GPU the least recomputation that is predicted to fit, by
-    the largest shape of the data; a run that goes on keeps to what the folder's memory.json says
-    of the same options and card.
+    step: memory.Step, on: memory.Card, record: Path, decides: dict[str, Any]
+) -> memory.Mode:
+    """The least recomputation that is predicted to fit the card; a run that goes on keeps to what
+    its memory.json, the record, says of the same options (`DECIDES`), shapes and card.
     """
-    if config.checkpointing != "auto" or device.type != "cuda":
-        return "none" if config.checkpointing == "auto" else config.checkpointing
-    record, on = folder / "memory.json", memory.card_of(device)
-    latents, cond = dataset.largest()
-    basis = {name: getattr(config, name) for name in DECIDES} | {"card": on.name, "gib": on.gib}
-    basis["shapes"] = [list(v.shape) for v in (latents, *cond.values())]
-    basis["online"] = online
+    latents, _, cond = step.inputs
+    shapes = [list(v.shape) for v in (latents, *cond.values())]
+    basis = {**decides, "card": on.name, "gib": on.gib, "shapes": shapes, "online": step.online}
     known = remembered(record)
     if known.get("basis") == basis:
         print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
         return known["checkpointing"]
-    step = memory_step(config, family, model, latents, cond, dtype, online)
     with stage("checkpointing: memory, predicted from shapes"):
-        found, why = memory.least(step, on, config.pair_mode, config.compile)
+        found, why = memory.least(step, on, decides["pair_mode"], decides["compile"])
     print(f"checkpointing {found}: {why}")
     note(record, {"checkpointing": found, "why": why, "basis": basis})
     return found
@@ -103,25 +97,31 @@ def note(record: Path, values: dict[str, Any]) -> None:
     write_atomic(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> ValueError:
+def exhausted(
+    error: torch.OutOfMemoryError | OutOfMemory,
+    folder: Path,
+    *,
+    checkpointing: str,
+    pair_mode: str,
+    reference: str,
+) -> ValueError:
     """Out of memory in a training step, in a line that names the next choice. With checkpointing
-    auto the folder's memory.json is told too, so that the same command goes on with it.
+    auto the memory.json of the run's folder is told too, so that the same command goes on with it.
     """
     if isinstance(error, OutOfMemory):
         return error
-    folder = Path(config.output_dir)
-    record, auto = folder / "memory.json", config.checkpointing == "auto"
+    record, auto = folder / "memory.json", checkpointing == "auto"
     known = remembered(record) if auto else {}
-    used = known.get("checkpointing", "none") if auto else config.checkpointing
+    used = known.get("checkpointing", "none") if auto else checkpointing
     more = memory.MODES[memory.MODES.index(used) + 1 :]
     if more and known:
         note(record, known | {"checkpointing": more[0], "why": f"{used} ran out of memory"})
         advice = f"run the same command again: it goes on with checkpointing {more[0]}"
     elif more:
         advice = f"run it again with --checkpointing {more[0]}"
-    elif config.pair_mode == "joint":
+    elif pair_mode == "joint":
         advice = "run it again with --pair_mode deferred"
-        if config.reference == "cached":
+        if reference == "cached":
             advice += " and another --reference_cache"
     else:
         advice = "encode fewer or smaller frames, or take a larger card"
@@ -129,12 +129,12 @@ def exhausted(config: Config, error: torch.OutOfMemoryError | OutOfMemory) -> Va
     kept = f"{last.name} is kept" if last else "no step was done yet"
     reason = " ".join(str(error).split())
     return ValueError(
-        f"out of memory with checkpointing {used}, pair_mode {config.pair_mode}; {kept}; "
+        f"out of memory with checkpointing {used}, pair_mode {pair_mode}; {kept}; "
         f"{advice} ({reason})"
     )
 
 
-def card_of(name: str | None, device: str | None) -> memory.Card:
+def card_for(name: str | None, device: str | None) -> memory.Card:
     """The card that is named, or the one that is here. ValueError: neither is."""
     if name:
         return memory.card(name)
@@ -148,8 +148,8 @@ def card_of(name: str | None, device: str | None) -> memory.Card:
 
 @dataclass(frozen=True)
 class Needs:
-    """The choices of a run with clips of this shape, and the flags of the best. alike: the model's
-    blocks are; else compiled ones are predicted like those that are not.
+    """The choices of a family's run with clips of this shape on a card, and the flags of the best.
+    alike: the model's blocks are; else compiled ones are predicted like those that are not.
     """
 
     family: str
@@ -235,8 +235,8 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         latents, cond = both[:1], {n: v[:1] for n, v in cond.items()}
     else:
         raise ValueError(f"--data: an encoded set is needed, family {name} tells no latents' shape")
-    online = config.reference != "cached"
-    step = memory_step(config, family, model, latents, cond, dtype, online)
+    how = {"online": config.reference != "cached", **config.only(*STEP)}
+    step = memory_step(family, model, (latents, cond), dtype, **how)
     every = {"pair_mode": ("joint", "deferred"), "checkpointing": memory.MODES}
     every["compile"] = (False, True)
     open_ = {n: v if wanted[n] in (None, "auto") else (wanted[n],) for n, v in every.items()}

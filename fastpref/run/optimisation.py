@@ -48,7 +48,9 @@ def schedule(step: int, *, lr_scheduler: str, lr_warmup_steps: int, max_train_st
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate from here on; a tensor keeps its place, since a recorded step reads it."""
+    """The learning rate from here on; a tensor keeps its place, as a recorded step reads it there
+    (a checkpoint's puts another in its place, but before anything is recorded).
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 

@@ -129,8 +129,8 @@ def make_process(
         file = f"model {model}/scheduler"
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
     changes = {name: value for name, value in options.items() if value is not None}
-    for name in changes:
-        if not hasattr(process, name):
+    for name in ("time_sampling", "shift"):  # flow matching alone has them
+        if name in changes and not hasattr(process, name):
             raise ValueError(f"{name} has no effect on {type(process).__name__}: remove it")
     process = process.replace(**changes)
     return process.unmasked() if masked else process

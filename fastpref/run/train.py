@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..loss.functional import Draws
-from ..process import Times
-from ..step.pair import backward, deferred, pair_loss
-from . import bookkeeping as book
-from .assemble import assemble
-from .config import Config
-from .folder import open_run
-from .parts import place
+from fastpref.loss.functional import Draws
+from fastpref.process import Times
+from fastpref.run import bookkeeping as book
+from fastpref.run.assemble import assemble
+from fastpref.run.config import Config
+from fastpref.run.folder import open_run
+from fastpref.run.parts import place
+from fastpref.step.pair import backward, deferred, training_loss
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -33,14 +33,9 @@ def train(config: Config) -> dict[str, Any]:
     device, dtype = place(config.device, config.mixed_precision)
     start, result = open_run(config)
     if result is not None:
-        print(f"{config.output_dir} is already trained to step {result['global_step']}")
+        print(f"{result['output_dir']} is already trained to step {result['global_step']}")
         return result
-    run = assemble(config, device, dtype, start)
-    book.restore(run)
-    book.check(run)
-    book.announce(run)
-    book.validate(run)
-
+    run = assemble(config, device, dtype, start)  # with start's state in it
     accumulate = config.gradient_accumulation_steps
     how = {"parameters": run.parameters, "skip_zeros": config.skip_zeros, "scale": 1 / accumulate}
 
@@ -52,11 +47,14 @@ def train(config: Config) -> dict[str, Any]:
             return deferred(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
         ref = run.reference(noisy, t, cond) if known is None else known
         pred = run.policy(noisy, t, cond)
-        out = pair_loss(pred, target, ref, **pair)
+        out = training_loss(pred, target, ref, **pair)
         backward(out, **how)
         return out
 
     one_batch = book.recorded(run, one_batch)  # with cuda_graphs as one graph: of tensors alone
+    book.check(run)
+    book.announce(run)
+    book.validate(run)
 
     with book.at_work(run):
         while not run.done:

@@ -22,7 +22,7 @@ from ..loss.objectives import Objective
 from .reference import Policy, Reference, member
 
 
-def pair_loss(
+def training_loss(
     pred: Tensor,
     target: Tensor | Target,
     ref: Tensor,
@@ -74,8 +74,8 @@ def deferred(
     parameters: Sequence[Tensor],
     skip_zeros: bool = False,
 ) -> PairLoss:
-    """The gradient of `backward(pair_loss(...))`, to `.grad` as well, with one member's activations
-    at a time, at the price of one buffer.
+    """The gradient of `backward(training_loss(...))`, to `.grad` as well, with one member's
+    activations at a time, at the price of one buffer.
 
     noisy, t, target, cond: [2B, ...], winners first. ref_err: the reference's errors [2B] float64
     where they are known; it is not asked then.

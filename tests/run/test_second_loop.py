@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def sft(config: Config, leave_at: int | None = None) -> dict:
     if result is not None:
         return result
     run = assemble(config, device, dtype, start)
-    book.restore(run)
+    book.check(run)
     book.announce(run)
     with book.at_work(run):
         while not run.done:
@@ -41,7 +42,8 @@ def sft(config: Config, leave_at: int | None = None) -> dict:
             grad_norm = book.update(run)
             if run.due(config.logging_steps):
                 book.log(run, epoch, grad_norm)
-            run.stop.arrived |= run.step == leave_at
+            if run.step == leave_at:
+                signal.raise_signal(signal.SIGTERM)
             if run.due(config.checkpointing_steps) or run.stop:
                 book.save(run)
             book.leave_if_asked(run)
@@ -79,10 +81,10 @@ def test_the_loop_reads_on_two_screens():
     source = inspect.getsource(train)
     assert len(source.splitlines()) <= 120
     (whole,) = ast.parse(source).body
-    inner = [node for node in ast.walk(whole) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    inner = [node for node in ast.walk(whole) if isinstance(node, ast.FunctionDef)]
     for node in inner:
         assert node is whole or node.body[-1].end_lineno - node.body[0].lineno < 10, node.name
-    step = ("process.noise(", "run.reference(", "run.policy(", "pair_loss(", "backward(")
+    step = ("process.noise(", "run.reference(", "run.policy(", "training_loss(", "backward(")
     loop = ("run.batches", "update(", "log(", "save(", "validate(run)", "finish(")
     for words in (step, loop):
         where = [source.rindex(word) for word in words]

@@ -124,10 +124,10 @@ def test_the_attention_holds_in_the_step(pairs, tmp_path, monkeypatch):
         def __exit__(self, *_):
             inside[0] = False
 
-    real = loop.pair_loss
+    real = loop.training_loss
     monkeypatch.setattr(assemble.attention, "use", lambda model, name: Use())
     monkeypatch.setattr(
-        loop, "pair_loss", lambda *a, **k: (seen.append(inside[0]), real(*a, **k))[1]
+        loop, "training_loss", lambda *a, **k: (seen.append(inside[0]), real(*a, **k))[1]
     )
     run(pairs, tmp_path)
     assert seen and all(seen) and inside == [False]

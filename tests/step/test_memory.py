@@ -141,18 +141,19 @@ def small(step: memory.Step, between: tuple[str, str]) -> memory.Card:
 
 def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     config = Config(**options(pairs, tmp_path, mixed_precision="bf16", pair_mode="deferred"))
-    family, dataset, gpu = models.family("toy"), PairDataset(pairs), torch.device("cuda")
+    family, dataset = models.family("toy"), PairDataset(pairs)
     model = family.load(BASE, torch.bfloat16).requires_grad_(False)
     add_lora(model, family.LORA_TARGETS, config.lora_rank)
-    step = fitting.memory_step(config, family, model, *dataset.largest(), torch.bfloat16, True)
 
-    def pick(on: memory.Card, device=gpu, online=True, **changes) -> str:
-        monkeypatch.setattr(memory, "card_of", lambda device: on)
-        changed = replace(config, **changes)
-        return fitting.pick_checkpointing(
-            changed, family, model, dataset, device, torch.bfloat16, tmp_path, online
-        )
+    def made(online: bool = True) -> memory.Step:
+        how = {"online": online, **config.only(*fitting.STEP)}
+        return fitting.memory_step(family, model, dataset.largest(), torch.bfloat16, **how)
 
+    def pick(on: memory.Card, online=True, **changes) -> str:
+        decides = config.only(*fitting.DECIDES) | changes
+        return fitting.pick_checkpointing(made(online), on, tmp_path / "memory.json", decides)
+
+    step = made()
     for expected, on in (
         ("attention", small(step, ("none", "attention"))),
         ("full", small(step, ("attention", "full"))),
@@ -165,8 +166,7 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
         assert f"checkpointing {expected}: predicted none 0.0" in said
     record = json.loads((tmp_path / "memory.json").read_text())
     assert record["checkpointing"] == "none" and record["basis"]["pair_mode"] == "deferred"
-    # A run that goes on keeps to its choice, with other options or another card it is made anew;
-    # what is named, or a CPU, is not looked at.
+    # A run that goes on keeps to its choice, with other options or another card it is made anew.
     fitting.note(tmp_path / "memory.json", record | {"checkpointing": "full"})
     assert pick(H100) == "full" and "checkpointing full: as " in capsys.readouterr().out
     assert pick(H100, online=False) == "none", "of a run that asks the reference"
@@ -180,9 +180,6 @@ def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     assert pick(H100, pair_mode="joint") == "none"
     assert pick(replace(H100, gib=0.56)) == "full"
     assert "checkpointing full: predicted" in capsys.readouterr().out
-    assert pick(H100, checkpointing="full") == "full"
-    assert pick(replace(H100, gib=0.56), device=torch.device("cpu")) == "none"
-    assert not capsys.readouterr().out
 
 
 def test_full_tuning_holds_a_copy_while_its_cache_lacks_errors(pairs, tmp_path):
@@ -190,8 +187,8 @@ def test_full_tuning_holds_a_copy_while_its_cache_lacks_errors(pairs, tmp_path):
     config = Config(**options(pairs, tmp_path, **change))
     family, dataset = models.family("toy"), PairDataset(pairs)
     model = family.load(BASE, torch.float32)
-    where = (config, family, model, *dataset.largest(), torch.float32)
-    asked, known = (fitting.memory_step(*where, online) for online in (True, False))
+    where, how = (family, model, dataset.largest(), torch.float32), config.only(*fitting.STEP)
+    asked, known = (fitting.memory_step(*where, online=o, **how) for o in (True, False))
     assert (asked.copies, asked.online) == (2, True) and (known.copies, known.online) == (1, False)
 
 
@@ -212,15 +209,15 @@ def test_a_model_that_shapes_cannot_run_recomputes_all():
 
 def exhausted(monkeypatch, at: int) -> None:
     """A step that runs out of memory in the call number `at`."""
-    calls, real = [], loop.pair_loss
+    calls, real = [], loop.training_loss
 
-    def pair_loss(*args, **options):
+    def training_loss(*args, **options):
         calls.append(1)
         if len(calls) == at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
         return real(*args, **options)
 
-    monkeypatch.setattr(loop, "pair_loss", pair_loss)
+    monkeypatch.setattr(loop, "training_loss", training_loss)
 
 
 @pytest.mark.parametrize("at", ["save", "judge", "clips"])
@@ -311,7 +308,8 @@ def test_out_of_memory_names_the_next_choice_and_loses_nothing(
 )
 def test_a_named_choice_is_changed_by_its_owner(change, advice, pairs, tmp_path, capsys):
     config = Config(**options(pairs, tmp_path, **change))
-    said = str(fitting.exhausted(config, torch.OutOfMemoryError("CUDA out\nof memory")))
+    error, names = torch.OutOfMemoryError("CUDA out\nof memory"), config.only(*fitting.MENDS)
+    said = str(fitting.exhausted(error, tmp_path, **names))
     assert f"no step was done yet; {advice}" in said and said.endswith("(CUDA out of memory)")
     assert not (tmp_path / "memory.json").exists()
 
