@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import runpy
 import signal
 from itertools import islice
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_it_trains_resumes_and_ends_as_the_sft_objective_does(accumulate, encode
         torch.testing.assert_close(own[key], value, rtol=1e-3, atol=1e-5)
     assert result["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-5)
     assert sft(configs["a"]) == result, "already done"
+
+
+def test_a_copy_of_the_loop_runs_anywhere(encoded_pairs, tmp_path):
+    (tmp_path / "mine.py").write_text(Path(inspect.getfile(train)).read_text())
+    mine = runpy.run_path(str(tmp_path / "mine.py"))["train"]
+    for name, loop in (("a", mine), ("b", train)):
+        loop(Config(**options(encoded_pairs, tmp_path / name, max_train_steps=2)))
+    a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 def test_the_loop_reads_on_two_screens():
