@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[name](rest)
     except (
-        *(ValueError, TypeError, OSError, YAMLError, SafetensorError, OutOfMemoryError),
+        *(ValueError, TypeError, OverflowError, OSError),
+        *(YAMLError, SafetensorError, OutOfMemoryError),
     ) as error:
         if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
             raise

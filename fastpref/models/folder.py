@@ -50,7 +50,7 @@ def read_config(
         if not isinstance(config, dict):
             raise ValueError(f"expected a JSON object, got {type(config).__name__}")
         config = dict(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deeply
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model {where}: {kind.config_name} cannot be read; expected a diffusers folder or a "

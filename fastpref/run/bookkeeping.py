@@ -83,11 +83,11 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
     """With K draws per pair, epochs beyond K repeat earlier draws. An epoch is as many batches as
     its pairs fill: those left over wait for another one.
     """
-    batches = config.max_train_steps * config.gradient_accumulation_steps
-    epochs = batches / dataset.batches_per_epoch(shapes, config.train_batch_size)
-    if config.draws_per_pair and epochs > config.draws_per_pair:
+    count = config.max_train_steps * config.gradient_accumulation_steps
+    per_epoch = dataset.batches_per_epoch(shapes, config.train_batch_size)
+    if config.draws_per_pair and count > config.draws_per_pair * per_epoch:
         print(
-            f"warning: {epochs:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
+            f"warning: {count / per_epoch:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
             "later epochs repeat the same timesteps and noise",
             file=sys.stderr,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ import yaml
 from ..files import differences, locked, mark
 from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
+
+# What is read of a result.json, and of other records.
+RESULT: dict[str, type] = {"global_step": int, "seconds_per_pair": float, "metrics": dict}
+NOTHING: dict[str, type] = {}
 
 
 def claim(folder: Path, kind: str = "train") -> Path:
@@ -54,10 +58,10 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
     checkpoint.clean(folder)
-    result = read_record(done) if done.exists() else None
+    result = read_record(done, RESULT) if done.exists() else None
     if result is not None:
         exported = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
-        if result.get("global_step", 0) >= config.max_train_steps:
+        if result["global_step"] >= config.max_train_steps:
             if artifact.whole(exported):
                 return None, result | {"output_dir": str(folder), "artifact": str(exported)}
             print(
@@ -83,7 +87,7 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
         print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
     if found is None and result is not None:
         raise ValueError(
-            f"{folder} is trained to step {result.get('global_step')}, and no checkpoint is left "
+            f"{folder} is trained to step {result['global_step']}, and no checkpoint is left "
             "to go on from: choose another output_dir"
         )
     if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
@@ -91,13 +95,14 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     return found, None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A file that a run wrote about itself, YAML or JSON."""
+def read_record(path: Path, wanted: Mapping[str, type] = NOTHING) -> dict[str, Any]:
+    """A file that a run wrote about itself, YAML or JSON, with at least what is wanted in it."""
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         found = read(path.read_text())
     except (ValueError, yaml.YAMLError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    whole = isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in wanted.items())
+    if not whole:
         raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
     return found

@@ -231,7 +231,7 @@ def pick_attention(
     earlier: dict[str, Any],
 ) -> attention.Choice:
     """The run's attention backend; auto keeps to what was picked earlier."""
-    if wanted == "auto" and earlier.get("attention") in backends.BACKENDS:
+    if wanted == "auto" and str(earlier.get("attention")) in backends.BACKENDS:
         wanted = earlier["attention"]
     if device.type != "cuda":  # nothing is timed
         return attention.choose(wanted, model, probe, device)

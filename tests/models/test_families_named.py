@@ -1,5 +1,6 @@
 """Families by name: where their modules are looked for, and what is said of one that fails."""
 
+import pkgutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpref import models
 from fastpref.models import CALLS, family, toy
 
 MINE = "from fastpref.models.toy import *\n"
@@ -96,3 +98,13 @@ def test_a_family_with_a_function_that_is_none(project):
     (project / "mine.py").write_text(MINE + "predict = 3\n")
     with pytest.raises(ValueError, match=r"predict must take \(model, .*\): 3 is not a callable"):
         family("my_pkg.mine")
+
+
+def test_every_module_of_models_is_a_family_or_a_helper():
+    there = {module.name for module in pkgutil.iter_modules(models.__path__)}
+    with pytest.raises(ValueError) as error:
+        models.family("zzz")
+    named = str(error.value).partition("expected one of ")[2].partition(" or ")[0].split(", ")
+    assert set(named) == there - set(models.HELPERS)
+    for name in named:
+        models.family(name)

@@ -89,7 +89,11 @@ def test_the_schedulers_config_is_read_whatever_its_class(case):
         model_folder.scheduler_config("/nowhere")
 
 
-@pytest.mark.parametrize("text", ["[1]", '[["shift", 3]]', "5", "null", '"x"', "{", "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", '[["shift", 3]]', "5", "null", '"x"', "{", "\ud800", "[" * 100_000],
+    ids=range(8),
+)
 def test_a_scheduler_config_that_is_no_object_is_named(text, tmp_path):
     (tmp_path / "scheduler").mkdir()
     path = tmp_path / "scheduler" / "scheduler_config.json"

@@ -200,11 +200,20 @@ def test_foreign_adapter_files_are_refused(fault, unbroken, tmp_path, capsys):
 def test_cut_records_are_one_line(pairs, tmp_path, capsys):
     train(Config(**options(pairs, tmp_path, max_train_steps=2)))
     record = tmp_path / "config.yaml"
-    record.write_text(record.read_text()[:-40] + "\n: [")
+    kept = record.read_text()
+    record.write_text(kept[:-40] + "\n: [")
     capsys.readouterr()
-    assert "config.yaml is not readable" in fails(
-        capsys, "train", *arguments(options(pairs, tmp_path))
-    )
+    again = arguments(options(pairs, tmp_path, max_train_steps=2))
+    assert "config.yaml is not readable" in fails(capsys, "train", *again)
+    record.write_text(kept)
+    done = tmp_path / "result.json"
+    result = json.loads(done.read_text())
+    for change in ({"global_step": "2"}, {"seconds_per_pair": None}, {"metrics": []}):
+        done.write_text(json.dumps(result | change))
+        assert "result.json is not readable" in fails(capsys, "train", *again)
+    done.write_text(json.dumps(result))
+    (tmp_path / "attention.json").write_text('{"attention": ["native"]}')
+    train(Config(**options(pairs, tmp_path, max_train_steps=3)))
 
 
 def test_beta_convention_scales_margins_and_their_noise(pairs, tmp_path):
