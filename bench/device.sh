@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts, the most telling first: build, tests, benchmarks, sanitizers.
+# Everything that needs a GPU, the most telling first, in one file that a bare machine can run.
 #
 #   bash bench/device.sh                every part that has not passed on these sources yet
 #   bash bench/device.sh PART...        these parts, see TABLE below

@@ -1,4 +1,4 @@
-// The vector loops of the CPU side; setup.py compiles this file once per instruction set.
+// The CPU side's vector loops in one file, which setup.py compiles once per instruction set.
 //
 // FASTPREF_ISA names the table, FASTPREF_WIDTH the floats in a vector. The width never shows in a
 // result: products and sums are fused where this says so and nowhere else (-ffp-contract=off), and sums

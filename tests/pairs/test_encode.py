@@ -237,9 +237,7 @@ def test_the_posterior_belongs_to_the_fingerprint(pairs, slow, tmp_path):
 def test_kill_and_resume_redoes_nothing(pairs, slow, tmp_path):
     """kill -9 in the middle; the second call encodes exactly what is missing, to the same bytes."""
     folder = tmp_path / "set"
-    call = (
-        "from fastpref.pairs.encode import encode; import sys; encode(*sys.argv[1:], batch_size=1)"
-    )
+    call = "import sys, fastpref.pairs.encode as e; e.encode(*sys.argv[1:], batch_size=1)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SLOW_SECONDS": "0.1"}
     process = subprocess.Popen(
         [sys.executable, "-c", call, "house.slow", str(BASE), str(pairs), str(folder)],

@@ -252,3 +252,22 @@ def test_prompt_dropout_needs_the_empty_prompts_own_shape(pairs, tmp_path):
     save_file({k: v[1:].clone() for k, v in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"empty.safetensors: the empty prompt's .* expected"):
         run(tmp_path / "set", tmp_path / "run", prompt_dropout=0.1)
+
+
+def test_cut_records_are_one_line(pairs, tmp_path, capsys):
+    train(Config(**options(pairs, tmp_path, max_train_steps=2)))
+    record = tmp_path / "config.yaml"
+    kept = record.read_text()
+    record.write_text(kept[:-40] + "\n: [")
+    capsys.readouterr()
+    again = arguments(options(pairs, tmp_path, max_train_steps=2))
+    assert "config.yaml is not readable" in fails(capsys, "train", *again)
+    record.write_text(kept)
+    done = tmp_path / "result.json"
+    result = json.loads(done.read_text())
+    for change in ({"global_step": "2"}, {"seconds_per_pair": None}, {"metrics": []}):
+        done.write_text(json.dumps(result | change))
+        assert "result.json is not readable" in fails(capsys, "train", *again)
+    done.write_text(json.dumps(result))
+    (tmp_path / "attention.json").write_text('{"attention": ["native"]}')
+    train(Config(**options(pairs, tmp_path, max_train_steps=3)))

@@ -197,25 +197,6 @@ def test_foreign_adapter_files_are_refused(fault, unbroken, tmp_path, capsys):
     assert str(path) in said
 
 
-def test_cut_records_are_one_line(pairs, tmp_path, capsys):
-    train(Config(**options(pairs, tmp_path, max_train_steps=2)))
-    record = tmp_path / "config.yaml"
-    kept = record.read_text()
-    record.write_text(kept[:-40] + "\n: [")
-    capsys.readouterr()
-    again = arguments(options(pairs, tmp_path, max_train_steps=2))
-    assert "config.yaml is not readable" in fails(capsys, "train", *again)
-    record.write_text(kept)
-    done = tmp_path / "result.json"
-    result = json.loads(done.read_text())
-    for change in ({"global_step": "2"}, {"seconds_per_pair": None}, {"metrics": []}):
-        done.write_text(json.dumps(result | change))
-        assert "result.json is not readable" in fails(capsys, "train", *again)
-    done.write_text(json.dumps(result))
-    (tmp_path / "attention.json").write_text('{"attention": ["native"]}')
-    train(Config(**options(pairs, tmp_path, max_train_steps=3)))
-
-
 def test_beta_convention_scales_margins_and_their_noise(pairs, tmp_path):
     values = options(pairs, tmp_path / "a", max_train_steps=2, beta=2000.0)
     train(Config(**values))
