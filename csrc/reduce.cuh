@@ -263,7 +263,7 @@ inline __device__ double block_sum(double const (&values)[kSums]) {
 // True in every thread of the last block to come here: what all blocks wrote before is then visible.
 // By PTX's memory model: the barrier puts the block's stores before thread 0's fence; fence and add
 // are a release pattern, add and fence an acquire pattern, and the adds of the blocks between pass
-// it on; the second barrier hands it to every thread. Checked by hand: tests/loss/litmus/ticket.litmus.
+// it on; the second barrier hands it to every thread. By hand: tests/loss/litmus/ticket.litmus.
 inline __device__ bool last_block(unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
