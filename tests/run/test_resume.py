@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from contextlib import contextmanager
 from hashlib import blake2b
 
@@ -15,10 +16,11 @@ from safetensors.torch import load, load_file, save_file
 
 from fastpref import models
 from fastpref.cli import main
+from fastpref.run import bookkeeping
 from fastpref.run.artifact import whole
 from fastpref.run.checkpoint import fault
 from fastpref.run.config import Config
-from fastpref.run.guard import Diverged
+from fastpref.run.guard import Diverged, Interrupted
 from fastpref.run.telemetry import Log
 from fastpref.run.train import train
 from fastpref.step import attention
@@ -271,3 +273,23 @@ def test_cut_records_are_one_line(pairs, tmp_path, capsys):
     done.write_text(json.dumps(result))
     (tmp_path / "attention.json").write_text('{"attention": ["native"]}')
     train(Config(**options(pairs, tmp_path, max_train_steps=3)))
+
+
+@pytest.mark.parametrize(("name", "every", "left"), [("save", 2, 2), ("validate", 100, 3)])
+def test_a_signal_beside_a_step_leaves_at_a_saved_one(
+    name, every, left, pairs, tmp_path, monkeypatch
+):
+    """During a save that was due: there. After step 2, which was not to be saved: at step 3."""
+    real = getattr(bookkeeping, name)
+
+    def arrives(run):
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        real(run)
+
+    monkeypatch.setattr(bookkeeping, name, arrives)
+    config = Config(**options(pairs, tmp_path, checkpointing_steps=every))
+    with pytest.raises(Interrupted, match=f"saved at step {left} in"):
+        train(config)
+    assert (tmp_path / f"checkpoint-{left}").exists()
+    assert train(config)["global_step"] == 6
