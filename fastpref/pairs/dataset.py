@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -289,7 +289,7 @@ def batches(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """Endless (epoch, batch), from batch number `start` on: counting batches is all a resume needs.
 
     Each epoch goes once through a new permutation of the pairs, in batches of equal shapes; pairs
@@ -326,7 +326,7 @@ def batches(
 
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], num_workers: int
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """map(function, items) in order, worked ahead by `num_workers` threads (0: none)."""
     if num_workers == 0:
         yield from map(function, items)

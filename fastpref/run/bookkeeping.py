@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -109,7 +109,8 @@ def at_work(run: Run) -> Iterator[None]:
     run.bar = steps_bar(config.max_train_steps, run.step)
     run.stop = Signals()
     run.clock = Clock(run.step)
-    run.batches = batches(run)
+    source = stream(run)
+    run.batches = iter(partial(prepared, run, source), None)  # endless: nothing is None
     run.meter.begin()
     try:
         yield
@@ -119,6 +120,7 @@ def at_work(run: Run) -> Iterator[None]:
             save(run)
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
     finally:
+        source.close()  # its threads
         if run.cache:
             run.cache.flush()
         run.stop.restore()
@@ -127,10 +129,10 @@ def at_work(run: Run) -> Iterator[None]:
         run.journal.close()
 
 
-def batches(run: Run) -> Iterator[tuple[int, Batch, Draws]]:
-    """(epoch, batch on the device, its draws), from the step that the run is at."""
+def stream(run: Run) -> Generator[tuple[int, Batch], None, None]:
+    """(epoch, batch) from the step that the run is at, read ahead until it is closed."""
     config = run.config
-    stream = dataset.batches(
+    return dataset.batches(
         run.dataset,
         config.train_batch_size,
         config.seed,
@@ -139,12 +141,12 @@ def batches(run: Run) -> Iterator[tuple[int, Batch, Draws]]:
         pin_memory=run.device.type == "cuda",
     )
 
-    def one() -> tuple[int, Batch, Draws]:
-        with run.clock.waiting():
-            epoch, batch = next(stream)
-        return epoch, *run.prepare(epoch, batch)
 
-    return iter(one, None)  # without end: None is what it never gives
+def prepared(run: Run, source: Iterator[tuple[int, Batch]]) -> tuple[int, Batch, Draws]:
+    """(epoch, the next batch on the device, its draws)"""
+    with run.clock.waiting():
+        epoch, batch = next(source)
+    return epoch, *run.prepare(epoch, batch)
 
 
 def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[PairLoss, dict]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -309,3 +312,18 @@ def test_margin_noise_is_of_eight_pairs_and_needs_no_backward(size, pairs, tmp_p
         backwards.append(seen.calls)
     assert len(calls) == 2 * -(-8 // size) and backwards[1] == 2 * backwards[0] > 0
     assert {kwargs.get("pair_mode", args[-1]) for args, kwargs in calls} == {"joint"}
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_run_leaves_no_reader_behind(bad, pairs, tmp_path, monkeypatch):
+    def readers():
+        return {t for t in threading.enumerate() if t.name.startswith("fastpref-data")}
+
+    before, gone = readers(), time.monotonic() + 5
+    if bad:
+        monkeypatch.setattr(loop, "backward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if bad else nullcontext():
+        run(pairs, tmp_path, num_workers=3)
+    while readers() > before and time.monotonic() < gone:
+        time.sleep(0.01)
+    assert readers() <= before
