@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 from commands import options
 
-from fastpref.run.config import FIELDS, OPTIONS, Config
+from fastpref.run.config import FIELDS, OFFLINE, OPTIONS, Config
 from fastpref.run.parsing import config_values
 
 POSITIVE = "expected a positive number, got"
@@ -59,7 +59,7 @@ SFT = {"objective": "sft", "beta": None}
         ),
         (
             {"objective": "best", "importance_steps": 5},
-            "objective: expected one of dpo, ipo, hinge, dmpo, dpo_cm, sdpo or sft, got best",
+            f"objective: expected one of {', '.join(OFFLINE)} or sft, got best",
         ),
         ({"objective": "spo"}, "objective spo trains on its own samples, whose online sampler is"),
         ({"beta": None}, "beta is required with objective dpo (published: SD1.5 2000, SDXL 5000;"),
