@@ -90,6 +90,15 @@ def command(*parts: str, **extra) -> subprocess.Popen:
     )
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of an encoded set."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "counts.json"
+    }
+
+
 def encoded(data: Path, output_dir: Path, **options) -> PairDataset:
     """The toy family's set of some media."""
     return PairDataset(encode("toy", BASE, data, output_dir, progress=False, **options))
