@@ -35,6 +35,7 @@ from .guard import Guard, Signals
 from .parts import (
     add_lora,
     elements,
+    first_words,
     frozen_copy,
     load_model,
     make_process,
@@ -144,21 +145,13 @@ def assemble(
     first = next(batches(dataset, config.train_batch_size, config.seed))
     probe = partial(first_words, model, predict, process, prepare, first, config.pair_mode)
 
-    record = folder / "attention.json"
-    earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
-    if config.reference == "cached" and start is None:
-        earlier = cache.recorded(cache_folder(config.reference_cache, dataset))
-    backend = pick_attention(config.attention, model, probe, device, earlier)
-    write_atomic(record, json.dumps({"attention": backend.name, **asdict(backend)}).encode())
+    backend = attention_of(config, dataset, model, probe, device, start)
     settings = ExitStack()
     settings.enter_context(attention.use(model, backend.name))
 
     store, asked = None, True  # of the reference's errors; whether it has to say more
     if config.reference == "cached":
-        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
-        where = cache_folder(config.reference_cache, dataset)
-        count = config.max_train_steps * config.gradient_accumulation_steps
-        store, asked = open_cache(where, mark, dataset, device, model=config.model, batches=count)
+        store, asked = cached(config, dataset, process, device, dtype, backend.name)
     frozen = None
     if asked and frozen_copy(config.reference, config.tuning):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -168,14 +161,7 @@ def assemble(
             base_says = probe()
             add_lora(model, targets, config.lora_rank, config.lora_alpha)
             checks.check_off(model, probe, base_says)
-    recomputed = config.checkpointing
-    if recomputed == "auto" and device.type == "cuda":
-        how = {"online": asked, **config.only(*STEP)}
-        step = memory_step(family, model, dataset.largest(), dtype, **how)
-        note, on = folder / "memory.json", memory.card_of(device)
-        recomputed = pick_checkpointing(step, on, note, config.only(*DECIDES))
-    elif recomputed == "auto":
-        recomputed = "none"  # there is no card to fit
+    recomputed = recomputation(config, family, model, dataset, device, dtype, asked)
     checkpointing.apply(model, family.BLOCKS, recomputed)
     if config.compile:
         print("compiling: each kind of block in the first forward and backward that reach it")
@@ -194,8 +180,7 @@ def assemble(
     recorded = device if graphs else None
     optimizer = optimisation.adamw(parameters, recorded=recorded, **config.only(*adam))
     guard = Guard(device, patience=min(20, config.max_train_steps))
-    clip = config.max_grad_norm
-    take_step = partial(optimisation.update, optimizer, parameters, guard, clip)
+    take_step = partial(optimisation.update, optimizer, parameters, guard, config.max_grad_norm)
     made_of = {"data": identity(dataset.folder / "index.parquet")}
     made_of["model"] = model_identity(config.model)
     run = Run(
@@ -246,6 +231,62 @@ def restore(run: Run, start: Path) -> None:
     print(f"resumed from {start}")
 
 
+def attention_of(
+    config: Config,
+    dataset: PairDataset,
+    model: nn.Module,
+    probe: Callable[[], Tensor],
+    device: torch.device,
+    start: Path | None,
+) -> attention.Choice:
+    """The run's attention backend, written to attention.json; auto keeps to what it was, or to what
+    the cached errors that a new run begins with were computed by.
+    """
+    record = Path(config.output_dir) / "attention.json"
+    earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
+    if config.reference == "cached" and start is None:
+        earlier = cache.recorded(cache_folder(config.reference_cache, dataset))
+    found = pick_attention(config.attention, model, probe, device, earlier)
+    write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
+    return found
+
+
+def cached(
+    config: Config,
+    dataset: PairDataset,
+    process: FlowMatching | Diffusion,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[cache.ErrorCache, bool]:
+    """The reference's errors that the run keeps, and whether it will ask for some that are not
+    there; backend: of the attention.
+    """
+    mark = cache_mark(config, dataset, process, device, dtype, backend)
+    folder = cache_folder(config.reference_cache, dataset)
+    count = config.max_train_steps * config.gradient_accumulation_steps
+    return open_cache(folder, mark, dataset, device, model=config.model, batches=count)
+
+
+def recomputation(
+    config: Config,
+    family: ModuleType,
+    model: nn.Module,
+    dataset: PairDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    online: bool,
+) -> memory.Mode:
+    """The run's checkpointing: the one that is asked for; auto: on a GPU what it needs to fit."""
+    if config.checkpointing != "auto":
+        return config.checkpointing
+    if device.type != "cuda":
+        return "none"
+    step = memory_step(family, model, dataset.largest(), dtype, online=online, **config.only(*STEP))
+    record, on = Path(config.output_dir) / "memory.json", memory.card_of(device)
+    return pick_checkpointing(step, on, record, config.only(*DECIDES))
+
+
 def cache_folder(reference_cache: str | None, dataset: PairDataset) -> Path:
     """Where a run's cached reference errors are."""
     return Path(reference_cache or dataset.folder / "reference")
@@ -294,19 +335,3 @@ def noising(config: Config) -> dict[str, Any]:
 
 def nothing_known(epoch: int, batch: Batch, draws: Draws) -> None:
     """Without a cache."""
-
-
-@torch.no_grad()
-def first_words(
-    model: nn.Module,
-    predict: reference.Predict,
-    process: FlowMatching | Diffusion,
-    prepare: filling.Prepare,
-    first: tuple[int, Batch],
-    pair_mode: reference.PairMode,
-) -> Tensor:
-    """What the model says of the first batch (deferred: of its first member), uncompiled."""
-    batch, draws = prepare(*first)
-    inputs, _ = next(reference.passes(process, batch, draws, pair_mode))
-    with compiling.eagerly():
-        return predict(model, *inputs)

@@ -9,13 +9,12 @@ from .. import models
 from ..pairs.dataset import collate
 from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
-from .assemble import DATA, DRAWS, cache_folder, cache_mark, noising
+from .assemble import DATA, DRAWS, cache_folder, cached, noising
 from .config import Config
 from .folder import claim
 from .parts import (
     load_model,
     make_process,
-    open_cache,
     open_data,
     pick_attention,
     place,
@@ -71,9 +70,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     with attention.use(model, backend.name):
         if config.compile:
             compiling.compile_blocks(model, family.BLOCKS)
-        mark = cache_mark(config, dataset, process, device, dtype, backend.name)
-        batches = config.max_train_steps * config.gradient_accumulation_steps
-        errors, _ = open_cache(where, mark, dataset, device, model=config.model, batches=batches)
+        errors, _ = cached(config, dataset, process, device, dtype, backend.name)
         says = recorded_pass(says, device) if config.cuda_graphs else says
         ahead = {"num_workers": config.num_workers}
         count = filling.fill(errors, says, process, prepare, rank=rank, world=world, **ahead)

@@ -15,9 +15,8 @@ from ..files import differences, locked, mark
 from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
 
-# What is read of a result.json, and of other records.
+# What is read of a result.json.
 RESULT: dict[str, type] = {"global_step": int, "seconds_per_pair": float, "metrics": dict}
-NOTHING: dict[str, type] = {}
 
 
 def claim(folder: Path, kind: str = "train") -> Path:
@@ -95,14 +94,16 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     return found, None
 
 
-def read_record(path: Path, wanted: Mapping[str, type] = NOTHING) -> dict[str, Any]:
+def read_record(path: Path, wanted: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A file that a run wrote about itself, YAML or JSON, with at least what is wanted in it."""
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         found = read(path.read_text())
     except (ValueError, yaml.YAMLError, RecursionError):
         found = None
-    whole = isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in wanted.items())
+    whole = isinstance(found, dict) and all(
+        isinstance(found.get(k), v) for k, v in (wanted or {}).items()
+    )
     if not whole:
         raise ValueError(f"{path} is not readable: restore it, or choose another output_dir")
     return found

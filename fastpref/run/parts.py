@@ -23,9 +23,9 @@ from ..pairs import encode
 from ..pairs.dataset import Batch, PairDataset, read_fingerprint
 from ..process import Diffusion, FlowMatching
 from ..progress import stage
-from ..step import attention, backends, cache
+from ..step import attention, backends, cache, compiling
 from ..step.filling import Prepare
-from ..step.reference import Predict
+from ..step.reference import PairMode, Predict, passes
 from . import checkpoint
 
 
@@ -187,6 +187,22 @@ def preparer(
         return batch.to(device, dtype), draws  # the draws' few numbers are turned into times here
 
     return prepare
+
+
+@torch.no_grad()
+def first_words(
+    model: nn.Module,
+    predict: Predict,
+    process: FlowMatching | Diffusion,
+    prepare: Prepare,
+    first: tuple[int, Batch],
+    pair_mode: PairMode,
+) -> Tensor:
+    """What the model says of the first batch (deferred: of its first member), uncompiled."""
+    batch, draws = prepare(*first)
+    inputs, _ = next(passes(process, batch, draws, pair_mode))
+    with compiling.eagerly():
+        return predict(model, *inputs)
 
 
 def drop_prompts(batch: Batch, dropped: Tensor, empty: dict[str, Tensor]) -> None:

@@ -64,7 +64,64 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
     forward has kept as it goes.
     """
     nodes = list(graph.graph.nodes)
+    made = kernels(nodes)
+    buffer, kernel_of, products = made.buffer, made.kernel_of, made.products
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node, kernel in kernel_of.items():
+        if node.op == "call_function":
+            members.setdefault(kernel, []).append(node)
+    results = {buffer[n] for n in nodes[-1].all_input_nodes}
+    written = results.union(*({buffer[n] for n in k.all_input_nodes} for k in products))
+    origin: dict[fx.Node, set[fx.Node]] = {}  # of a value: the buffers it is computed from
+    most_read = compiling.AS_EAGER["realize_reads_threshold"]
+
+    def origins(node: fx.Node) -> set[fx.Node]:
+        if node not in origin:
+            given = [buffer[n] for n in node.all_input_nodes]
+            elementwise = node.op == "call_function" and node.target is not getitem
+            elementwise &= kernel_of[node] not in products and node not in written
+            elementwise &= _size(node) > 0 and all(_elements(node) >= _elements(n) for n in given)
+            found = set().union(*map(origins, given)) if elementwise else {node}
+            origin[node] = found if len(found) <= most_read else {node}
+        return origin[node]
+
+    reads: dict[fx.Node, set[fx.Node]] = {}  # kernel -> buffers of others
+    for kernel, own in members.items():
+        inside = {buffer[n] for node in own for n in node.all_input_nodes}
+        outside = [n for n in inside if kernel_of[n] is not kernel]
+        if kernel not in products:
+            outside = [o for n in outside for o in origins(n)]
+        reads[kernel] = set(outside)
+    wanted = results.union(*reads.values())  # by another kernel: these are written
+    work: Counter[Work] = Counter()
+    for kernel, own in members.items():
+        if kernel in products:
+            work[products[kernel]] += 1
+            continue
+        moved = sum(map(_size, reads[kernel])) + sum(_size(n) for n in own if n in wanted)
+        if moved:
+            work[Work("traffic", 0.0, moved)] += 1
     place = {node: i for i, node in enumerate(nodes)}
+    end = {kernel: max(place[n] for n in own) for kernel, own in members.items()}
+    freed = {node: max(end[k] for k in members if node in reads[k]) for node in wanted - results}
+    return _most_alive(wanted, place, freed), work
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernel of a compiled graph computes what.
+
+    buffer: of a node, in whose memory its value lies. kernel_of: of a buffer, the node that names
+    its kernel. products: the kernels that are products or attention.
+    """
+
+    buffer: dict[fx.Node, fx.Node]
+    kernel_of: dict[fx.Node, fx.Node]
+    products: dict[fx.Node, Work]
+
+
+def kernels(nodes: list[fx.Node]) -> Kernels:
+    """Products and attention are kernels of their own; what is connected between them is one."""
     buffer: dict[fx.Node, fx.Node] = {}  # whose memory a node's value lies in
     level: dict[fx.Node, int] = {}  # how many products and attentions must have run before
     group: dict[fx.Node, fx.Node] = {}  # of nodes in one kernel: its first node
@@ -103,45 +160,15 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
         for n in given:
             if n.op == "call_function" and first(n) not in products and level[n] == level[node]:
                 group[first(n)] = node
-    members: dict[fx.Node, list[fx.Node]] = {}
-    for node in group:
-        if node.op == "call_function":
-            members.setdefault(first(node), []).append(node)
-    results = {buffer[n] for n in nodes[-1].all_input_nodes}
-    written = results.union(*({buffer[n] for n in k.all_input_nodes} for k in products))
-    origin: dict[fx.Node, set[fx.Node]] = {}  # of a value: the buffers it is computed from
-    most_read = compiling.AS_EAGER["realize_reads_threshold"]
+    return Kernels(buffer, {node: first(node) for node in group}, products)
 
-    def origins(node: fx.Node) -> set[fx.Node]:
-        if node not in origin:
-            given = [buffer[n] for n in node.all_input_nodes]
-            elementwise = node.op == "call_function" and node.target is not getitem
-            elementwise &= first(node) not in products and node not in written
-            elementwise &= _size(node) > 0 and all(_elements(node) >= _elements(n) for n in given)
-            found = set().union(*map(origins, given)) if elementwise else {node}
-            origin[node] = found if len(found) <= most_read else {node}
-        return origin[node]
 
-    reads: dict[fx.Node, set[fx.Node]] = {}  # kernel -> buffers of others
-    for kernel, own in members.items():
-        inside = {buffer[n] for node in own for n in node.all_input_nodes}
-        outside = [n for n in inside if first(n) is not kernel]
-        if kernel not in products:
-            outside = [o for n in outside for o in origins(n)]
-        reads[kernel] = set(outside)
-    wanted = results.union(*reads.values())  # by another kernel: these are written
-    work: Counter[Work] = Counter()
-    for kernel, own in members.items():
-        if kernel in products:
-            work[products[kernel]] += 1
-            continue
-        moved = sum(map(_size, reads[kernel])) + sum(_size(n) for n in own if n in wanted)
-        if moved:
-            work[Work("traffic", 0.0, moved)] += 1
+def _most_alive(wanted: set[fx.Node], place: dict[fx.Node, int], freed: dict[fx.Node, int]) -> int:
+    """The most bytes of kernels' outputs at once, each from its place until its last reader's.
 
-    # What is alive: a kernel's outputs from then until the last kernel that reads them.
-    change = Counter()
-    end = {k: max(place[n] for n in own) for k, own in members.items()}
+    freed: of those that are no results, that reader's place.
+    """
+    change: Counter[float] = Counter()
     for node in wanted:
         kept = node.op != "call_function"
         # AOTAutograd's name for what a forward was given; what else a backward is given, it frees.
@@ -149,14 +176,14 @@ def fused(graph: fx.GraphModule) -> tuple[int, Counter[Work]]:
             continue  # the model's, or the caller's
         if not kept:
             change[place[node]] += _size(node)
-        if node not in results:
+        if node in freed:
             # Half a place later: its last reader has its own output by then.
-            change[max(end[k] for k in members if node in reads[k]) + 0.5] -= _size(node)
+            change[freed[node] + 0.5] -= _size(node)
     alive = most = 0
     for when in sorted(change):
         alive += change[when]
         most = max(most, alive)
-    return most, work
+    return most
 
 
 def _elements(node: fx.Node) -> int:
