@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from fastpref.loss.functional import PairLoss
 from fastpref.pairs.dataset import Batch
 from fastpref.process import MASKED
 from fastpref.progress import stage
-from fastpref.run import parts
+from fastpref.run import parts, telemetry
 from fastpref.run.assemble import DRAWS, noising
 from fastpref.run.config import Config
 from fastpref.run.optimisation import schedule
@@ -233,3 +234,18 @@ def test_a_run_says_what_it_does_before_its_first_step(pairs, tmp_path, capsys):
         assert [re.split("[,:]| \\.", line)[0] for line in said] == [
             *before, *measured, "first batch",
         ]  # fmt: skip
+
+
+def test_the_clock_leaves_saves_out_and_counts_waiting(monkeypatch):
+    """Steps 4 and 5, of two pairs each: 10 s, of them 3 of waiting and 4 of a save."""
+    now = [100.0]
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
+    clock = telemetry.Clock(3)
+    for seconds, part in ((3, clock.waiting), (3, nullcontext), (4, clock.paused)):
+        with part():
+            now[0] += seconds
+    assert clock.lap(5, 2) == {"perf/seconds_per_pair": 1.5, "perf/data_wait_fraction": 0.5}
+    now[0] += 8
+    assert clock.lap(6, 2) == {"perf/seconds_per_pair": 4.0, "perf/data_wait_fraction": 0.0}
+    assert clock.seconds_per_pair(6, 2) == 3.0, "in all, the save too"
+    assert clock.seconds_per_pair(3, 2) is None

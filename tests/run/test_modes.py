@@ -174,6 +174,15 @@ def test_a_run_that_goes_on_keeps_its_own_attention(pairs, tmp_path, capsys):
     assert "attention flash: needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_a_new_run_takes_the_attention_of_its_cache(pairs, tmp_path, capsys):
+    change = {"reference": "cached", "reference_cache": str(tmp_path / "cache")}
+    train(Config(**options(pairs, tmp_path / "run", max_train_steps=1, **change)))
+    mark = tmp_path / "cache" / "fingerprint.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"attention": "flash"}))
+    assert main(["train", *arguments(options(pairs, tmp_path / "new", **change))]) == 1
+    assert "attention flash: needs an NVIDIA GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_runs_that_share_a_cache_keep_what_they_computed(pairs, tmp_path):
     """Two at once, of two objectives, killed at some step and started again: each is the unbroken

@@ -278,6 +278,17 @@ def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatc
         run(pairs, tmp_path)
 
 
+def test_the_first_step_after_an_update_is_checked(pairs, tmp_path, spied):
+    """Once in a run of adapters, and once more where it is resumed; fully tuned never."""
+    calls = spied(checks, "check_step")
+    for steps, seen in ((1, 0), (4, 1), (6, 2)):
+        run(pairs, tmp_path / "lora", max_train_steps=steps)
+        assert len(calls) == seen
+    assert all(not torch.equal(err, ref_err) for (err, ref_err), _ in calls)
+    run(pairs, tmp_path / "full", max_train_steps=3, tuning="full", lora_rank=None)
+    assert len(calls) == 2
+
+
 def test_a_resumed_run_keeps_its_margin_noise(pairs, tmp_path, monkeypatch):
     run(pairs, tmp_path, max_train_steps=2)
     real = checkpoint.load
