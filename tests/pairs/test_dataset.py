@@ -192,17 +192,19 @@ def test_readers_work_ahead_and_stop_with_the_loop():
             loaded.append(i)
             return super().__getitem__(i)
 
-    running = readers()
+    before = readers()  # those of earlier tests may end at any time
     iterator = batches(Slow([4] * 100), 2, seed=0, num_workers=2)
     next(iterator)
-    deadline = time.monotonic() + 5
+    mine = readers() - before
+    assert mine
+    deadline = time.monotonic() + 60
     while len(loaded) < 2 * 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(loaded) == 2 * 5  # the one taken and 2 per thread ahead, no more
     iterator.close()
-    while readers() > running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert readers() <= running
+    for thread in mine:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in mine)
 
 
 def test_an_error_in_a_reader_reaches_the_loop():
