@@ -1,4 +1,6 @@
-"""What a command says on the screen while it works: the parts of a start, the loop's bar."""
+"""What a command says on the screen while it works: the parts of a start, the loop's bar; and
+text that is not ours made fit for a screen.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,17 @@ import torch
 from tqdm import tqdm
 
 
+def printable(text: str) -> str:
+    """`text` in one line, what a terminal would obey or hide (ESC, bidi overrides, zero-width,
+    lone surrogates) as Python's escapes; names and cells of files come from anyone.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Prints what begins, at once, and behind it the seconds that it took: `NAME ... 2.6 s`."""
-    print(f"{name} ... ", end="", flush=True)
+    print(f"{printable(name)} ... ", end="", flush=True)
     begin = time.perf_counter()
     try:
         yield
