@@ -1,4 +1,4 @@
-"""Media: clips and images decoded by PyAV to uint8 frames of the asked rate, number and size."""
+"""Media: clips and pictures to uint8 frames of the asked rate, number and size."""
 
 from __future__ import annotations
 
@@ -8,33 +8,16 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import write_atomic
+from . import clips, pictures
+from .frames import MAX_BYTES, MAX_FRAME, MAX_FRAMES, MAX_PIXELS, MediaError
 
-# Only formats that hold their own data: playlists and the like would make FFmpeg open other files.
-FORMATS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
-# A small file can claim any size: what one row may take, MAX_PIXELS being 1.6 GB.
-MAX_BYTES = 2 << 30  # of one file
-MAX_FRAME = 1 << 26  # pixels of one decoded frame: 8192 x 8192
-MAX_FRAMES = 1 << 16  # of one clip
-MAX_PIXELS = 1 << 29  # pixels of one clip as kept in memory (3 bytes each)
-EXIF_ORIENTATION = 0x0112
-# Its values: quarter turns against the clock, then mirrored left to right.
-UPRIGHT = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)}
-UPRIGHT |= {7: (1, True), 8: (1, False)}
-
-
-class MediaError(ValueError):
-    """A medium that cannot be used; `kind` is one word: empty_file, not_media, truncated, ..."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
+LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +53,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames `uint8 [F, H, W, 3]`, and the medium's own length and size."""
+    """Decoded frames `uint8 [F, H, W, 3]`, and of the medium itself what is shown.
+
+    Its size is upright and has square pixels; `composited`: a frame was laid on white.
+    """
 
     frames: Tensor
     source_frames: int
     source_height: int
     source_width: int
     seconds: float
+    composited: bool
 
 
 def load(media: Path | bytes) -> bytes:
@@ -90,41 +77,27 @@ def load(media: Path | bytes) -> bytes:
 
 
 def decode(data: bytes, sampling: Sampling) -> Clip:
-    """Frames of a clip (mp4, webm, mkv, avi, gif) or an image (png, jpg, webp, bmp).
+    """Frames of a clip (`clips`) or of a picture, animated or not (`pictures`), as they are shown.
 
     MediaError: not a medium, truncated, damaged, fewer frames than asked for, too large.
     """
-    import av
-
-    cut = truncation(data)
-    if cut:
-        raise MediaError("truncated", f"is truncated: {cut}")
-    try:
-        times, duration = timeline(data)
-        picks = choose(times, duration, sampling)
-        return _frames(data, picks, sampling, len(times), float(duration))
-    except av.error.FFmpegError as error:
-        known = "mp4, webm, mkv, avi, gif, png, jpg, webp or bmp"
-        reason = f"cannot be decoded ({error.strerror}); expected {known}"
-        raise MediaError("unreadable", reason) from None
-
-
-def timeline(data: bytes) -> tuple[list[Fraction], Fraction]:
-    """Display times of all frames from 0 on and the duration, in seconds; decodes nothing."""
-    with _open(data) as container:
-        stream = _video(container)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        # demux ends with an empty packet, which is to flush a decoder.
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        if not packets:
-            raise MediaError("unreadable", "holds no frames")
-        stamps = [p.pts if p.pts is not None else p.dts for p in packets]
-        base = packets[0].time_base or Fraction(1)
-        if None in stamps or len(set(stamps)) < len(stamps):
-            times = [i / rate for i in range(len(packets))]
-        else:
-            times = [(stamp - min(stamps)) * base for stamp in sorted(stamps)]
-        return times, times[-1] + 1 / rate
+    if data.startswith(LFS):
+        raise MediaError("not_media", "is a git-lfs pointer, not the file itself; run git lfs pull")
+    s, kind = sampling, pictures if pictures.is_picture(data) else clips
+    shown = kind.timeline(data, s.num_frames / s.fps if s.num_frames and s.fps else math.inf)
+    picks = choose(shown.times, shown.seconds, s)
+    kept: dict[int, Tensor] = {}
+    shape, composited = (0, 0), False
+    for i, frame in kind.frames(data, set(picks)):
+        if shape not in ((0, 0), frame.shape):
+            raise MediaError("shape_mismatch", f"changes its size at frame {i}")
+        shape, composited = frame.shape, composited or frame.composited
+        kept[i] = resize(torch.from_numpy(frame.pixels), s.height, s.width, shape)
+        if kept[i].numel() // 3 * len(picks) > MAX_PIXELS:
+            reason = f"{len(picks)} frames of {shape[1]}x{shape[0]} exceed {MAX_PIXELS} pixels"
+            raise MediaError("too_large", f"{reason}: pass --num_frames, --height, --width")
+    frames = torch.stack([kept[i] for i in picks])
+    return Clip(frames, shown.frames, *shape, float(shown.seconds), composited)
 
 
 def choose(times: list[Fraction], duration: Fraction, sampling: Sampling) -> list[int]:
@@ -144,6 +117,9 @@ def choose(times: list[Fraction], duration: Fraction, sampling: Sampling) -> lis
         picks = [round(i * (n - 1) / (asked - 1)) for i in range(asked)] if asked > 1 else [0]
     else:
         picks = list(range(n))
+    if len(picks) > MAX_FRAMES:
+        reason = f"has {n} frames, at most {MAX_FRAMES} are taken"
+        raise MediaError("too_large", f"{reason}; pass --num_frames")
     if asked and len(picks) < asked:
         rate = f" at {sampling.fps:g} fps" if sampling.fps else ""
         reason = f"is too short: {len(picks)} frames{rate}, --num_frames asks for {asked}"
@@ -158,134 +134,29 @@ def _nearest(times: list[Fraction], target: float) -> int:
     return i
 
 
-def _frames(data: bytes, picks: list[int], s: Sampling, total: int, seconds: float) -> Clip:
-    wanted = set(picks)
-    kept: dict[int, Tensor] = {}
-    height = width = 0
-    with _open(data) as container:
-        stream = _video(container)
-        # One thread each: the pool decodes many clips at once. FFmpeg checks the limit itself,
-        # before it allocates a frame.
-        stream.codec_context.thread_count = 1
-        # A picture's decoder would fill in what is broken and say nothing.
-        strict = {"err_detect": "explode"} if container.format.name.endswith("_pipe") else {}
-        stream.codec_context.options = {"max_pixels": str(MAX_FRAME)} | strict
-        for i, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:
-                raise MediaError("truncated", f"is damaged or truncated at frame {i} of {total}")
-            if i in wanted:
-                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                turns, mirrored = _turns(data, container, frame)
-                pixels = torch.rot90(pixels, turns, (0, 1))
-                pixels = pixels.flip(1) if mirrored else pixels
-                if (height, width) not in ((0, 0), tuple(pixels.shape[:2])):
-                    raise MediaError("shape_mismatch", f"changes its size at frame {i}")
-                height, width = pixels.shape[:2]
-                kept[i] = resize(pixels, s.height, s.width)
-                if kept[i].numel() // 3 * len(picks) > MAX_PIXELS:
-                    reason = f"{len(picks)} frames of {width}x{height} exceed {MAX_PIXELS} pixels"
-                    raise MediaError("too_large", f"{reason}: pass --num_frames, --height, --width")
-            if len(kept) == len(wanted):
-                break
-        else:
-            missing = f"frame {max(wanted)} of {total} is missing"
-            raise MediaError("truncated", f"is truncated: {missing}")
-    frames = torch.stack([kept[i] for i in picks])
-    return Clip(frames, total, height, width, seconds)
-
-
-def _turns(data: bytes, container: Any, frame: Any) -> tuple[int, bool]:
-    """(quarter turns against the clock, then mirrored) that show a frame as it is meant.
-
-    A picture's are read from its EXIF data: FFmpeg tells the turn alone.
-    """
-    turns, orientation = round(frame.rotation / 90), 1
-    if container.format.name.endswith("_pipe"):
-        from PIL import Image
-
-        try:
-            orientation = Image.open(io.BytesIO(data)).getexif().get(EXIF_ORIENTATION, 1)
-        except Exception:  # EXIF data that Pillow cannot read: whatever it stumbles over
-            return turns, False
-    return UPRIGHT.get(orientation, (turns, False))
-
-
-def resize(frame: Tensor, height: int | None, width: int | None) -> Tensor:
+def resize(
+    frame: Tensor, height: int | None, width: int | None, shape: tuple[int, int] | None = None
+) -> Tensor:
     """`uint8 [H, W, 3]` scaled (bicubic, antialiased) to cover height x width, centre cropped.
 
-    MediaError: so thin that it would have more than MAX_FRAME pixels before it is cropped.
+    `shape`: its (height, width) as shown, where its pixels are not square. MediaError: so thin that
+    it would have more than MAX_FRAME pixels before it is cropped.
     """
-    h, w = frame.shape[:2]
-    if height is None or width is None or (h, w) == (height, width):
-        return frame.contiguous()
+    h, w = shape or frame.shape[:2]
+    if height is None or width is None:
+        height, width = h, w
     scale = max(height / h, width / w)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
     if size[0] * size[1] > MAX_FRAME:
         reason = f"{w}x{h}, scaled to cover {width}x{height}, is {size[1]}x{size[0]}"
         raise MediaError("too_large", f"{reason}, at most {MAX_FRAME} pixels; crop it")
-    if size != (h, w):
+    if size != frame.shape[:2]:
         planes = frame.permute(2, 0, 1)[None].float()
         planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True)
         # Bicubic overshoots at edges.
         frame = planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frame[top : top + height, left : left + width].contiguous()
-
-
-def _open(data: bytes) -> Any:
-    import av
-
-    options = {"format_whitelist": FORMATS}
-    # Up to PyAV 18 a tag that is not UTF-8 raises unless told otherwise; later ones have no option.
-    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-    return av.open(io.BytesIO(data), options=options, **lenient)
-
-
-def _video(container: Any) -> Any:
-    for stream in container.streams.video:
-        if stream.codec_context is not None:  # None: FFmpeg has no decoder for it
-            return stream
-    raise MediaError("unreadable", "holds no video that can be decoded")
-
-
-def truncation(data: bytes) -> str | None:
-    """What shows that a file ends early, by its container's own lengths and end marks; else None.
-
-    FFmpeg plays what is left of a cut clip without a word; here half a clip is not a clip.
-    """
-    size, expected = len(data), 0
-    # Behind an end mark writers pad (GIF) or append data of their own (JPEG, PNG).
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return None if data.rstrip(b"\0")[-1:] == b"\x3b" else "the GIF trailer is missing"
-    if data[:3] == b"\xff\xd8\xff":
-        return None if b"\xff\xd9" in data[-65536:] else "the JPEG end mark is missing"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return None if b"IEND" in data[-65536:] else "the PNG end chunk is missing"
-    if data[:4] == b"RIFF":
-        expected = 8 + int.from_bytes(data[4:8], "little")
-    elif data[4:8] == b"ftyp":
-        while expected + 8 <= size:
-            length = int.from_bytes(data[expected : expected + 4])
-            if length == 1:
-                length = int.from_bytes(data[expected + 8 : expected + 16])
-            if length < 8:  # 0: up to the end of the file
-                return None
-            expected += length
-    elif data[:4] == b"\x1aE\xdf\xa3":
-        expected = _segment_end(data)
-    return f"{size} bytes of {expected}" if expected > size else None
-
-
-def _segment_end(data: bytes) -> int:
-    """Where a Matroska segment ends by its own header; 0 where it does not say."""
-    # The header before a segment is short; further on the same four bytes may be a picture's.
-    at = data[:4096].find(b"\x18\x53\x80\x67") + 4
-    if at < 4 or at >= len(data) or data[at] == 0:
-        return 0
-    length = 9 - data[at].bit_length()
-    value = int.from_bytes(data[at : at + length]) & ((1 << 7 * length) - 1)
-    # All ones: not known, as in a stream that was recorded live.
-    return 0 if value == (1 << 7 * length) - 1 else at + length + value
 
 
 def write_clip(path: Path, frames: Tensor, fps: float = 8.0) -> None:

@@ -1,0 +1,173 @@
+"""Clips, decoded by PyAV: mp4, mov, mkv, webm, avi."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .ends import last_element
+from .frames import MAX_DECODED, MAX_FRAME, Frame, MediaError, Timeline, check_cost, on_white
+
+OPTIONS = {
+    # Only what holds its own data: playlists and the like would make FFmpeg open other files.
+    "format_whitelist": "mov,matroska,avi",
+    # FFmpeg checks it before it allocates a frame, also of those that it looks at to open a file.
+    "max_pixels": str(MAX_FRAME),
+}
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop it
+
+
+def timeline(data: bytes, until: float) -> Timeline:
+    """When each frame is shown, known to `until` seconds; of what comes later FFmpeg's own count.
+
+    A packet need not show anything (what a cut left without a key frame, what an edit list skips),
+    so the frames are decoded. MediaError: not a clip, truncated, damaged, too large.
+    """
+    name, end = last_element(data)
+    _check_end(data, 0 if name == "mdat" else end)  # of those FFmpeg's own table tells more
+    with _errors(data), _open(data) as container:
+        stream = _video(container)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        stamps = []
+        for packet in container.demux(stream):  # ends with an empty one, which is to flush
+            if packet.is_corrupt:
+                raise MediaError("truncated", f"is truncated at frame {len(stamps)}")
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.dts if packet.pts is None else packet.pts)
+                check_cost(len(stamps), 1, 1, MAX_DECODED)
+        if container.format.name.startswith("mov"):
+            check_cost(len(stream.index_entries), 1, 1, MAX_DECODED)
+            _check_end(data, max((e.pos + e.size for e in stream.index_entries), default=0))
+        unit, size = stream.time_base, (stream.codec_context.height, stream.codec_context.width)
+    known = [stamp for stamp in stamps if stamp is not None] or [0]
+    first, last = min(known), max(known)
+    asked = sum(stamp is None or (stamp - first) * unit <= until for stamp in stamps)
+    check_cost(asked, *size, MAX_DECODED)
+
+    times: list[Any] = []
+    for frame, _ in _shown(data):
+        times.append(None if frame.pts is None else frame.pts * frame.time_base)
+        if None not in (times[0], times[-1]) and times[-1] - times[0] > until:
+            break
+    else:
+        until = math.inf
+    if not times:
+        raise MediaError("unreadable", "holds no frames that are shown")
+    if None in times or any(b <= a for a, b in pairwise(times)):
+        if until < math.inf:
+            return timeline(data, math.inf)
+        times = [i / rate for i in range(len(times))]
+    times = [time - times[0] for time in times]
+    if until < math.inf:
+        return Timeline(times, (last - first) * unit + 1 / rate, len(stamps))
+    return Timeline(times, times[-1] + 1 / rate, len(times))
+
+
+def frames(data: bytes, wanted: set[int]) -> Iterator[tuple[int, Frame]]:
+    """(index, frame) of the wanted ones, in order."""
+    for i, (frame, aspect) in enumerate(_shown(data)):
+        if i in wanted:
+            yield i, _upright(frame, aspect)
+        if i == max(wanted):
+            break
+
+
+def _shown(data: bytes) -> Iterator[tuple[Any, Fraction]]:
+    """The frames that are shown, in order, and their pixels' width / height."""
+    import av
+
+    with _errors(data), _open(data) as container:
+        stream = _video(container)
+        decoder = stream.codec_context
+        if stream.metadata.get("alpha_mode") == "1" and decoder.name in WITH_ALPHA:
+            decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")
+        decoder.thread_count = 1  # the pool decodes many clips at once
+        decoder.options = {"max_pixels": OPTIONS["max_pixels"]}
+        count, drawn = 0, False
+        for packet in container.demux(stream):
+            drawn = drawn or packet.is_keyframe
+            try:
+                decoded = decoder.decode(packet)
+            except av.error.InvalidDataError:
+                if drawn:
+                    raise
+                continue  # there is nothing yet to draw it on
+            for frame in decoded:
+                if frame.is_corrupt:
+                    raise MediaError("truncated", f"is damaged or truncated at frame {count}")
+                count += 1
+                check_cost(count, frame.height, frame.width, MAX_DECODED)
+                yield frame, stream.sample_aspect_ratio or Fraction(1)
+
+
+def _upright(frame: Any, aspect: Fraction) -> Frame:
+    """A frame turned and mirrored as its display matrix says, on white."""
+    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    pixels, composited = frame.to_ndarray(format="rgba" if alpha else "rgb24"), False
+    if alpha:
+        pixels, composited = on_white(pixels)
+    shape = (frame.height, max(1, round(frame.width * aspect)))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix:
+        # x' = a x + c y, y' = b x + d y
+        a, b, _, c, d = struct.unpack("5i", bytes(matrix)[:20])
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels, shape, a, d = pixels.transpose(1, 0, 2), shape[::-1], c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    check_cost(1, *shape, MAX_DECODED)
+    return Frame(np.ascontiguousarray(pixels), shape, composited)
+
+
+def _video(container: Any) -> Any:
+    """The stream that is shown: no cover, thumbnail or tile; of several the default one."""
+    from av.stream import Disposition
+
+    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+    videos = [stream for stream in container.streams.video if not stream.disposition & aside]
+    shown = [stream for stream in videos if stream.disposition & Disposition.default] or videos
+    if not shown:
+        beside = len(container.streams.video)
+        reason = f"holds no video{' but a cover, thumbnails or tiles' if beside else ''}"
+        raise MediaError("unreadable", reason)
+    if len(shown) > 1:
+        numbers = ", ".join(str(stream.index) for stream in shown)
+        reason = f"holds {len(shown)} videos (streams {numbers}), none of them the one to show"
+        raise MediaError("unreadable", f"{reason}; keep one: ffmpeg -i IN -map 0:N -c copy OUT")
+    if shown[0].codec_context is None:
+        raise MediaError("unreadable", "holds a video that this FFmpeg has no decoder for")
+    return shown[0]
+
+
+def _check_end(data: bytes, end: int) -> None:
+    if end > len(data):
+        raise MediaError("truncated", f"is truncated: {len(data)} bytes of {end}")
+
+
+def _open(data: bytes) -> Any:
+    import av
+
+    # Up to PyAV 18 a tag that is not UTF-8 raises unless told otherwise; later ones have no option.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(io.BytesIO(data), options=OPTIONS, **lenient)
+
+
+@contextmanager
+def _errors(data: bytes) -> Iterator[None]:
+    """FFmpeg's errors as a MediaError: truncated where the file says so itself."""
+    import av
+
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        _check_end(data, last_element(data)[1])
+        known = "mp4, webm, mkv, avi, gif, png, jpg, webp, avif or bmp"
+        reason = f"cannot be decoded ({error.strerror}); expected {known}"
+        raise MediaError("unreadable", reason) from None
