@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .encoders import Encoders, Normal, drawn, pixels, to_frames
-from .folder import load_model, read_config, with_values
+from .encoders import Encoders, Normal, Sizes, config_of, drawn, pixels, to_frames
+from .folder import load_model, with_values
 
 # Projections of the joint attention over text and video, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -136,11 +137,29 @@ class DPM:
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
     """T5 and the VAE in `dtype`, each loaded when first used."""
-    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 
     pipe = Parts(CogVideoXPipeline, path, dtype)
-    pipe.transformer = read_config(CogVideoXTransformer3DModel, path, "transformer")
+    transformer = config_of(CogVideoXTransformer3DModel, path, "transformer")
+    pipe.tokens = transformer["max_text_seq_length"]
+    pipe.sizes = sizes(config_of(AutoencoderKLCogVideoX, path, "vae"), transformer)
     return pipe
+
+
+def sizes(vae: dict[str, Any], transformer: dict[str, Any]) -> Sizes:
+    """By the configs. 1.5 (patch_size_t) has rotary positions up to its own size alone; learned
+    positions are of their own size alone.
+    """
+    patch, patch_t = transformer["patch_size"], transformer["patch_size_t"]
+    own = tuple(transformer[f"sample_{n}"] // patch * patch for n in ("height", "width"))
+    sliced = patch_t is not None and transformer["use_rotary_positional_embeddings"]
+    return Sizes(
+        time=vae["temporal_compression_ratio"],
+        space=2 ** (len(vae["block_out_channels"]) - 1),
+        patch=(patch_t or 1, patch, patch),
+        most=(math.inf, *(own if sliced else (math.inf, math.inf))),
+        fixed=own if transformer["use_learned_positional_embeddings"] else None,
+    )
 
 
 @torch.no_grad()
@@ -153,21 +172,10 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
     not the latents a model denoises, in every published CogVideoX.
 
     Raises:
-        ValueError: F is not 4k+1 (8k+5 for 1.5), or H or W not divisible by 16.
+        ValueError: F is not 4k+1 (8k+5 for 1.5), or H or W not divisible by 16 (`sizes`).
     """
+    x = pixels(frames, pipe.sizes)
     media = pipe.media
-    stride = media.vae_scale_factor_temporal
-    x = pixels(
-        frames, size=media.vae_scale_factor_spatial * pipe.transformer["patch_size"], stride=stride
-    )
-    patch_t, count = pipe.transformer.get("patch_size_t") or 1, (len(frames) - 1) // stride + 1
-    if count % patch_t:
-        more = count + patch_t - count % patch_t
-        near = [(n - 1) * stride + 1 for n in (more - patch_t, more) if n > 0]
-        raise ValueError(
-            f"encode_media: latent frames expected divisible by {patch_t}, got {count} from "
-            f"{len(frames)} frames: pass --num_frames {' or '.join(map(str, near))}"
-        )
     x = x.to(pipe.device, media.vae.dtype)
     return drawn(media.vae.encode(x).latent_dist, normal)[0] * media.vae_scaling_factor_image
 
@@ -175,12 +183,7 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
 @torch.no_grad()
 def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     """One `{"text": [226, D]}` per prompt, padding embedded too, as CogVideoXPipeline does."""
-    embeddings, _ = pipe.text.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        max_sequence_length=pipe.transformer.get("max_text_seq_length", 226),
-        device=pipe.device,
-    )
+    embeddings, _ = pipe.embed(prompts, max_sequence_length=pipe.tokens)
     return [{"text": row} for row in embeddings]
 
 

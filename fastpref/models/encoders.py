@@ -1,8 +1,13 @@
-"""What families share of media and prompts: their encoders, frames to pixels and back."""
+"""What families share of media and prompts: their encoders, the sizes and the prompts that a model
+takes, frames to pixels and back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -20,6 +25,92 @@ PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 Normal = Callable[[Sequence[int]], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Which clips a model takes, by the configs of its VAE and its transformer.
+
+    time, space: pixels per latent: F = time (f - 1) + 1 and H = space h. patch: latents per token
+    in time, height and width, which divide f, h and w. most: latents in time, height and width that
+    the transformer has places for. fixed: height and width in latents, where it has learned the
+    places of these alone.
+    """
+
+    time: int = 1
+    space: int = 1
+    patch: tuple[int, int, int] = (1, 1, 1)
+    most: tuple[float, float, float] = (math.inf, math.inf, math.inf)
+    fixed: tuple[int, int] | None = None
+
+    def check(self, frames: int | None, height: int | None, width: int | None) -> None:
+        """ValueError: a clip that is not taken, and what would be. None: not known yet."""
+        if frames is not None:
+            self._check_frames(frames)
+        if height is not None and width is not None:
+            self._check_size(height, width)
+
+    def _check_frames(self, frames: int) -> None:
+        most = (self.most[0] - 1) * self.time + 1
+        if most == 1 < frames:
+            raise ValueError(f"the model takes images, got {frames} frames: pass --num_frames 1")
+        # Taken are first, first + period, ...
+        period, first = self.time * self.patch[0], self.time * (self.patch[0] - 1) + 1
+        below = (frames - first) // period * period + first
+        near = [str(n) for n in (below, below + period) if 0 < n <= most]
+        advice = f"pass --num_frames {' or '.join(near or [f'{most:g}'])}"
+        count = (frames - 1) // self.time + 1
+        if (frames - 1) % self.time:
+            raise ValueError(f"frames expected {self.time}k+1, got {frames}: {advice}")
+        if count % self.patch[0]:
+            raise ValueError(
+                f"latent frames expected divisible by {self.patch[0]}, got {count} from {frames} "
+                f"frames: {advice}"
+            )
+        if frames > most:
+            raise ValueError(
+                f"frames expected at most {most:g}, for which the transformer has places, "
+                f"got {frames}: pass --num_frames {most:g}"
+            )
+
+    def _check_size(self, height: int, width: int) -> None:
+        units = [self.space * n for n in self.patch[1:]]
+        most = [self.space * n for n in self.most[1:]]
+        got, found = (height, width), f"got {height}x{width}"
+        if self.fixed is not None:
+            fixed = [self.space * n for n in self.fixed]
+            if list(got) != fixed:
+                raise ValueError(
+                    f"height and width expected {fixed[0]}x{fixed[1]}, whose places the "
+                    f"transformer has learned, {found}: {_flags(fixed)}"
+                )
+        near = [
+            min(max(n // unit, 1) * unit, limit)
+            for n, unit, limit in zip(got, units, most, strict=True)
+        ]
+        if any(n % unit for n, unit in zip(got, units, strict=True)):
+            by = " and ".join(map(str, dict.fromkeys(units)))
+            raise ValueError(
+                f"height and width expected divisible by {by}, {found}: {_flags(near)} "
+                "or other multiples"
+            )
+        if any(n > limit for n, limit in zip(got, most, strict=True)):
+            raise ValueError(
+                f"height and width expected at most {most[0]:g}x{most[1]:g}, for which the "
+                f"transformer has places, {found}: {_flags(near)}"
+            )
+
+
+def _flags(size: Sequence[float]) -> str:
+    return f"pass --height {size[0]:g} --width {size[1]:g}"
+
+
+def config_of(kind: type, path: str | Path, part: str) -> dict[str, Any]:
+    """A part's config with the defaults of its class, which old folders leave out; ValueError as
+    `read_config`.
+    """
+    defaults = {name: p.default for name, p in signature(kind.__init__).parameters.items()}
+    return defaults | read_config(kind, path, part)
+
+
 class Encoders:
     """VAE and text encoders of a diffusers folder, each loaded when first used.
 
@@ -30,7 +121,13 @@ class Encoders:
     Attributes:
         index: the folder's model_index.json.
         device: where `to` moved what is loaded, and where the rest will be.
+        sizes: of the clips that the model takes.
+        tokens: of a prompt that the text encoders read; None: as many as each tokenizer says.
+        clean: what the pipeline does to a prompt before its tokenizer sees it.
     """
+
+    sizes = Sizes()
+    tokens: int | None = None
 
     def __init__(
         self,
@@ -39,9 +136,10 @@ class Encoders:
         dtype: torch.dtype,
         *,
         vae_dtype: torch.dtype | None = None,
+        clean: Callable[[str], str] = str,
         **extra: Any,
     ) -> None:
-        self.kind, self.path, self.extra = kind, path, extra
+        self.kind, self.path, self.extra, self.clean = kind, path, extra, clean
         self.dtype, self.vae_dtype = dtype, vae_dtype or dtype
         self.index = read_config(kind, path)
         for part, entry in self.index.items():
@@ -72,6 +170,28 @@ class Encoders:
         """The pipeline's: Stable Diffusion's mends what old folders say of theirs."""
         return self.media.scheduler
 
+    def embed(self, prompts: list[str], **options: Any) -> Any:
+        """What the pipeline's `encode_prompt` gives, which stays silent on prompts that it cuts: it
+        would print all that is cut off. Who embeds prompts of users asks `cut`.
+        """
+        options |= {"device": self.device, "do_classifier_free_guidance": False}
+        with _quiet():
+            return self.text.encode_prompt(prompts, **options)
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Of each prompt that is longer than a text encoder reads how long; of the others ""."""
+        found = []
+        tokenizers = [t for name, t in self.text.components.items() if name.startswith("tokenizer")]
+        for prompt in prompts:
+            said = ""
+            for tokenizer in filter(None, tokenizers):
+                most = self.tokens or tokenizer.model_max_length
+                count = len(tokenizer(self.clean(prompt), verbose=False).input_ids)
+                if count > most:
+                    said = f"{count} tokens, of which {most} are read"
+            found.append(said)
+        return found
+
     def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
         parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]
         kept = [name for name in parts if name.startswith(wanted) and self.index[name][0]]
@@ -98,31 +218,39 @@ class Encoders:
         return (Path(self.path) / part).is_dir()
 
 
-def pixels(frames: Tensor, *, size: int, stride: int = 1) -> Tensor:
-    """Frames `uint8 [F, H, W, 3]` -> float32 `[1, 3, F, H, W]` in [-1, 1].
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, diffusers and transformers say errors alone."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
 
-    Raises:
-        ValueError: H or W not divisible by `size`, or F not k * `stride` + 1.
+    libraries = (diffusers, transformers)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+
+
+def pixels(frames: Tensor, sizes: Sizes) -> Tensor:
+    """Frames `uint8 [F, H, W, 3]` -> float32 `[1, 3, F, H, W]` in [-1, 1]; ValueError as
+    `check_frames`.
     """
+    check_frames(frames, sizes)
+    return 2 * (frames.permute(3, 0, 1, 2)[None].float() / 255) - 1
+
+
+def check_frames(frames: Tensor, sizes: Sizes) -> None:
+    """ValueError: not `uint8 [F, H, W, 3]`, or none of `sizes`."""
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
         raise ValueError(
             "encode_media: frames expected uint8 [F, H, W, 3], got "
             f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
         )
-    count, height, width, _ = frames.shape
-    if height % size or width % size:
-        near = f"--height {max(height // size, 1) * size} --width {max(width // size, 1) * size}"
-        raise ValueError(
-            f"encode_media: height and width expected divisible by {size}, got {height}x{width}: "
-            f"pass {near} or other multiples"
-        )
-    if (count - 1) % stride:
-        near = (count - 1) // stride * stride + 1
-        raise ValueError(
-            f"encode_media: frames expected {stride}k+1, got {count}: pass --num_frames {near} "
-            f"or {near + stride}"
-        )
-    return 2 * (frames.permute(3, 0, 1, 2)[None].float() / 255) - 1
+    sizes.check(*frames.shape[:3])
 
 
 def drawn(posterior: Any, normal: Normal | None) -> Tensor:

@@ -5,6 +5,7 @@ Images are clips of one frame: latents `[C, 1, h, w]`.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .encoders import Encoders, Normal, drawn, pixels, to_frames
+from .encoders import Encoders, Normal, Sizes, drawn, pixels, to_frames
 from .folder import load_model, read_config, with_values
 
 # Self- and cross-attention projections of every transformer block, as diffusers names them.
@@ -112,7 +113,10 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
         kind, extra = StableDiffusionXLPipeline, {"add_watermarker": False}
     # True: AutoencoderKL's own default.
     upcast = read_config(AutoencoderKL, path, "vae").get("force_upcast", True)
-    return Encoders(kind, path, dtype, vae_dtype=torch.float32 if upcast else dtype, **extra)
+    pipe = Encoders(kind, path, dtype, vae_dtype=torch.float32 if upcast else dtype, **extra)
+    # Images; of any height and width in latents, for which the UNet has no places.
+    pipe.sizes = Sizes(space=vae_factor(path), most=(1, math.inf, math.inf))
+    return pipe
 
 
 @torch.no_grad()
@@ -126,13 +130,9 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
     Raises:
         ValueError: more than one frame, or H or W not divisible by 8.
     """
-    if len(frames) != 1:
-        raise ValueError(
-            f"encode_media: stable_diffusion takes images, got {len(frames)} frames: "
-            "pass --num_frames 1"
-        )
+    x = pixels(frames, pipe.sizes)[:, :, 0]
     vae = pipe.media.vae
-    x = pixels(frames, size=pipe.media.vae_scale_factor)[:, :, 0].to(pipe.device, vae.dtype)
+    x = x.to(pipe.device, vae.dtype)
     mean, std = statistics(pipe, x)
     latents = drawn(vae.encode(x).latent_dist, normal)
     latents = (latents - mean) * vae.config.scaling_factor / std
@@ -146,12 +146,7 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     SDXL's empty prompt is zeros where the folder says `force_zeros_for_empty_prompt`, as its
     pipeline guides against it and as it was trained.
     """
-    embeddings, _, *pooled = pipe.text.encode_prompt(
-        prompts,
-        device=pipe.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
-    )
+    embeddings, _, *pooled = pipe.embed(prompts, num_images_per_prompt=1)
     if not pooled:
         return [{"text": row} for row in embeddings]
     rows = [{"text": a, "pooled": b} for a, b in zip(embeddings, pooled[0], strict=True)]

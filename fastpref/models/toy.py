@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, FlowMatching, from_config
-from .folder import check_rotary, load_model, scheduler_config
+from .encoders import Sizes, check_frames
+from .folder import check_rotary, load_model, read_config, scheduler_config
 
 TEXT_DIM = 32
 SLOTS = 8
@@ -48,6 +49,7 @@ class Pipeline(NamedTuple):
 
     dtype: torch.dtype
     path: str | Path
+    sizes: Sizes
 
     @property
     def scheduler(self) -> Euler | None:
@@ -121,21 +123,18 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Pipeline:
     """What `encode_media`, `encode_text` and `decode` need; the toy family has no VAE to load."""
-    return Pipeline(dtype, path)
+    from diffusers import WanTransformer3DModel
+
+    config = CONFIG
+    if (Path(path) / "transformer").is_dir():
+        config = CONFIG | read_config(WanTransformer3DModel, path, "transformer")
+    most = tuple(n * config["rope_max_seq_len"] for n in config["patch_size"])
+    return Pipeline(dtype, path, Sizes(patch=tuple(config["patch_size"]), most=most))
 
 
 def encode_media(pipe: Pipeline, frames: Tensor) -> Tensor:
     """Pixels `uint8 [F, H, W, 3]` -> `[3, F, H, W]` in [-1, 1]; H and W divisible by 4."""
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(
-            "toy.encode_media: frames expected uint8 [F, H, W, 3], got "
-            f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
-        )
-    if frames.shape[1] % PATCH or frames.shape[2] % PATCH:
-        raise ValueError(
-            f"toy.encode_media: height and width expected divisible by {PATCH}, got "
-            f"{frames.shape[1]}x{frames.shape[2]}: pass --height and --width when encoding"
-        )
+    check_frames(frames, pipe.sizes)
     # contiguous: safetensors refuses what is permuted.
     return (frames.permute(3, 0, 1, 2).float() / 127.5 - 1).to(pipe.dtype).contiguous()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import FlowMatching, from_config
-from .encoders import Encoders, Normal, drawn, pixels, to_frames
-from .folder import check_rotary, load_model, read_config
+from .encoders import Encoders, Normal, Sizes, config_of, drawn, pixels, to_frames
+from .folder import check_rotary, load_model
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -62,16 +62,32 @@ def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor])
 
 def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Encoders:
     """UMT5 in `dtype` and the VAE in float32, as Wan's authors run it; loaded when first used."""
-    from diffusers import WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    pipe = Encoders(WanPipeline, path, dtype, vae_dtype=torch.float32)
+    pipe = Encoders(WanPipeline, path, dtype, vae_dtype=torch.float32, clean=prompt_clean)
     if pipe.index.get("boundary_ratio") is not None or pipe.index.get("expand_timesteps"):
         raise ValueError(
             f"wan.pipeline: {path} is a Wan2.2 model (two transformers, or a time per token); "
             "expected Wan2.1 text-to-video"
         )
-    pipe.patch_size = read_config(WanTransformer3DModel, path, "transformer")["patch_size"]
+    pipe.tokens = TEXT_TOKENS
+    pipe.sizes = sizes(
+        config_of(AutoencoderKLWan, path, "vae"),
+        config_of(WanTransformer3DModel, path, "transformer"),
+    )
     return pipe
+
+
+def sizes(vae: dict[str, Any], transformer: dict[str, Any]) -> Sizes:
+    """By the configs: what the patches divide, as far as the rotary table reaches."""
+    patch, limit = tuple(transformer["patch_size"]), transformer["rope_max_seq_len"]
+    return Sizes(
+        time=vae["scale_factor_temporal"],
+        space=vae["scale_factor_spatial"],
+        patch=patch,
+        most=tuple(n * limit for n in patch),
+    )
 
 
 @torch.no_grad()
@@ -81,11 +97,10 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
     normal: gives eps; the posterior's mean + std eps stands in place of its mode.
 
     Raises:
-        ValueError: F is not 4k+1, or H or W not divisible by 16.
+        ValueError: F is not 4k+1, or H or W not divisible by 16 (`sizes`).
     """
+    x = pixels(frames, pipe.sizes)
     media = pipe.media
-    size = media.vae_scale_factor_spatial * pipe.patch_size[1]
-    x = pixels(frames, size=size, stride=media.vae_scale_factor_temporal)
     posterior = media.vae.encode(x.to(pipe.device, media.vae.dtype)).latent_dist
     latents = drawn(posterior, normal)[0].float()
     mean, std = statistics(media.vae, latents)
@@ -95,12 +110,7 @@ def encode_media(pipe: Encoders, frames: Tensor, normal: Normal | None = None) -
 @torch.no_grad()
 def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     """One `{"text": [512, D]}` per prompt: cleaned and cut as WanPipeline does, zeros behind."""
-    embeddings, _ = pipe.text.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS,
-        device=pipe.device,
-    )
+    embeddings, _ = pipe.embed(prompts, max_sequence_length=TEXT_TOKENS)
     return [{"text": row} for row in embeddings]
 
 

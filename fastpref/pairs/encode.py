@@ -21,7 +21,8 @@ from ..files import locked, mark
 from ..loss import oracle
 from ..models.encoders import Encoders
 from ..models.folder import check_path
-from ..progress import stage
+from ..progress import printable, stage
+from .counts import Counts, Note
 from .dataset import pair_file
 from .encoded import (
     check,
@@ -40,6 +41,7 @@ from .rows import BadRow, Rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")
 MOST_WORKERS = 256
+FIRST = 32  # pairs: if the model takes none of them, sizes are wrong, not rows
 
 
 @torch.no_grad()
@@ -66,7 +68,8 @@ def encode(
     """Encodes the pairs of `data` (`rows.Rows`, `media.Sampling`) into `output_dir`; returns it.
 
     Written: pairs/XX/ID.safetensors (`latents_w`, `latents_l`, `cond.NAME`), empty.safetensors
-    (the empty prompt), bad_rows.jsonl, counts.json, fingerprint.json and, last, index.parquet.
+    (the empty prompt), bad_rows.jsonl, counts.json (`counts.Counts`, printed too), fingerprint.json
+    and, last, index.parquet.
     Called again after an interruption it goes on and encodes nothing twice. With the same
     `batch_size` it ends with the same bytes as an unbroken call, as far as the text encoder's rows
     do not depend on their neighbours in a batch of one shape.
@@ -80,7 +83,8 @@ def encode(
             (0 unless given), the pair's id and the member alone (`posterior_normals`).
 
     Raises:
-        ValueError: no usable pair (all ties, all rows bad, none), an `output_dir` encoded otherwise
+        ValueError: no usable pair (all ties, all rows bad, none), sizes that the model does not
+            take (those asked for, or of the first FIRST pairs), an `output_dir` encoded otherwise
             or holding something else, an option out of range or without effect, a sample of a
             family without a posterior.
     """
@@ -96,6 +100,9 @@ def encode(
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
     pipe = module.pipeline(model, DTYPES[dtype])
+    sizes = getattr(pipe, "sizes", None)
+    if sizes is not None:
+        sizes.check(num_frames, height, width)
     now = fingerprint(module, model, rows, sampling, dtype, seed)
     check(folder, now, rows.root)  # before anything is written there
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,36 +110,40 @@ def encode(
         pipe = pipe.to(device)
     index: list[dict[str, Any]] = []
     bad: list[BadRow] = []
-    waiting: list[Prepared] = []
-    before = 0
+    counts = Counts()
+    waiting: list[Prepared | BadRow] = []  # from the first pair on that waits for its batch
+    new = 0  # pairs among them
 
     def flush() -> None:
         loud = progress and not (bar.disable and loaded(pipe, "text"))  # in a log its first batch
-        if waiting:
+        if new:
             load(pipe, PARTS, progress)
         how = {"seed": seed, "batch_size": batch_size, "progress": loud}
-        for result in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
-            (bad if isinstance(result, BadRow) else index).append(result)
+        for item in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
+            if isinstance(item, BadRow):
+                bad.append(item)
+                counts.add_bad(item)
+            else:
+                index.append(entry(item))
+                counts.add(item.row, item.digests, item.notes, encoded=not is_new(item))
         waiting.clear()
 
     with locked(mark(folder, "encode")):
         claim(folder, now, rows.root)
         with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
-            for item in prepared(rows, sampling, folder, num_workers):
-                if isinstance(item, BadRow):
-                    bad.append(item)
-                elif item.clips is None:
-                    before += 1
-                    index.append(entry(item))
-                else:
-                    waiting.append(item)
-                if len(waiting) == batch_size:
+            for item in prepared(rows, sampling, folder, num_workers, sizes):
+                waiting.append(item)
+                new += is_new(item)
+                if new in (0, batch_size):
                     flush()
+                    new = 0
+                if len(bad) == FIRST and not (index or waiting):
+                    refuse_sizes(bad)
                 bar.update(rows.records - bar.n)
                 bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
             flush()
             bar.update(rows.records - bar.n)
-        counts = finish(folder, rows, len(index), bad, before)
+        finish(folder, rows, counts, bad)
         empty = folder / "empty.safetensors"
         if stored_shapes(empty) is None:
             load(pipe, ["text"], progress)
@@ -141,8 +152,19 @@ def encode(
             write_tensors(empty, stored(cond, DTYPES[dtype]))
         write_index(folder, index)
     if progress:
-        print(f"{folder}: {counts}")
+        print(f"{printable(str(folder))}: {counts}")
     return folder
+
+
+def is_new(item: Prepared | BadRow) -> bool:
+    """Whether it is a pair that is not encoded yet."""
+    return isinstance(item, Prepared) and item.clips is not None
+
+
+def refuse_sizes(bad: list[BadRow]) -> None:
+    """ValueError: all of these rows have sizes that the model does not take."""
+    if all(row.kind == "not_encodable" for row in bad):
+        raise ValueError(f"the model takes none of the first {len(bad)} pairs; first: {bad[0]}")
 
 
 PARTS = {"media": "VAE", "text": "text encoder"}  # of a model, by the pipe's names
@@ -203,26 +225,30 @@ def posterior_normals(seed: int, pair_id: int, index: int, shape: Sequence[int])
 def encode_pairs(
     module: ModuleType,
     pipe: Any,
-    items: list[Prepared],
+    items: list[Prepared | BadRow],
     folder: Path,
     dtype: torch.dtype,
     *,
     seed: int | None,
     batch_size: int,
     progress: bool,
-) -> Iterator[dict[str, Any] | BadRow]:
-    """Encodes and writes pairs, giving each one's line of the index; seed: of `posterior_seed`.
+) -> Iterator[Prepared | BadRow]:
+    """Encodes and writes what is new of `items`; gives all, in order, with what was noted.
 
+    seed: of `posterior_seed`.
     A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end; so do
-    latents or embeddings that are not finite as stored.
+    latents or embeddings that are not finite as stored, and latents that are the same.
     """
-    prompts = list(dict.fromkeys(item.row.prompt for item in items))
+    prompts = list(dict.fromkeys(item.row.prompt for item in items if is_new(item)))
     # Filled up, so that the encoder's batch has one shape whatever an interruption left to encode.
     filled = prompts + [""] * (batch_size - len(prompts)) if prompts else []
-    texts = {}
+    texts: dict[str, dict[str, Tensor]] = {}
+    cut: dict[str, str] = {}
     if filled:
         with text_progress(pipe, f"{len(prompts)} prompts", progress):
             texts = dict(zip(filled, module.encode_text(pipe, filled), strict=True))
+        if hasattr(pipe, "cut"):
+            cut = dict(zip(prompts, pipe.cut(prompts), strict=True))
     modes: dict[bytes, Tensor] = {}  # ranked candidates stand in several pairs
 
     def latents(item: Prepared, index: int) -> Tensor:
@@ -235,25 +261,31 @@ def encode_pairs(
         return modes[digest]
 
     for item in items:
+        if not is_new(item):
+            yield item
+            continue
+        where, prompt = item.row.where, item.row.prompt
         try:
             tensors = {"latents_w": latents(item, 0), "latents_l": latents(item, 1)}
         except ValueError as error:
-            yield BadRow("not_encodable", item.row.where, "chosen, rejected", str(error))
+            yield BadRow("not_encodable", where, "chosen, rejected", str(error))
             continue
-        tensors = stored(tensors | embeddings(texts[item.row.prompt]), dtype)
+        tensors = stored(tensors | embeddings(texts[prompt]), dtype)
         wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+        said = str(dtype).removeprefix("torch.")
         if wrong:
             field = {"latents_w": "chosen", "latents_l": "rejected"}.get(wrong[0], "prompt")
-            reason = f"{wrong[0]} encoded as NaN or infinity in {str(dtype).removeprefix('torch.')}"
-            yield BadRow(
-                "not_finite",
-                item.row.where,
-                field,
-                f"{reason}; check the model or --dtype",
-            )
+            reason = f"{wrong[0]} encoded as NaN or infinity in {said}; check the model or --dtype"
+            yield BadRow("not_finite", where, field, reason)
             continue
-        write_tensors(pair_file(folder, item.pair_id), tensors)
-        yield entry(item)
+        if torch.equal(tensors["latents_w"], tensors["latents_l"]):
+            reason = f"has the same latents as chosen in {said}, of other frames"
+            yield BadRow("identical_latents", where, "rejected", reason)
+            continue
+        if cut.get(prompt):
+            item.notes.insert(0, Note("cut_prompts", "prompt", cut[prompt]))
+        write_tensors(pair_file(folder, item.pair_id), tensors, item.notes)
+        yield item
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..files import differences, identity, model_identity, write_atomic
 from ..models.folder import encoders_of
+from .counts import Note
 from .dataset import pair_file, read_fingerprint
 from .media import Sampling
 from .prepare import Prepared, stored_shapes
@@ -111,11 +113,11 @@ def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes them as one safetensors file."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: Sequence[Note] = ()) -> None:
+    """Writes them as one safetensors file, with the notes of a pair (`prepare.stored_notes`)."""
     from safetensors.torch import save
 
-    write_atomic(path, save(tensors))
+    write_atomic(path, save(tensors, {"notes": json.dumps(notes)}))
 
 
 def write_index(folder: Path, index: list[dict[str, Any]]) -> None:

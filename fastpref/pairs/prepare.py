@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,24 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..files import write_atomic
+from ..models.encoders import Sizes
+from .counts import NOTES, Counts, Note, clip_notes
 from .dataset import map_ahead, pair_file
 from .media import Clip, MediaError, Sampling, decode, load
 from .rows import BadRow, Row, Rows, nothing
 
 
 @dataclass
-class Counts:
-    """What became of the records: dropped ties, bad rows by kind, pairs written now or before."""
-
-    records: int = 0
-    ties: int = 0
-    pairs: int = 0
-    already_encoded: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        bad = ", ".join(f"{n} {kind}" for kind, n in sorted(self.bad.items()))
-        before = f" ({self.already_encoded} already encoded)" if self.already_encoded else ""
-        return (
-            f"{self.records} rows: {self.pairs} pairs{before}, {self.ties} ties dropped, "
-            f"{sum(self.bad.values())} bad rows{f' ({bad})' if bad else ''}"
-        )
-
-
-@dataclass
 class Prepared:
-    """A row with its pair id, its media's digests and, unless encoded already, both clips."""
+    """A row (without the media's bytes) with its pair id, its media's digests, what was done to
+    them and, unless encoded already, both clips.
+    """
 
     row: Row
     pair_id: int
     digests: tuple[bytes, bytes]
     clips: tuple[Clip, Clip] | None
+    notes: list[Note]
 
 
 def content_id(prompt: str, digests: tuple[bytes, bytes]) -> int:
@@ -57,8 +43,13 @@ def content_id(prompt: str, digests: tuple[bytes, bytes]) -> int:
     return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little") >> 1
 
 
-def prepare(row: Row, sampling: Sampling, folder: Path | None) -> Prepared | BadRow:
-    """Reads, identifies and decodes a row's media; a pair that `folder` holds is not decoded."""
+def prepare(
+    row: Row, sampling: Sampling, folder: Path | None, sizes: Sizes | None
+) -> Prepared | BadRow:
+    """Reads, identifies and decodes a row's media; a pair that `folder` holds is not decoded.
+
+    sizes: of the clips that the model takes; None: not known.
+    """
     name = "chosen"
     try:
         chosen = load(row.chosen)
@@ -68,8 +59,10 @@ def prepare(row: Row, sampling: Sampling, folder: Path | None) -> Prepared | Bad
             return BadRow("identical", row.where, name, "has the same content as chosen")
         digests = (hashlib.blake2b(chosen).digest(), hashlib.blake2b(rejected).digest())
         pair_id = content_id(row.prompt, digests)
-        if folder is not None and stored_shapes(pair_file(folder, pair_id)) is not None:
-            return Prepared(row, pair_id, digests, None)
+        named = _named(row)
+        notes = None if folder is None else stored_notes(pair_file(folder, pair_id))
+        if notes is not None:
+            return Prepared(named, pair_id, digests, None, notes)
         name = "chosen"
         clip_w = decode(chosen, sampling)
         name = "rejected"
@@ -87,16 +80,37 @@ def prepare(row: Row, sampling: Sampling, folder: Path | None) -> Prepared | Bad
             f"got {'x'.join(map(str, shape_l))}; pass {flags}"
         )
         return BadRow("shape_mismatch", row.where, "rejected", reason)
-    return Prepared(row, pair_id, digests, (clip_w, clip_l))
+    if torch.equal(clip_w.frames, clip_l.frames):
+        return BadRow("identical_frames", row.where, name, "has the same frames as chosen")
+    if sizes is not None:
+        try:
+            sizes.check(*shape_w)
+        except ValueError as error:
+            return BadRow("not_encodable", row.where, "chosen, rejected", str(error))
+    notes = [
+        *clip_notes("chosen", clip_w, sampling.fps),
+        *clip_notes("rejected", clip_l, sampling.fps),
+    ]
+    return Prepared(named, pair_id, digests, (clip_w, clip_l), notes)
+
+
+def _named(row: Row) -> Row:
+    """Without the bytes of its media, which would be kept until a batch is full."""
+    media = {name: getattr(row, name) for name in ("chosen", "rejected")}
+    return replace(row, **{name: b"" for name, value in media.items() if isinstance(value, bytes)})
 
 
 def prepared(
-    rows: Rows, sampling: Sampling, folder: Path | None, num_workers: int
+    rows: Rows,
+    sampling: Sampling,
+    folder: Path | None,
+    num_workers: int,
+    sizes: Sizes | None = None,
 ) -> Iterator[Prepared | BadRow]:
     """Every row prepared, in order, by `num_workers` threads (PyAV decodes without the GIL)."""
 
     def work(row: Row | BadRow) -> Prepared | BadRow:
-        return row if isinstance(row, BadRow) else prepare(row, sampling, folder)
+        return row if isinstance(row, BadRow) else prepare(row, sampling, folder, sizes)
 
     seen: dict[int, str] = {}
     for item in map_ahead(work, rows, num_workers):
@@ -120,18 +134,27 @@ def stored_shapes(path: Path) -> str | None:
     return " ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
-def finish(
-    folder: Path | None, rows: Rows, pairs: int, bad: list[BadRow], before: int = 0
-) -> Counts:
-    """Counts what became of the rows, written with the bad ones; ValueError: no pair is left."""
-    kinds = dict(Counter(row.kind for row in bad))
-    counts = Counts(rows.records, rows.ties, pairs, before, kinds)
+def stored_notes(path: Path) -> list[Note] | None:
+    """What was done to the prompt and the media of a pair that is encoded; None: it is not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = [Note(*note) for note in json.loads((file.metadata() or {}).get("notes", "[]"))]
+    except (OSError, SafetensorError, ValueError, TypeError):
+        return None
+    return found if all(note.kind in NOTES for note in found) else None
+
+
+def finish(folder: Path | None, rows: Rows, counts: Counts, bad: list[BadRow]) -> None:
+    """Writes the counts and the bad rows; ValueError: no pair is left."""
+    counts.records, counts.ties = rows.records, rows.ties
+    if rows.first_tie is not None:
+        counts.first["ties"] = rows.first_tie
     if folder is not None:
         names = ("where", "field", "kind", "reason")
         lines = [json.dumps({name: getattr(row, name) for name in names}) for row in bad]
         write_atomic(folder / "bad_rows.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        write_atomic(folder / "counts.json", (json.dumps(asdict(counts), indent=1) + "\n").encode())
-    if not pairs:
+        write_atomic(folder / "counts.json", counts.record())
+    if not counts.pairs:
         # Nothing is encoded yet: the repaired data may come here.
         if folder is not None and not (folder / "pairs").exists():
             (folder / "fingerprint.json").unlink(missing_ok=True)
@@ -139,7 +162,6 @@ def finish(
             raise ValueError(nothing(rows))
         rest = f"; the others are in {folder / 'bad_rows.jsonl'}" if folder and len(bad) > 1 else ""
         raise ValueError(f"{rows.name}: no usable pair, {len(bad)} bad rows; first: {bad[0]}{rest}")
-    return counts
 
 
 def survey(
@@ -157,17 +179,20 @@ def survey(
     the least, median and greatest number of frames and of seconds. Raises like `encode`.
     """
     rows = Rows(data, ranked=ranked, split=split)
+    counts = Counts()
     bad: list[BadRow] = []
     clips: list[Clip] = []
     with tqdm(total=rows.total, desc="dry run", unit="row", disable=not progress or None) as bar:
         for item in prepared(rows, sampling or Sampling(), None, num_workers):
             if isinstance(item, BadRow):
                 bad.append(item)
+                counts.add_bad(item)
             else:
+                counts.add(item.row, item.digests, item.notes)
                 clips += [replace(clip, frames=torch.empty(0)) for clip in item.clips]
             bar.update(rows.records - bar.n)
         bar.update(rows.records - bar.n)
-    counts = finish(None, rows, len(clips) // 2, bad)
+    finish(None, rows, counts, bad)
     sizes = Counter(f"{clip.source_height}x{clip.source_width}" for clip in clips)
     frames, seconds = [c.source_frames for c in clips], [c.seconds for c in clips]
     spread = {

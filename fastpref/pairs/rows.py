@@ -60,7 +60,8 @@ class Rows:
         ranked: of records with more than two candidates: `all` ordered pairs, or `best_worst`.
         split: split of a Hugging Face dataset.
 
-    `ties` counts the pairs without a winner met so far (they are dropped), `records` the records;
+    `ties` counts the pairs without a winner met so far (they are dropped; `first_tie`: where the
+    first stands), `records` the records;
     `total` is the number of records where it is known. ValueError: nothing there, a column missing.
     """
 
@@ -69,6 +70,7 @@ class Rows:
             raise ValueError(f"ranked: expected all or best_worst, got {ranked!r}")
         self.ranked = ranked
         self.ties = self.records = 0
+        self.first_tie: str | None = None
         self._source = open_source(data, split)
         self.path: Path | None = self._source.path
         root = self._source.root
@@ -80,6 +82,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         self.ties = self.records = 0
+        self.first_tie = None
         for where, record in self._source:
             self.records += 1
             try:
@@ -88,6 +91,10 @@ class Rows:
                 yield from self._pairs(Reader(record, f"{self.name} {where}", self.root))
             except BadRow as bad:
                 yield bad
+
+    def _tie(self, read: Reader) -> None:
+        self.ties += 1
+        self.first_tie = self.first_tie or read.where
 
     def _pairs(self, read: Reader) -> Iterator[Row]:
         prompt = read.text("caption" if self.layout == "jpg_0" else "prompt")
@@ -115,13 +122,13 @@ class Rows:
             names = ("jpg_0", "jpg_1") if self.layout == "jpg_0" else ("video_a", "video_b")
             first = read.label() if self.layout == "jpg_0" else read.winner()
             if first == 0.5:
-                self.ties += 1
+                self._tie(read)
                 return
             chosen, rejected = names if first == 1 else names[::-1]
             pairs = iter([((math.inf, read.media(chosen)), (-math.inf, read.media(rejected)))])
         for (score_chosen, chosen), (score_rejected, rejected) in pairs:
             if score_chosen == score_rejected:
-                self.ties += 1
+                self._tie(read)
                 continue
             known = math.isfinite(score_chosen)
             yield Row(

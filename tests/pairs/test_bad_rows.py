@@ -69,7 +69,7 @@ def test_bad_rows_are_listed_and_counted_and_the_rest_is_encoded(broken, num_wor
     reasons = {x["kind"]: x["reason"] for x in listed}
     assert "\n" not in "".join(reasons.values())
     assert reasons["truncated"].startswith("cut.mp4 is truncated: ")
-    assert reasons["not_encodable"].endswith("pass --height and --width when encoding")
+    assert reasons["not_encodable"].endswith("pass --height 8 --width 8 or other multiples")
     assert reasons["duplicate"] == "prompt and media are those of metadata.jsonl line 1"
     counts = json.loads((tmp_path / "set" / "counts.json").read_text())
     assert (counts["records"], counts["ties"], counts["pairs"]) == (20, 2, 3)

@@ -52,7 +52,12 @@ def test_what_stands_in_the_folder(pairs, tmp_path):
     assert [mark[k] for k in ("num_frames", "height", "width", "fps")] == [4, 8, 8, 4]
     assert mark["family"] == "fastpref.models.toy" and mark["dtype"] == "bfloat16"
     counts = json.loads((folder / "counts.json").read_text())
-    assert counts == {"records": 10, "ties": 0, "pairs": 10, "already_encoded": 0, "bad": {}}
+    noted = {"cut_prompts": 0, "slower": 0, "resized": 20, "cropped": 0, "composited": 0}
+    first = {"resized": "metadata.jsonl line 1, chosen: 0_w.mp4 (12x12 to 8x8)"}
+    assert counts == {
+        **{"records": 10, "ties": 0, "pairs": 10, "already_encoded": 0, "bad": {}},
+        **{"notes": noted, "first": first},
+    }
     assert (folder / "bad_rows.jsonl").read_text() == ""
 
 
