@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,8 +38,12 @@ class Prompts:
     ) -> None:
         self.family, self.path, self.guidance = family, path, guidance_scale
         self.prompts, self.device = list(prompts), device
+        pipe = self._pipe(path, dtype)
         with stage("text encoder: loading, and the prompts"):
-            *rows, empty = family.encode_text(self._pipe(path, dtype), [*self.prompts, ""])
+            *rows, empty = family.encode_text(pipe, [*self.prompts, ""])
+        for i, cut in enumerate(pipe.cut(self.prompts) if hasattr(pipe, "cut") else (), 1):
+            if cut:
+                print(f"warning: prompt {i} is cut: {cut}", file=sys.stderr)
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         self.negative = None
         if guidance_scale != 1:

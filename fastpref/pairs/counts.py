@@ -15,7 +15,7 @@ from .rows import BadRow, Row
 # What is done to a prompt or a medium without a word, and how it is told.
 NOTES = {
     "cut_prompts": "prompts cut, longer than the text encoder reads",
-    "slower": "clips of a lower rate than --fps, whose frames are taken again",
+    "slower": "clips of a lower rate than --fps, frames taken again",
     "resized": "media resized",
     "cropped": "media cropped",
     "composited": "media with alpha, composited on white",
@@ -101,10 +101,12 @@ class Counts:
             f"{self.records} rows: {self.pairs} pairs{before}, {self.ties} ties dropped, "
             f"{sum(self.bad.values())} bad rows{f' ({bad})' if bad else ''}"
         ]
-        told = {kind: f"{n} {NOTES[kind]}" for kind, n in self.notes.items() if n}
-        told |= {"ties": f"{self.ties} ties dropped"} if self.ties else {}
-        told |= {kind: f"{n} bad rows, {kind}" for kind, n in sorted(self.bad.items())}
-        lines += [f"{said}; first: {self.first.get(kind)}" for kind, said in told.items()]
+        told = {NOTES[kind]: (kind, n) for kind, n in self.notes.items()}
+        told["ties dropped"] = ("ties", self.ties)
+        told |= {f"bad rows, {kind}": (kind, n) for kind, n in sorted(self.bad.items())}
+        lines += [
+            f"{what}: {n}; first: {self.first[kind]}" for what, (kind, n) in told.items() if n
+        ]
         return "\n  ".join(map(printable, lines))
 
 
