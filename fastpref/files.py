@@ -8,10 +8,11 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 # that were trained on differ everywhere.
 EDGE, WINDOW, WINDOWS = 4 << 20, 64 << 10, 256
 MODEL_FILES = (".safetensors", ".json", ".bin", ".model", ".txt")
+TEMPORARY = ".fastpref-"  # how the names of unfinished files begin, and nothing of a user's
 
 
 def differences(
@@ -54,24 +56,57 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
     there is a file already, that one stays.
 
     Of two processes that write at once each has its own temporary file; the last rename stands
-    (new: the first).
+    (new: the first). What a killed one leaves is for `sweep`.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, file = _temporary(path)
         try:
             # Flushed, then renamed: else after a power cut the name may stand for an empty file.
-            with open(temporary, "wb") as file:
+            with file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if new:
-                _link(temporary, path)
-            else:
-                os.replace(temporary, path)
+                if new:
+                    _link(temporary, path)
+                else:
+                    os.replace(temporary, path)
         except BaseException:  # a signal's KeyboardInterrupt too
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked while it is open."""
+    while True:
+        temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}.{path.name}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115
+        with suppress(OSError):  # a file system without locks: nothing is swept there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():  # else swept before it was locked
+            return temporary, file
+        file.close()
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporaries that killed processes left in `folder`; what is being written stays,
+    whoever writes it.
+    """
+    for path in folder.glob(f"{TEMPORARY}*.tmp"):
+        with suppress(OSError), path.open("r+b") as file:  # locked, or gone meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def share(path: Path) -> None:
+    """Gives a file that a library made for its owner alone (safetensors: 0600) the mode that any
+    new file gets there: 0666 less the umask.
+    """
+    # Of a file made to see it: to ask for the umask is to set it, which other threads would notice.
+    temporary, file = _temporary(path)
+    with file:
+        os.chmod(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        temporary.unlink()
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -86,7 +121,8 @@ def _link(temporary: Path, path: Path) -> None:
 
 def mark(folder: Path, kind: str) -> Path:
     """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
-    need be. ValueError: another command's folder. (Empty, as it once was: any command's.)
+    need be, and what a killed one left is swept. ValueError: another command's folder. (Empty, as
+    it once was: any command's.)
     """
     if folder.is_symlink() and not folder.exists():
         raise ValueError(
@@ -105,6 +141,7 @@ def mark(folder: Path, kind: str) -> Path:
             f"output_dir {folder} is one of fastpref {before}, expected one of fastpref {kind}: "
             "choose another one"
         )
+    sweep(folder)
     return path
 
 

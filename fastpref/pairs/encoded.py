@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import differences, identity, model_identity, write_atomic
+from ..files import differences, identity, model_identity, sweep, write_atomic
 from ..models.folder import encoders_of
 from .counts import Note
 from .dataset import pair_file, read_fingerprint
@@ -89,7 +89,11 @@ def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
 
 
 def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
-    """Makes `folder` this encoding's own, by its fingerprint; ValueError as `check`."""
+    """Makes `folder` this encoding's own, by its fingerprint, and sweeps what a killed one left
+    among its pairs; ValueError as `check`.
+    """
+    for part in folder.glob("pairs/??"):
+        sweep(part)
     if not check(folder, now, data):
         write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import flush, writing
+from ..files import flush, share, sweep, writing
 
 PREFIX = "checkpoint-"
 TENSORS = ("parameters", "optimizer", "generators")
@@ -68,8 +68,10 @@ def save(
         manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         # Before the rename, or after a power cut the name could stand for empty files.
-        for path in (*temporary.iterdir(), temporary):
+        for path in sorted(temporary.iterdir()):
+            share(path)
             flush(path)
+        flush(temporary)
         if final.exists():  # nothing is renamed over a folder that holds files
             shutil.rmtree(final)
         temporary.rename(final)
@@ -87,9 +89,10 @@ def folders(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Removes checkpoints that a killed process had not finished; no other one may be writing."""
+    """Removes what a killed process had not finished; no other one may be writing checkpoints."""
     for unfinished in folder.glob(f".{PREFIX}[0-9]*.tmp"):
         shutil.rmtree(unfinished)
+    sweep(folder / "validation")
 
 
 def _digest(path: Path) -> str:
