@@ -23,7 +23,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
   cache-reference   what the reference says of every pair and draw, once: same flags as train
   sweep     several objectives and betas on the same pairs and draws: same flags as train
   sample    clips from a model, with or without an adapter
-  eval      errors and implicit accuracy of an adapter on encoded pairs
+  eval      errors and implicit accuracy of a tuned model on encoded pairs
   report    plots and one HTML page of a run
   doctor    what is installed; with --family what a run of train would need of a card
 """
@@ -224,6 +224,7 @@ def model_options(name: str, what: str, seed: int) -> Parser:
     )
     options.add_argument("--model", required=True, help="diffusers model folder")
     options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
+    options.add_argument("--tuned", help="folder of a run with tuning full, in place of --lora")
     options.add_argument("--seed", type=int, default=seed, help=f"default: {seed}")
     options.add_argument("--device", help="default: cuda where there is one")
     return options
@@ -244,23 +245,30 @@ def sample(rest: list[str]) -> None:
             raise ValueError(f"--{name}: expected 1 to 9999, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**62 or not abs(options.guidance_scale) < 1000:
         raise ValueError("expected --seed of 0 or more and a --guidance_scale below 1000")
+    count, size = len(options.prompts), (options.num_frames, options.height, options.width)
     from . import models
+    from .look.sample import check_memory
     from .look.validation import Prompts
     from .pairs.media import write_clip
-    from .run import artifact
+    from .run import tuned
     from .run.folder import claim
+    from .run.guard import within_memory
     from .run.parts import place
 
+    check_memory(count, *size)
     folder = Path(options.output_dir)
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
     device, _ = place(options.device)
     family = models.family(options.family)
-    model = artifact.opened(family, options.model, options.lora, device)
+    model, tune = tuned.opened(family, options.model, device, options.lora, options.tuned)
+    if tune is not None:
+        tune()
     scale = options.guidance_scale
-    prompts = Prompts(family, options.model, options.prompts, device, guidance_scale=scale)
-    seeds = [options.seed + i for i in range(len(options.prompts))]
-    shape = prompts.shape(options.num_frames, options.height, options.width)
-    clips = prompts.clips(model, shape, options.steps, seeds)
+    seeds = [options.seed + i for i in range(count)]
+    what = "x".join(map(str, size)) + f" x {count}: lower --num_frames, --height or --width, or "
+    with within_memory(f"{what}sample fewer --prompts at once"):
+        prompts = Prompts(family, options.model, options.prompts, device, guidance_scale=scale)
+        clips = prompts.clips(model, prompts.shape(*size), options.steps, seeds)
     for seed, prompt, clip in zip(seeds, options.prompts, clips, strict=True):
         path = folder / f"{seed:04d}.mp4"
         write_clip(path, clip, options.fps)
@@ -268,27 +276,28 @@ def sample(rest: list[str]) -> None:
 
 
 def evaluate(rest: list[str]) -> None:
-    what = "Errors of an adapter on encoded pairs, relative to its base's: -0.05 is 5 % below."
+    what = "Errors of a tuned model on encoded pairs, relative to its base's: -0.05 is 5 % below."
     options = model_options("eval", what, seed=EVAL_SEED)
     options.add_argument("--data", required=True, help="a set made by fastpref encode")
     options.add_argument("--draws_per_pair", type=int, default=8)
     options = options.parse_args(rest)
     if options.draws_per_pair < 1:
         raise ValueError(f"--draws_per_pair: expected 1 or more, got {options.draws_per_pair}")
-    if not options.lora:
-        raise ValueError("--lora is required: the run's folder, or its adapter file")
+    if not options.lora and not options.tuned:
+        raise ValueError("--lora is required: the run's folder, or its adapter file; or --tuned")
     from . import models
     from .look.evaluate import against_base
     from .pairs.dataset import PairDataset
-    from .run import artifact
+    from .run import tuned
     from .run.parts import make_process, place
 
     device, _ = place(options.device)
-    family = models.family(options.family)
-    model = artifact.opened(family, options.model, options.lora, device)
+    family, dataset = models.family(options.family), PairDataset(options.data)
+    where = (options.model, device, options.lora, options.tuned)
+    model, tune = tuned.opened(family, *where, dataset)
     process = make_process(family, options.model)
-    how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair}
-    print(json.dumps(against_base(model, family, process, PairDataset(options.data), **how)))
+    how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair, "tune": tune}
+    print(json.dumps(against_base(model, family, process, dataset, **how)))
 
 
 def report(rest: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -122,14 +123,20 @@ def against_base(
     *,
     seed: int,
     draws_per_pair: int,
+    tune: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """A model with adapters beside itself without them, on the same draws: implicit accuracy, and
-    by how much the errors of chosen and rejected changed (0.1 is 10 %).
+    """A tuned model beside its base, on the same draws: implicit accuracy, and by how much the
+    errors of chosen and rejected changed (0.1 is 10 %).
+
+    tune: makes the tuned model of the base, in place; None: it has adapters, and without them is
+    the base.
     """
     how = {"seed": seed, "draws_per_pair": draws_per_pair}
-    policy = errors(model, family, process, dataset, **how)
     with disabled(adapter_layers(model)):
         base = errors(model, family, process, dataset, **how)
+    if tune is not None:
+        tune()
+    policy = errors(model, family, process, dataset, **how)
     margin = (policy - base)[:, 1] - (policy - base)[:, 0]
     winner, loser = relative_errors(policy, base)
     right = (margin > 0).double() + 0.5 * (margin == 0).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -33,13 +34,18 @@ def sample(
     seeds: Sequence[int],
     guidance_scale: float = 1.0,
     negative: dict[str, Tensor] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """Latents `[N, *shape]` for `cond` of `[N, ...]`, one seed each; no randomness but the seeds.
 
     Two models sampled with the same seeds start from the same noise, so their clips can be compared
     pair by pair. `scheduler` is one of diffusers, or an object that is called as one. `negative` is
     the condition of the empty prompt, needed when `guidance_scale` is not 1:
-    pred = negative + guidance_scale (cond - negative).
+    pred = negative + guidance_scale (cond - negative). names: of the rows, in what is said of them.
+
+    Raises:
+        ValueError: what does not belong together, a scheduler that cannot do it, or latents that
+            are not finite.
     """
     for name, value in cond.items():
         if len(value) != len(seeds):
@@ -66,19 +72,47 @@ def sample(
 
     was_training = model.training
     model.eval()
-    with named(scheduler, steps):
-        # What a scheduler adds of its own is drawn row by row: the same in any batch.
-        own = {"eta": 0.0, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-        own = {k: v for k, v in own.items() if k in signature(scheduler.step).parameters}
-        start(scheduler, steps, device)
-    x = starting_noise(shape, seeds).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        pred = predict(scaled, t)
+    try:
         with named(scheduler, steps):
-            x = scheduler.step(pred, t, x, **own, return_dict=False)[0]
-    model.train(was_training)
+            # What a scheduler adds of its own is drawn row by row: the same in any batch.
+            own = {"eta": 0.0, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+            own = {k: v for k, v in own.items() if k in signature(scheduler.step).parameters}
+            start(scheduler, steps, device)
+        sigma = getattr(scheduler, "init_noise_sigma", 1.0)
+        x = starting_noise(shape, seeds).to(device) * sigma
+        for i, t in enumerate(scheduler.timesteps, 1):
+            scaled = x
+            if hasattr(scheduler, "scale_model_input"):
+                scaled = scheduler.scale_model_input(x, t)
+            pred = predict(scaled, t)
+            with named(scheduler, steps):
+                x = scheduler.step(pred, t, x, **own, return_dict=False)[0]
+            check_finite(x, f"step {i} of {len(scheduler.timesteps)}", names or seeds)
+    finally:
+        model.train(was_training)
     return x
+
+
+def check_finite(x: Tensor, where: str, names: Sequence[Any]) -> None:
+    """ValueError: a row of `x` is not finite; it would be a black clip."""
+    bad = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"sample: {where}: {names[bad[0]]!r:.80}: expected finite values, got NaN or infinity "
+            f"({len(bad)} of {len(x)} so): look at the weights of the model, of its text encoders "
+            "and of what was trained"
+        )
+
+
+def check_memory(count: int, num_frames: int, height: int, width: int) -> None:
+    """ValueError: clips whose pixels alone, in float32, are more than this machine's memory."""
+    need = 12 * count * num_frames * height * width
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(
+            f"{count} clips of {num_frames}x{height}x{width} have {need / 1e9:.3g} GB of pixels, "
+            f"and {have / 1e9:.3g} GB of memory are there: lower --num_frames, --height or --width"
+        )
 
 
 def start(scheduler: Any, steps: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from ..models.folder import scheduler_of
 from ..progress import stage
 from ..step import compiling
 from .report import Comparison, contact_sheet
-from .sample import sample
+from .sample import check_finite, sample
 
 
 class Prompts:
@@ -45,6 +45,8 @@ class Prompts:
             if cut:
                 print(f"warning: prompt {i} is cut: {cut}", file=sys.stderr)
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        for value in self.cond.values():
+            check_finite(value, "the prompts' embeddings", self.prompts)
         self.negative = None
         if guidance_scale != 1:
             self.negative = {k: torch.stack([v] * len(rows)) for k, v in empty.items()}
@@ -62,7 +64,11 @@ class Prompts:
     def clips(
         self, model: nn.Module, shape: Sequence[int], steps: int, seeds: Sequence[int]
     ) -> list[Tensor]:
-        """One clip per prompt and seed, uint8 [F, H, W, 3]."""
+        """One clip per prompt and seed, uint8 [F, H, W, 3].
+
+        Raises:
+            ValueError: as `sample`, or a clip's pixels are not finite.
+        """
         latents = sample(
             model,
             self.family,
@@ -73,17 +79,33 @@ class Prompts:
             seeds=seeds,
             guidance_scale=self.guidance,
             negative=self.negative,
+            names=self.prompts,
         )
-        return [self.family.decode(self.pipe, latent).cpu() for latent in latents]
+        clips = []
+        for prompt, latent in zip(self.prompts, latents, strict=True):
+            try:
+                clips.append(self.family.decode(self.pipe, latent).cpu())
+            except ValueError as error:
+                raise ValueError(f"sample: {prompt!r:.80}: {error}") from None
+        return clips
 
 
 def draw_sheet(
     folder: Path, step: int, prompts: Prompts, model: nn.Module, shape: Sequence[int], steps: int
 ) -> None:
-    """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's."""
+    """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's.
+
+    Those that a policy cannot make are left out with a warning: they are no reason to stop.
+    """
     said = stage("validation clips of the base") if step == 0 else nullcontext()
-    with said, compiling.eagerly():
-        clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
+    try:
+        with said, compiling.eagerly():
+            clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
+    except ValueError as error:
+        if step == 0:
+            raise
+        print(f"warning: step {step}: no validation clips: {error}", file=sys.stderr)
+        return
     write_sheet(folder, step, prompts.prompts, clips)
 
 

@@ -261,6 +261,12 @@ def drawn(posterior: Any, normal: Normal | None) -> Tensor:
 
 
 def to_frames(decoded: Tensor) -> Tensor:
-    """Pixels `[3, F, H, W]` in [-1, 1] -> `uint8 [F, H, W, 3]`, rounded as diffusers rounds."""
+    """Pixels `[3, F, H, W]` in [-1, 1] -> `uint8 [F, H, W, 3]`, rounded as diffusers rounds.
+
+    Raises:
+        ValueError: one that is not finite; it would be black.
+    """
+    if not decoded.isfinite().all():
+        raise ValueError("decode: the VAE made NaN or infinity: look at its weights and its dtype")
     scaled = (decoded.float() / 2 + 0.5).clamp(0, 1) * 255
     return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()

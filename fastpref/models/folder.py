@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .weights import check_shards, quantised, remedy, variant
+
 # What of a VAE's and a text encoder's config tells two bases apart, however they were saved.
 VAE_FACTS = (
     *("latent_channels", "z_dim", "scaling_factor", "shift_factor"),
     *("latents_mean", "latents_std"),
 )
 TEXT_FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
-
-SHARD = r"(?:-\d+-of-\d+)?"
-WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
 
 
 def check_path(path: str | Path) -> None:
@@ -103,17 +102,6 @@ def scheduler_of(pipe: Any, path: str | Path) -> Any:
     return load_part(kind, path, "scheduler")
 
 
-def variant(path: str | Path, part: str) -> str | None:
-    """The file variant to load a part of a folder with: none unless only variants are there.
-
-    `fp16` for a folder whose transformer is diffusion_pytorch_model.fp16.safetensors alone; of
-    several the first by name, so bf16 before fp16. A hub id is asked for its plain files.
-    """
-    names = [file.name for file in (Path(path) / part).glob("*.safetensors")]
-    found = {match[1] for name in names if (match := WEIGHTS.fullmatch(name))}
-    return min(found) if found and None not in found else None
-
-
 def arguments(kind: type, path: str | Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
     """What every model's `from_pretrained` is called with."""
     from diffusers import ModelMixin, utils
@@ -132,7 +120,10 @@ def load_model(kind: type, path: str | Path, subfolder: str, dtype: torch.dtype)
     """
     config = read_config(kind, path, subfolder)
     if _shapes_alone:
-        return shaped(kind, config, torch.device("meta"), dtype)
+        try:
+            return shaped(kind, config, torch.device("meta"), dtype)
+        except ValueError as error:
+            raise ValueError(f"model {path}/{subfolder}: {error}") from None
     return load_part(kind, path, subfolder, **arguments(kind, path, subfolder, dtype))
 
 
@@ -184,22 +175,27 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     Raises:
         ValueError: it cannot be read, or weights that do not fill its config.
     """
-    from safetensors import SafetensorError
-
-    is_model = issubclass(kind, nn.Module)
+    is_model, where = issubclass(kind, nn.Module), f"model {path}/{part}"
+    method = None
     if is_model:
+        check_shards(Path(path) / part)
+        method = quantised(kind, path, part)
         options["output_loading_info"] = True
     what = "weights" if is_model else kind.__name__
     try:
         loaded = kind.from_pretrained(str(path), subfolder=part, **options)
-    except (
-        *(ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError),
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {path}/{part}: {what} cannot be read ({reason})") from None
+    except Exception as error:  # whatever a library does with a part that is damaged
+        reason = " ".join(str(error).split()) or type(error).__name__
+        mend = remedy(error, method)
+        raise ValueError(f"{where}: {what} cannot be read ({reason}){mend}") from None
     if not is_model:
         return loaded
     model, info = loaded
+    if method and getattr(model, "hf_quantizer", None) is None:  # passed over with a warning
+        raise ValueError(
+            f"{where}: its weights are quantised ({method}), which is not read: take the folder of "
+            "unquantised weights"
+        )
     # Both libraries only warn of a tensor that no file holds, and leave it random or without
     # memory. One that is tied to a tensor that a file holds is there.
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -208,7 +204,7 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     lacking = [name for name in named if name in absent and id(named[name]) not in filled]
     if lacking:
         raise ValueError(
-            f"model {path}/{part}: weights lack {lacking[0]}; expected every tensor of its "
+            f"{where}: weights lack {lacking[0]}; expected every tensor of its "
             "config.json, copy the folder again"
         )
     return model

@@ -27,7 +27,7 @@ from ..process import Diffusion, FlowMatching
 from ..progress import stage
 from ..step import attention, cache, checkpointing, compiling, filling, memory, reference
 from ..step.graphs import recorded_pass
-from . import checkpoint, checks, optimisation
+from . import belong, checkpoint, checks, optimisation
 from .config import Config
 from .fitting import DECIDES, STEP, memory_step, pick_checkpointing
 from .folder import read_record
@@ -44,7 +44,7 @@ from .parts import (
     pick_attention,
     predictor,
     preparer,
-    warn_of_another_model,
+    tune_whole,
     weights_dtype,
 )
 from .telemetry import Clock, Log, Meter, check_trackers
@@ -138,8 +138,9 @@ def assemble(
     objective = config.make_objective(elements(dataset, config.beta_convention))
     process = make_process(family, config.model, **noising(config))
     model = load_model(family, config.model, device, weights_dtype(config.tuning, dtype))
-    model.requires_grad_(config.tuning == "full")
-    warn_of_another_model(config.model, config.data)
+    if config.tuning == "full":
+        tune_whole(model, config.model)
+    belong.warn_of_another_model(config.model, dataset)
     predict = predictor(family, device, dtype)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
     first = next(batches(dataset, config.train_batch_size, config.seed))
@@ -159,8 +160,11 @@ def assemble(
         targets = config.lora_targets or family.LORA_TARGETS
         with stage("self-check: forwards of the first batch without adapters, with idle ones"):
             base_says = probe()
+            checks.check_finite(base_says)
             add_lora(model, targets, config.lora_rank, config.lora_alpha)
             checks.check_off(model, probe, base_says)
+    else:
+        checks.check_finite(probe())
     recomputed = recomputation(config, family, model, dataset, device, dtype, asked)
     checkpointing.apply(model, family.BLOCKS, recomputed)
     if config.compile:

@@ -9,6 +9,7 @@ from .. import models
 from ..pairs.dataset import collate
 from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
+from . import belong
 from .assemble import DATA, DRAWS, cache_folder, cached, noising
 from .config import Config
 from .folder import claim
@@ -20,7 +21,6 @@ from .parts import (
     place,
     predictor,
     preparer,
-    warn_of_another_model,
     weights_dtype,
 )
 
@@ -53,7 +53,7 @@ def cache_reference(config: Config, rank: int = 0, world: int = 1) -> tuple[Path
     process = make_process(family, config.model, **noising(config))
     kept = weights_dtype(config.tuning, dtype)
     model = load_model(family, config.model, device, kept)
-    warn_of_another_model(config.model, config.data)
+    belong.warn_of_another_model(config.model, dataset)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
     where = cache_folder(config.reference_cache, dataset)
     says = reference.base(model, predictor(family, device, dtype))

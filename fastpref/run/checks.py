@@ -20,15 +20,19 @@ from ..step.filling import Prepare
 from ..step.reference import PairMode, Policy, Reference, adapter_layers, changes, disabled, errors
 
 
-def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) -> None:
-    """Self-check: with its adapters off the model says what the base said, bit for bit."""
-    with disabled(adapter_layers(model)):
-        off = probe()
+def check_finite(base_says: Tensor) -> None:
+    """Self-check: what the base says of the first batch."""
     if not base_says.isfinite().all():
         raise ValueError(
             "self-check: the base model's prediction of the first batch is not finite: look at its "
             "weights and at the encoded latents, or use mixed_precision no"
         )
+
+
+def check_off(model: nn.Module, probe: Callable[[], Tensor], base_says: Tensor) -> None:
+    """Self-check: with its adapters off the model says what the base said, bit for bit."""
+    with disabled(adapter_layers(model)):
+        off = probe()
     if not torch.equal(off, base_says):
         raise ValueError(
             "self-check: with its adapters off the model differs from the base by "

@@ -17,7 +17,7 @@ from ..models.folder import shapes_alone
 from ..pairs.dataset import PairDataset
 from ..progress import stage
 from ..step import memory, simulate
-from . import checkpoint
+from . import belong, checkpoint
 from .config import Config
 from .folder import read_record
 from .guard import OutOfMemory
@@ -224,9 +224,7 @@ def needs(values: dict[str, Any], shape: str | None, on: memory.Card) -> Needs:
         shape = "x".join(map(str, sizes))
     if encoded:
         dataset = PairDataset(values["data"])
-        if dataset.fingerprint["family"] != family.__name__:
-            made = dataset.fingerprint["family"]
-            raise ValueError(f"--data {values['data']}: encoded with family {made}")
+        belong.check(family, values["model"] or None, dataset)
         latents, cond = dataset.largest()
         shape = "x".join(map(str, latents.shape[1:])) + " latents"
     elif known:

@@ -70,7 +70,10 @@ def within_memory(what: str) -> Iterator[None]:
     """OutOfMemory where what is made inside runs out of memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "allocate memory" not in str(error):  # as a CPU's allocator says it
+            raise
         reason = " ".join(str(error).split())
         raise OutOfMemory(f"out of memory for {what} ({reason})") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,18 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..files import differences, model_identity
 from ..loss.functional import Draws
 from ..loss.oracle import PROMPT_DROPOUT, uniform
-from ..models.folder import encoders_of, scheduler_config
 from ..pairs import encode
-from ..pairs.dataset import Batch, PairDataset, read_fingerprint
+from ..pairs.dataset import Batch, PairDataset
 from ..process import Diffusion, FlowMatching
 from ..progress import stage
 from ..step import attention, backends, cache, compiling
 from ..step.filling import Prepare
 from ..step.reference import PairMode, Predict, passes
-from . import checkpoint
+from . import belong, checkpoint
 
 
 def place(device: str | None, mixed_precision: str = "no") -> tuple[torch.device, torch.dtype]:
@@ -59,27 +56,18 @@ def open_data(
 
     sampling: num_frames, height, width and fps of the clips, where media are encoded.
     """
-    data = Path(path)
+    data, module = Path(path), models.family(family)
     if (data / "index.parquet").exists():
         for name, value in sampling.items():
             if value is not None:
                 raise ValueError(f"{name} has no effect: data {data} is already encoded; remove it")
     else:
+        belong.check(module, model)  # before hours of encoding
         how = {"dtype": str(dtype).removeprefix("torch."), "device": device}
         data = encode.encode(family, model, path, str(folder / "encoded"), **sampling, **how)
-    with stage("reading the data, and which encoders the model has"):
+    with stage("reading the data, and whether the model is one for it"):
         dataset = PairDataset(data)
-        before = dataset.fingerprint.get("encoders", {})
-        own = encoders_of(model) if before else {}
-    made, now = dataset.fingerprint["family"], models.family(family).__name__
-    if made != now:
-        raise ValueError(f"data {data}: encoded with family {made}, got family {now}")
-    listed = differences(before, own, before.keys() ^ own.keys())
-    if listed:
-        raise ValueError(
-            f"data {data}: encoded with another base than {model}: {listed}; encode it "
-            "again with this model, or train the one it was encoded with"
-        )
+        belong.check(module, model, dataset)
     return dataset
 
 
@@ -91,21 +79,14 @@ def load_model(
         return family.load(path, dtype).to(device).requires_grad_(False)
 
 
-def warn_of_another_model(model: str, data: str) -> None:
-    """Of a set that was encoded with another model, whose encoders may be the same nonetheless.
-    Called once the model is loaded: one that cannot be is the real mistake.
-
-    Families without encoders have none to be different.
-    """
-    if not (Path(data) / "index.parquet").exists():
-        return  # media, encoded with the run's own model
-    before = read_fingerprint(Path(data))
-    if before.get("encoders") and before["model"] != model_identity(model):
-        print(
-            f"warning: data {data} was encoded with another model than {model}: its VAE "
-            "and text encoders must be the same",
-            file=sys.stderr,
+def tune_whole(model: nn.Module, path: str) -> None:
+    """Makes every weight train. ValueError: some are quantised."""
+    if not all(p.is_floating_point() for p in model.parameters()):
+        raise ValueError(
+            f"tuning full: weights of {path} are quantised and cannot be trained: use tuning lora, "
+            "or take the model's folder of unquantised weights"
         )
+    model.requires_grad_(True)
 
 
 def weights_dtype(tuning: str, dtype: torch.dtype) -> torch.dtype:
@@ -123,11 +104,7 @@ def make_process(
     options: of the process; None: its own. masked: times at which the importance weight is 0
     whatever the model says are not drawn (`Process.unmasked`).
     """
-    try:
-        process = family.process(scheduler_config(model))
-    except ValueError as error:
-        file = f"model {model}/scheduler"
-        raise ValueError(error if file in str(error) else f"{file}: {error}") from None
+    process = belong.process_of(family, model)
     changes = {name: value for name, value in options.items() if value is not None}
     for name in ("time_sampling", "shift"):  # flow matching alone has them
         if name in changes and not hasattr(process, name):

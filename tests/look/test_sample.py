@@ -257,4 +257,4 @@ def test_mistakes_of_a_folder_are_one_line(tmp_path, capsys):
     index.write_text(before)
 
     shutil.rmtree(case.path / "scheduler")
-    assert "model/scheduler: DDIMScheduler cannot be read" in said(case, capsys, tmp_path)
+    assert "model/scheduler: scheduler_config.json cannot be read" in said(case, capsys, tmp_path)

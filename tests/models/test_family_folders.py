@@ -20,7 +20,8 @@ from fastpref.models import folder as model_folder
 from fastpref.pairs.encode import encode
 from fastpref.run.assemble import DATA
 from fastpref.run.config import Config
-from fastpref.run.parts import load_model, open_data, warn_of_another_model
+from fastpref.run.belong import warn_of_another_model
+from fastpref.run.parts import load_model, open_data
 
 
 @pytest.fixture(params=FAMILIES)
@@ -390,9 +391,9 @@ def test_a_set_of_another_base_is_refused(tmp_path, capsys):
         values = {"family": "stable_diffusion", "model": str(model)}
         config = Config(**options(folder, tmp_path / "run", **values))
         device, dtype = torch.device("cpu"), torch.float32
-        open_data(config.data, tmp_path / "run", dtype=dtype, **config.only(*DATA))
+        dataset = open_data(config.data, tmp_path / "run", dtype=dtype, **config.only(*DATA))
         load_model(sd15.module, config.model, device, dtype)
-        warn_of_another_model(config.model, config.data)
+        warn_of_another_model(config.model, dataset)
 
     says = r"another base than .*: vae.scaling_factor \(0.18215 there, 0.13025 here\); encode it"
     with pytest.raises(ValueError, match=says):
@@ -419,8 +420,9 @@ def test_a_set_of_another_base_is_refused(tmp_path, capsys):
     del mark["encoders"]  # of a family without, and as sets were before
     (folder / "fingerprint.json").write_text(json.dumps(mark))
     opened(sd15.path)
-    opened(sdxl.path)
     assert "warning: data" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"^data .*/set: .*no embedding `pooled` for a UNet of S"):
+        opened(sdxl.path)
 
     noisy, t = sd15.latents[:1], torch.tensor([500.0])
     with pytest.raises(ValueError, match="no embedding `pooled` for a UNet of SDXL: the set was"):

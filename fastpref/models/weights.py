@@ -1,0 +1,80 @@
+"""A part's files of weights: variants, several files and their index, quantised ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS = re.compile(rf"\w*model{SHARD}(?:\.(\w+))?{SHARD}\.safetensors")
+
+
+def variant(path: str | Path, part: str) -> str | None:
+    """The file variant to load a part of a folder with: none unless only variants are there.
+
+    `fp16` for a folder whose transformer is diffusion_pytorch_model.fp16.safetensors alone; of
+    several the first by name, so bf16 before fp16. A hub id is asked for its plain files.
+    """
+    names = [file.name for file in (Path(path) / part).glob("*.safetensors")]
+    found = {match[1] for name in names if (match := WEIGHTS.fullmatch(name))}
+    return min(found) if found and None not in found else None
+
+
+def check_shards(folder: Path) -> None:
+    """ValueError: an index of weights in several files names one that is not of safetensors, or not
+    beside it: a pickle is never opened.
+    """
+    for index in folder.glob("*.index*.json"):
+        if ".safetensors." not in index.name:
+            continue  # that of a pickle, which nobody asks
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            wrong = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(
+                f"model {folder}: {index.name} is damaged, expected a weight_map from tensors to "
+                "files; copy the folder again"
+            ) from None
+        lost = sorted(n for n in names if not (folder / n).is_file())
+        if wrong or lost:
+            name, what = (min(wrong), "a .safetensors file beside it") if wrong else (lost[0], "it")
+            raise ValueError(
+                f"model {folder}: {index.name} names {name!r:.80}, expected {what} there; copy the "
+                "folder again"
+            )
+
+
+# What to install for weights that are quantised, where it is not called as they are.
+PACKAGES = {"bitsandbytes": "bitsandbytes accelerate", "quanto": "optimum-quanto accelerate"}
+
+
+def quantised(kind: type, path: str | Path, part: str) -> str | None:
+    """How the weights of a part are quantised, by its config.json (bitsandbytes, torchao, ...);
+    None: they are not, or nothing can be read there.
+    """
+    from diffusers import ModelMixin
+
+    is_ours = issubclass(kind, ModelMixin)
+    read = kind.load_config if is_ours else kind.config_class.get_config_dict
+    try:
+        config = read(str(path), subfolder=part)
+    except (OSError, ValueError, RecursionError):
+        return None
+    config = config if is_ours else config[0]
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        return f"{found!r:.40}"
+    bits = found.get("load_in_4bit") or found.get("load_in_8bit")
+    return str(found.get("quant_method", "bitsandbytes" if bits else "unknown"))[:40]
+
+
+def remedy(error: Exception, method: str | None) -> str:
+    """What to do about a part that does not load, if that is known; method: of `quantised`."""
+    absent = isinstance(error, ImportError)
+    if method is None:
+        return ": install that package" if absent else ""
+    install = f"pip install {PACKAGES.get(method, method)}, or " if absent else ""
+    return f": it is quantised ({method}): {install}take the folder of unquantised weights"
