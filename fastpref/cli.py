@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -10,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+import fastpref
 
+from .faults import cut, on_signals, output, say, told
+from .progress import printable
+
+if TYPE_CHECKING:
     from .run.parsing import Parser
 
-USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
+USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpref --version)
 
   demo      make preference pairs with a tiny video model, train on them, print who wins
   train     train on your own pairs:   fastpref train --config FILE [--field value ...]
@@ -29,65 +31,61 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help)
 """
 
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
-OK, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 75
+OK, USER_ERROR, INTERRUPTED = 0, 1, 75
+ENDS = {"Diverged": 2, "Interrupted": INTERRUPTED}  # of run/guard.py, by name: it imports torch
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 user error, 2 diverged, 75 interrupted but saved."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return OK
-    name, *rest = arguments
-    commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
-    commands |= {"cache-reference": cache_reference, "sweep": sweep}
-    commands |= {"eval": evaluate, "report": report, "doctor": doctor}
-    if name not in commands:
-        print(f"fastpref: expected one of {', '.join(commands)}, got {name}", file=sys.stderr)
-        return USER_ERROR
-    again = f"fastpref {name}: interrupted; run the same command to go on"
-
-    def leave(number: int, frame: Any) -> None:
-        print(again, file=sys.stderr)
-        os._exit(INTERRUPTED)
-
-    # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
-    on_signals(leave)
-    from safetensors import SafetensorError
-    from torch import OutOfMemoryError
-    from yaml import YAMLError
-
-    from .run.guard import Diverged, Interrupted
-
-    on_signals(signal.default_int_handler)
-    try:
-        commands[name](rest)
-    except (
-        *(ValueError, TypeError, OverflowError, OSError),
-        *(YAMLError, SafetensorError, OutOfMemoryError),
-    ) as error:
-        if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
-            raise
-        print(f"fastpref {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except Diverged as error:
-        print(f"fastpref {name}: diverged: {error}", file=sys.stderr)
-        return DIVERGED
-    except Interrupted as error:
-        print(f"fastpref {name}: interrupted: {error}", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print(again, file=sys.stderr)
-        return INTERRUPTED
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["help"]
+    again = f"fastpref {cut(name)}: interrupted; run the same command to go on"
+    with output():
+        try:
+            command(name, rest, again)
+            print(end="", flush=True)
+        except BrokenPipeError:  # fastpref ... | head
+            return INTERRUPTED
+        except KeyboardInterrupt:
+            say(again)
+            return INTERRUPTED
+        except Exception as error:
+            kind = type(error).__name__
+            if kind in ENDS:
+                say(f"fastpref {name}: {kind.lower()}: {cut(str(error))}")
+                return ENDS[kind]
+            if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
+                raise
+            say(f"fastpref {cut(name)}: {told(error, name)}")
+            return USER_ERROR
     return OK
 
 
-def on_signals(handler: Callable[[int, Any], None]) -> None:
-    """Sets what SIGTERM and SIGINT do; a SIGINT that is ignored (`fastpref ... &`) stays so."""
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, handler)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, handler)
+def command(name: str, rest: list[str], again: str) -> None:
+    """again: what to say where a signal ends it."""
+    commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
+    commands |= {"cache-reference": cache_reference, "sweep": sweep}
+    commands |= {"eval": evaluate, "report": report, "doctor": doctor}
+    if name in ("-h", "--help", "help"):
+        return print(USAGE, end="")
+    if name == "--version":
+        return print(f"fastpref {fastpref.__version__}")
+    if name not in commands:
+        raise ValueError(f"expected one of {', '.join(commands)}")
+
+    def leave(number: int, frame: Any) -> None:
+        say(again)
+        os._exit(INTERRUPTED)
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it comes twice: of the terminal, its shell
+        raise KeyboardInterrupt
+
+    # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
+    on_signals(leave)
+    import torch  # noqa: F401
+
+    on_signals(interrupt)
+    commands[name](rest)
 
 
 def parser(name: str, what: str) -> Parser:
@@ -111,7 +109,7 @@ def train(rest: list[str]) -> None:
     with alone(Path(config.output_dir)):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
-    print(f"{result['artifact']}: step {result['global_step']}, {speed}")
+    print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))
 
 
 def encode(rest: list[str]) -> None:
@@ -161,7 +159,7 @@ def survey(options: dict) -> None:
     shared = {name: options[name] for name in ("num_workers", "ranked", "split")}
     found = run(options["data"], sampling=sampling, **shared)
     for row in found["bad_rows"]:
-        print(row)
+        print(printable(str(row)))
     print(found["counts"])
     for name in ("frames", "seconds"):
         low, middle, high = found[name]
@@ -181,7 +179,7 @@ def cache_reference(rest: list[str]) -> None:
     if config.device is None and world > 1 and torch.cuda.is_available():
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     folder, count = run(config, rank, world)
-    print(f"{folder}: {count} errors computed")
+    print(printable(f"{folder}: {count} errors computed"))
 
 
 def sweep(rest: list[str]) -> None:
@@ -209,7 +207,7 @@ def sweep(rest: list[str]) -> None:
         encode_once(runs, folder)
         results = []
         for config in runs:
-            print(f"--- {config.output_dir}")
+            print(printable(f"--- {config.output_dir}"))
             with alone(Path(config.output_dir)):
                 results.append(run(config)["metrics"])
     print(table(runs, results))
@@ -272,7 +270,7 @@ def sample(rest: list[str]) -> None:
     for seed, prompt, clip in zip(seeds, options.prompts, clips, strict=True):
         path = folder / f"{seed:04d}.mp4"
         write_clip(path, clip, options.fps)
-        print(f"{path}: {prompt}")
+        print(printable(f"{path}: {prompt}"))
 
 
 def evaluate(rest: list[str]) -> None:
@@ -305,7 +303,7 @@ def report(rest: list[str]) -> None:
     options.add_argument("run", help="output folder of fastpref train")
     from .look.report import run_report
 
-    print(run_report(Path(options.parse_args(rest).run)))
+    print(printable(str(run_report(Path(options.parse_args(rest).run)))))
 
 
 def doctor(rest: list[str]) -> None:
@@ -320,8 +318,6 @@ def doctor(rest: list[str]) -> None:
     import importlib.metadata
 
     import torch
-
-    import fastpref
 
     required = ("torch", "diffusers", "transformers", "peft", "safetensors", "av")
     for package in (*required, "xformers", "flash-attn"):

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def printable(text: str) -> str:
@@ -36,6 +36,8 @@ def stage(name: str) -> Iterator[None]:
 
 def announced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose first call is a `stage`: what is compiled or recorded is so in that one."""
+    import torch
+
     waiting = [stage(name)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,5 +56,7 @@ def steps_bar(total: int, done: int) -> tqdm:
     """The loop's bar, on a terminal alone. delay: tqdm draws it with the first update, not at once,
     so it stands below what a `stage` says of the first step.
     """
+    from tqdm import tqdm
+
     how = {"unit": "step", "disable": None, "delay": 1e-9, "file": sys.stderr}
     return tqdm(total=total, initial=done, **how)

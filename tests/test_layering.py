@@ -18,6 +18,7 @@ HEAVY = {"diffusers", "transformers", "peft", "av", "datasets", "matplotlib", "t
 # The rooms, from the ground up: each imports its own files and what stands below it, no neighbour.
 ORDER = (
     ("files", "progress"),
+    ("faults",),
     ("loss",),
     ("process",),
     ("models",),
@@ -27,6 +28,7 @@ ORDER = (
     ("run",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 # What a run is made of knows no Config either.
 PARTS = {

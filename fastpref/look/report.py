@@ -6,12 +6,20 @@ import base64
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..progress import printable
+
+# What a run's metrics.jsonl may cost to read and draw: a line of ours has under 4 KB and 10 bins,
+# and a million of them make 1 GB.
+MOST_BYTES, LONGEST_LINE, MOST_ROWS, MOST_BINS = 1 << 30, 16 << 10, 4000, 100
+LARGEST = 1e100  # that is drawn: matplotlib squares
+MOST_TEXT, MOST_CAPTION = 1 << 20, 300  # characters of a config.yaml, of a sheet's line
 
 THUMBNAIL = 56  # pixels a frame is wide in the contact sheet, about
 ERRORS = ("policy_w", "reference_w", "policy_l", "reference_l")
@@ -70,7 +78,7 @@ def contact_sheet(path: Path, comparisons: Sequence[Comparison], *, columns: int
     draw.text((margin + strip + gap, margin), right, fill="black")
     for i, (caption, *sides) in enumerate(rows):
         top = margin + line + i * (height + line + 6)
-        draw.text((margin, top + 2), caption, fill="black")
+        draw.text((margin, top + 2), printable(caption[:MOST_CAPTION]), fill="black")
         for side, images in enumerate(sides):
             for k, image in enumerate(images):
                 left = margin + side * (strip + gap) + k * (width + 1)
@@ -101,23 +109,41 @@ def animation(
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without lines that were cut off or damaged.
+def metric_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, what it says) of a run's metrics.jsonl, without those that were cut off or damaged.
 
     Raises:
-        ValueError: no such file, or not one line with a global_step in it.
+        ValueError: a file larger than any run's.
+    """
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected at most {MOST_BYTES}")
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # the latter: JSON nested too deeply
+                continue
+            if isinstance(row, dict) and 0 <= _number(row.get("global_step")) < 2**53:
+                yield line.rstrip(b"\n") + b"\n", row
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; of more than `MOST_ROWS` every second, fourth, ... one,
+    as a picture shows no more.
+
+    Raises:
+        ValueError: no such file, one larger than any run's, or not one line with a global_step.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} not found: expected the output folder of a training run")
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the latter: JSON nested too deeply
-            continue
-        if isinstance(row, dict) and isinstance(row.get("global_step"), int | float):
+    rows, every = [], 1
+    for i, (_, row) in enumerate(metric_lines(path)):
+        if i % every == 0:
             rows.append(row)
+        if len(rows) > MOST_ROWS:
+            rows, every = rows[::2], 2 * every
     if not rows:
         raise ValueError(
             f"{path}: no line with a global_step; expected the metrics of a run that has logged"
@@ -134,7 +160,8 @@ def _figure(columns: int) -> tuple[Any, Any]:
 
 def _number(value: Any) -> float:
     """`value`, or nan for what cannot be drawn."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    drawn = isinstance(value, int | float) and abs(value) < LARGEST
+    return float(value) if drawn else math.nan
 
 
 def curves(run: Path, path: Path) -> None:
@@ -173,8 +200,8 @@ def _levels(axis: Any, rows: list[dict[str, Any]]) -> None:
         ("importance/weight", "importance weight by noise level"),
         ("rewards/margins", "margin by noise level"),
     ):
-        binned = [row[f"{key}/by_level"] for row in rows if row.get(f"{key}/by_level")]
-        binned = [levels for levels in binned if isinstance(levels, list)]
+        binned = [row.get(f"{key}/by_level") for row in rows]
+        binned = [v for v in binned if isinstance(v, list) and 0 < len(v) <= MOST_BINS]
         if binned:
             means = []
             for column in zip(*binned, strict=False):
@@ -224,40 +251,45 @@ td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #ddd}
 pre{background:#f5f5f5;padding:.8rem;overflow:auto}"""
 
 
+def _escaped(text: str) -> str:
+    """As HTML shows it, line by line."""
+    return html.escape("\n".join(map(printable, text.split("\n"))))
+
+
 class Page:
     """One HTML file with every picture inside it."""
 
     def __init__(self, title: str) -> None:
-        self.title = title
-        self.parts = [f"<h1>{html.escape(title)}</h1>"]
+        self.title = _escaped(title)
+        self.parts = [f"<h1>{self.title}</h1>"]
 
     def heading(self, text: str) -> None:
-        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+        self.parts.append(f"<h2>{_escaped(text)}</h2>")
 
     def text(self, text: str) -> None:
-        self.parts.append(f"<p>{html.escape(text)}</p>")
+        self.parts.append(f"<p>{_escaped(text)}</p>")
 
     def code(self, text: str) -> None:
-        self.parts.append(f"<pre>{html.escape(text)}</pre>")
+        self.parts.append(f"<pre>{_escaped(text)}</pre>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         def cells(tag: str, row: Sequence[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+            return "<tr>" + "".join(f"<{tag}>{_escaped(c)}</{tag}>" for c in row) + "</tr>"
 
         body = "".join(cells("td", row) for row in rows)
         self.parts.append(f"<table>{cells('th', header)}{body}</table>")
 
     def link(self, text: str, target: str) -> None:
-        self.parts.append(f'<p><a href="{html.escape(target)}">{html.escape(text)}</a></p>')
+        self.parts.append(f'<p><a href="{html.escape(target)}">{_escaped(text)}</a></p>')
 
     def picture(self, path: Path) -> None:
         kind = {".png": "image/png", ".gif": "image/gif"}[path.suffix]
         data = base64.b64encode(path.read_bytes()).decode()
-        name = html.escape(path.name)
+        name = _escaped(path.name)
         self.parts.append(f'<p><img alt="{name}" src="data:{kind};base64,{data}"></p>')
 
     def save(self, path: Path) -> Path:
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+        head = f'<meta charset="utf-8"><title>{self.title}</title>'
         path.write_text(
             f'<!doctype html><html lang="en">{head}<style>{STYLE}</style>'
             f"<body>{''.join(self.parts)}</body></html>\n",
@@ -286,5 +318,6 @@ def run_report(
         page.picture(run / "samples.png")
     if (run / "config.yaml").is_file():
         page.heading("Configuration")
-        page.code((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        with (run / "config.yaml").open(encoding="utf-8", errors="replace") as file:
+            page.code(file.read(MOST_TEXT))
     return page.save(run / "report.html")

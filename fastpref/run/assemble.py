@@ -229,7 +229,7 @@ def restore(run: Run, start: Path) -> None:
         )
     run.begin = run.step = run.saved = state["step"]
     run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
-    run.meter.restore(state["meter"])
+    run.meter.restore(state["meter"], start)
     (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
     run.start = start
     print(f"resumed from {start}")

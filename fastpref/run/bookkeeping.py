@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..faults import out_of_memory
 from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
@@ -24,7 +25,7 @@ from . import artifact, checkpoint, checks, optimisation
 from .assemble import Run
 from .config import Config
 from .fitting import MENDS, exhausted
-from .guard import Diverged, Interrupted, OutOfMemory, Signals, within_memory
+from .guard import Diverged, Interrupted, Signals, within_memory
 from .telemetry import Clock, Log, pair_values, postfix
 
 # ---- Before the first step
@@ -46,7 +47,9 @@ def check(run: Run) -> None:
         if run.cache and now and run.margin_noise is not None:
             how = {"beta": run.objective.beta, "margin_noise": run.margin_noise}
             checks.drift(run.cache, now, run.process, few(), **how)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
 
 
@@ -102,6 +105,7 @@ def at_work(run: Run) -> Iterator[None]:
 
     Raises:
         ValueError: out of memory; what was done is saved, and the line says what to change.
+        Interrupted: nobody reads any more what is printed; what was done is saved.
     """
     config = run.config
     config.save(run.folder / "config.yaml")
@@ -114,10 +118,15 @@ def at_work(run: Run) -> Iterator[None]:
     run.meter.begin()
     try:
         yield
-    except (torch.OutOfMemoryError, OutOfMemory) as error:
+    except Exception as error:
+        unread = isinstance(error, BrokenPipeError)
+        if not (unread or out_of_memory(error)):
+            raise
         run.meter.forget()
         if run.step > run.saved:
             save(run)
+        if unread:
+            raise left(run) from None
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
     finally:
         source.close()  # its threads
@@ -247,8 +256,12 @@ def validate(run: Run) -> None:
 def leave_if_asked(run: Run) -> None:
     """Interrupted: a signal has arrived, the step is saved, and there are more left."""
     if run.stop and run.saved == run.step and not run.done:
-        where = f"saved at step {run.step} in {run.folder}"
-        raise Interrupted(f"{where}; run the same command to go on")
+        raise left(run)
+
+
+def left(run: Run) -> Interrupted:
+    where = f"saved at step {run.saved} in {run.folder}"
+    return Interrupted(f"{where}; run the same command to go on")
 
 
 # ---- After the last step

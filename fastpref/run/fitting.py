@@ -98,7 +98,7 @@ def note(record: Path, values: dict[str, Any]) -> None:
 
 
 def exhausted(
-    error: torch.OutOfMemoryError | OutOfMemory,
+    error: Exception,
     folder: Path,
     *,
     checkpointing: str,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..faults import on_signals, out_of_memory
+
 
 class Diverged(RuntimeError):
     """The run cannot go on; what was saved before stays."""
@@ -71,31 +73,32 @@ def within_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "allocate memory" not in str(error):  # as a CPU's allocator says it
+        if not out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise OutOfMemory(f"out of memory for {what} ({reason})") from None
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived: the run is saved, the same command goes on."""
+    """A signal arrived, or nobody reads any more what is printed: the run is saved, the same
+    command goes on.
+    """
 
 
 class Signals:
-    """True once SIGINT or SIGTERM has arrived, until `restore`; the loop saves and leaves."""
+    """True once one of `faults.STOPS` has arrived, until `restore`; the loop saves and leaves."""
 
     def __init__(self) -> None:
-        self.arrived, self.previous = False, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread
-                self.previous[number] = signal.signal(number, self._note)
+        self.arrived = self.asked = False
+        self.previous = on_signals(self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.arrived:
-            # Who asks a second time does not want to wait for the save.
+        # Who asks a second time does not want to wait for the save. A hangup is no such wish (a
+        # terminal and its shell both send it), and SIGTERM after Slurm's SIGUSR1 is the first.
+        wish = number in (signal.SIGINT, signal.SIGTERM)
+        if wish and self.asked:
             raise KeyboardInterrupt
-        self.arrived = True
+        self.arrived, self.asked = True, self.asked or wish
 
     def __bool__(self) -> bool:
         return self.arrived

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomic, writing
+from ..look.report import metric_lines
 from ..loss.functional import PairLoss
 from ..loss.objectives import SDPO, Objective
 
@@ -36,6 +37,11 @@ class Meter:
         change between flushes.
         """
         stacked = torch.stack([v.detach().double() for v in values.values()], dim=1)  # [B, K]
+        if self.names and self.names != list(values):  # restored
+            raise ValueError(
+                f"the checkpoint's meter holds {', '.join(self.names)}, expected "
+                f"{', '.join(values)}: resume from another checkpoint"
+            )
         if not self.names:
             self.sums = torch.zeros(BINS, len(values), dtype=torch.float64, device=self.device)
             self.counts = torch.zeros(BINS, 1, dtype=torch.float64, device=self.device)
@@ -61,13 +67,25 @@ class Meter:
         # Lists of floats: JSON gives a float64 back to the bit.
         return {"names": self.names, "sums": self.sums.tolist(), "counts": self.counts.tolist()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.names = state.get("names", [])
-        if self.names:
-            self.sums, self.counts = (
-                torch.tensor(state[name], dtype=torch.float64, device=self.device)
-                for name in ("sums", "counts")
+    def restore(self, state: Any, checkpoint: Path) -> None:
+        """ValueError: not what `state` gave; checkpoint: where it was read."""
+        if state == {}:
+            self.names = []
+            return
+        try:
+            names, *sums = (state[name] for name in ("names", "sums", "counts"))
+            sums, counts = (
+                torch.tensor(rows, dtype=torch.float64, device=self.device) for rows in sums
             )
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
+            names = None
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not (texts and names and sums.shape == (BINS, len(names)) and counts.shape == (BINS, 1)):
+            raise ValueError(
+                f"{checkpoint}: state.json's meter expected names, sums [{BINS}, names] and counts "
+                f"[{BINS}, 1]: resume from another checkpoint"
+            )
+        self.names, self.sums, self.counts = names, sums, counts
 
     def flush(self, by_level: tuple[str, ...] = ()) -> dict[str, Any]:
         """Means since the last flush, and for `by_level` names a list of BINS means (null where
@@ -144,16 +162,11 @@ class Log:
         self, folder: Path, trackers: list[str], config: dict[str, Any], step: int
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = []
+        kept = b""
         if self.path.exists():
-            for line in self.path.read_text(errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a line cut by a kill
-                    continue
-                if isinstance(row, dict) and row.get("global_step", step + 1) <= step:
-                    kept.append(line)
-        write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
+            lines = metric_lines(self.path)  # none that a kill has cut
+            kept = b"".join(line for line, row in lines if row["global_step"] <= step)
+        write_atomic(self.path, kept)
         self.file = self.path.open("a")
         self.writers: list[Any] = []
         for tracker in trackers:

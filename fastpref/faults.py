@@ -1,0 +1,185 @@
+"""What ends a command before its end: signals, and any exception told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .progress import printable
+
+# SIGHUP: a terminal that closes; SIGUSR1: Slurm before its time limit (--signal=USR1@60).
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+MOST = 1000  # characters of an exception's own words
+PACKAGE = Path(__file__).parent
+MORE = "FASTPREF_TRACEBACK=1 shows the rest"
+REPORT = f"{MORE}; if fastpref is at fault, please report it"
+# Where a module is not called as what it is installed by.
+INSTALLED_BY = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf", "flash_attn": "flash-attn"}
+MEMORY = re.compile(r"out of memory|can't allocate memory|_ALLOC_FAILED|alloc_cpu")
+SHAPES = re.compile(r"\b(shape|size|dimension|channel)s?\b", re.IGNORECASE)
+# What needs less of it, by command; of others: fewer or smaller frames.
+SMALLER = {
+    "train": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
+    "sweep": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
+    "cache-reference": "--pair_mode deferred or a smaller --train_batch_size, here and in training",
+    "encode": "a smaller --batch_size, --num_frames, --height and --width, or --dtype bfloat16",
+    "sample": "smaller --num_frames, --height and --width, or one prompt at a time",
+    "eval": "a set of fewer or smaller frames, or --device cpu",
+    "demo": "fewer --pairs and --clips",
+}
+
+
+def on_signals(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Sets what STOPS do; returns what they did. Those that are ignored stay so (SIGINT of
+    `fastpref ... &`, SIGHUP of `nohup fastpref ...`), but for SIGTERM.
+    """
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in STOPS:
+            # None: a handler of somebody's C code.
+            if number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+class _Terminal(io.FileIO):
+    """A terminal that may go: what is written to it then is lost, and no error of a run's."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Around a command: what it says never stops it because a terminal is gone or knows fewer
+    characters; BrokenPipeError where a pipe's reader is.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_lasting, before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # or Python says so again when it exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: Any) -> Any:
+    if stream is None:  # closed
+        return open(os.devnull, "w")
+    if stream.isatty():
+        raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        stream = io.TextIOWrapper(raw, encoding=stream.encoding, line_buffering=True)
+    if isinstance(stream, io.TextIOWrapper):  # no caller's own
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def say(text: str) -> None:
+    """One line to stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def told(error: BaseException, command: str) -> str:
+    """What `fastpref COMMAND` says of an exception: one line, with a remedy where one is known.
+
+    fastpref's own are sentences already, and OSErrors name their file. Of others: type, message,
+    where in fastpref they arose, and how to see the rest.
+    """
+    text, frames = cut(str(error)), list(_frames(error))
+    if text and (isinstance(error, OSError) or (frames and _raised_by_us(frames[-1]))):
+        return text
+    lacking = [e for e in _causes(error) if isinstance(e, ImportError)]
+    if lacking:
+        return missing(lacking[-1])
+    if out_of_memory(error):
+        less = SMALLER.get(command, "fewer or smaller frames")
+        return f"out of memory ({text}): try {less}, or a larger machine"
+    if isinstance(error, RuntimeError | IndexError) and SHAPES.search(text):
+        return (
+            f"shapes do not fit each other ({text}): do the data, the model and the adapter belong "
+            f"together, and can the model take this size? {MORE}"
+        )
+    if isinstance(error, RecursionError):
+        text = f"something is nested too deeply: {text}"
+    kind, own = type(error).__name__, [frame for frame in frames if _ours(frame)]
+    where = ""
+    if own:
+        path = Path(own[-1].tb_frame.f_code.co_filename).relative_to(PACKAGE.parent)
+        where = f" ({path}:{own[-1].tb_lineno})"
+    return f"{kind}: {text}{where}; {REPORT}" if text else f"{kind}{where}; {REPORT}"
+
+
+def missing(error: ImportError) -> str:
+    """An ImportError of any library with what to install."""
+    text, name = cut(str(error)), (error.name or "").split(".")[0]
+    package = INSTALLED_BY.get(name, name)
+    absent = isinstance(error, ModuleNotFoundError)
+    if name and absent and (not _installed(name) or str(error).startswith("No package metadata")):
+        return f"{package} is not installed: pip install {package}"
+    if name and (absent or text.startswith("cannot import name")):
+        return f"{text}: another version of it is needed, try pip install --upgrade {package}"
+    return f"{text}; {MORE}"  # a library's own sentence
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a card's, a CPU's, numpy's or pyarrow's memory ran out."""
+    # By name: this file does without torch, whose import may be the fault.
+    if isinstance(error, MemoryError) or type(error).__name__.startswith("OutOfMemory"):
+        return True
+    return isinstance(error, RuntimeError) and bool(MEMORY.search(str(error)))
+
+
+def cut(text: str) -> str:
+    """`text` in one line of MOST characters: its begin, and its end, where remedies stand."""
+    text = " ".join(text.split())
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module without a spec
+        return True
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _frames(error: BaseException) -> Iterator[TracebackType]:
+    here = error.__traceback__
+    while here is not None:
+        yield here
+        here = here.tb_next
+
+
+def _ours(frame: TracebackType) -> bool:
+    return Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
+def _raised_by_us(frame: TracebackType) -> bool:
+    """By a `raise`, not by what an expression ran into."""
+    operation = dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]]
+    return _ours(frame) and operation == "RAISE_VARARGS"
