@@ -20,7 +20,7 @@ CALLS = {
     "encode_text": ("pipe", "prompts"),
     "decode": ("pipe", "latents"),
 }
-HELPERS = ("encoders", "folder", "published", "weights")  # modules here that are no families
+HELPERS = ("encoders", "folder", "names", "published", "weights")  # modules here that are no families
 NAMES = ("LORA_TARGETS", "BLOCKS", *CALLS)
 
 
