@@ -26,10 +26,12 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
   sweep     several objectives and betas on the same pairs and draws: same flags as train
   sample    clips from a model, with or without an adapter
   eval      errors and implicit accuracy of a tuned model on encoded pairs
+  export    an adapter file for diffusers or ComfyUI, from a run's or any other tool's
   report    plots and one HTML page of a run
   doctor    what is installed; with --family what a run of train would need of a card
 """
 
+FAMILY = "wan, cogvideox, stable_diffusion, toy, or a module"
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
 OK, USER_ERROR, INTERRUPTED = 0, 1, 75
 ENDS = {"Diverged": 2, "Interrupted": INTERRUPTED}  # of run/guard.py, by name: it imports torch
@@ -64,7 +66,7 @@ def command(name: str, rest: list[str], again: str) -> None:
     """again: what to say where a signal ends it."""
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
     commands |= {"cache-reference": cache_reference, "sweep": sweep}
-    commands |= {"eval": evaluate, "report": report, "doctor": doctor}
+    commands |= {"eval": evaluate, "export": export, "report": report, "doctor": doctor}
     if name in ("-h", "--help", "help"):
         return print(USAGE, end="")
     if name == "--version":
@@ -120,7 +122,7 @@ def encode(rest: list[str]) -> None:
     options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
     add = options.add_argument
     add("--data", required=True, help="folder with metadata, metadata file, or HF dataset")
-    add("--family", help="wan, cogvideox, stable_diffusion, toy, or a module")
+    add("--family", help=FAMILY)
     add("--model", help="diffusers model folder or hub id")
     add("--output_dir", help="the encoded set; the same command run again goes on")
     add("--num_frames", type=int, help="frames per clip; default: all of them")
@@ -213,18 +215,16 @@ def sweep(rest: list[str]) -> None:
     print(table(runs, results))
 
 
-def model_options(name: str, what: str, seed: int) -> Parser:
+def model_options(name: str, what: str, seed: int | None = None) -> Parser:
     options = parser(name, what)
-    options.add_argument(
-        "--family",
-        required=True,
-        help="wan, cogvideox, stable_diffusion, toy, or a module",
-    )
+    options.add_argument("--family", required=True, help=FAMILY)
     options.add_argument("--model", required=True, help="diffusers model folder")
     options.add_argument("--lora", help="adapter file, or the run's folder that holds it")
-    options.add_argument("--tuned", help="folder of a run with tuning full, in place of --lora")
-    options.add_argument("--seed", type=int, default=seed, help=f"default: {seed}")
-    options.add_argument("--device", help="default: cuda where there is one")
+    if seed is not None:
+        tuned = "folder of a run with tuning full, in place of --lora"
+        options.add_argument("--tuned", help=tuned)
+        options.add_argument("--seed", type=int, default=seed, help=f"default: {seed}")
+        options.add_argument("--device", help="default: cuda where there is one")
     return options
 
 
@@ -296,6 +296,16 @@ def evaluate(rest: list[str]) -> None:
     process = make_process(family, options.model)
     how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair, "tune": tune}
     print(json.dumps(against_base(model, family, process, dataset, **how)))
+
+
+def export(rest: list[str]) -> None:
+    """An adapter in another key form, at the same strength; of the model its config is read."""
+    from .run.adapters import FORMATS, convert
+
+    options = model_options("export", export.__doc__)
+    options.add_argument("--format", required=True, choices=FORMATS)
+    options.add_argument("--output", required=True, help="a new .safetensors file")
+    print(convert(**vars(options.parse_args(rest))))
 
 
 def report(rest: list[str]) -> None:

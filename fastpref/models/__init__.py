@@ -20,7 +20,8 @@ CALLS = {
     "encode_text": ("pipe", "prompts"),
     "decode": ("pipe", "latents"),
 }
-HELPERS = ("encoders", "folder", "names", "published", "weights")  # modules here that are no families
+# Modules here that are no families.
+HELPERS = ("encoders", "folder", "names", "published", "weights")
 NAMES = ("LORA_TARGETS", "BLOCKS", *CALLS)
 
 

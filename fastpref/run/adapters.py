@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import models
 from ..files import write_atomic
 from ..models import names
+from ..models.folder import shapes_alone
 
 FORMATS = ("diffusers", "comfyui")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
@@ -324,6 +326,23 @@ def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict[str, Tensor
             key = f"diffusion_model.{original[layer]}"
             values |= {f"{key}.lora_A.weight": each.a, f"{key}.lora_B.weight": each.b}
     return values, {}
+
+
+def convert(lora: str | None, family: str, model: str, format: str, output: str) -> Path:
+    """`fastpref export`: an adapter file of any form, or a folder's, in one of FORMATS.
+
+    Raises:
+        ValueError: as `read` and `write`, or `output` is there already.
+    """
+    path = Path(output)
+    if not lora:
+        raise ValueError("--lora is required: the run's folder, or its adapter file")
+    if path.suffix != ".safetensors" or path.exists():
+        raise ValueError(f"--output {path}: expected a new file that ends in .safetensors")
+    with shapes_alone():  # the model's config says what layers there are
+        made = models.family(family).load(model)
+    write(path, made, read(lora, made), format)
+    return path
 
 
 def component_of(model: nn.Module) -> str:

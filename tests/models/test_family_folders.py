@@ -19,8 +19,8 @@ from fastpref.models import encoders as model_encoders
 from fastpref.models import folder as model_folder
 from fastpref.pairs.encode import encode
 from fastpref.run.assemble import DATA
-from fastpref.run.config import Config
 from fastpref.run.belong import warn_of_another_model
+from fastpref.run.config import Config
 from fastpref.run.parts import load_model, open_data
 
 
