@@ -307,8 +307,8 @@ def _diffusers(
 
 
 def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A UNet's in kohya's form, which ComfyUI and diffusers read; a transformer's by its original
-    names.
+    """A UNet's in kohya's form, a transformer's by its original names; without `.alpha`, which
+    diffusers loses where a UNet's layers have several.
     """
     original = names.originals(model)
     for layer, each in found.items():
@@ -321,7 +321,6 @@ def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict[str, Tensor
         if component_of(model) == "unet":
             key = f"lora_unet_{layer.replace('.', '_')}"
             values |= {f"{key}.lora_down.weight": each.a, f"{key}.lora_up.weight": each.b}
-            values[f"{key}.alpha"] = torch.tensor(each.alpha)
         else:
             key = f"diffusion_model.{original[layer]}"
             values |= {f"{key}.lora_A.weight": each.a, f"{key}.lora_B.weight": each.b}
