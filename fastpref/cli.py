@@ -1,4 +1,4 @@
-"""The `fastpref` command: thin wrappers; a user's mistake is one line and exit code 1."""
+"""The `fastpref` command, in one file: thin wrappers; a mistake is one line and exit code 1."""
 
 from __future__ import annotations
 

@@ -67,8 +67,9 @@ def test_settings_that_cannot_be_are_one_line(change, says, exported, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "nope", "nope.safetensors"])
 def test_an_adapter_that_is_not_there(name, tmp_path, capsys):
-    where = ["--family", "toy", "--model", str(BASE), "--data", "x", "--lora", str(tmp_path / name)]
-    line = fails(capsys, "eval", *where)
+    where = ["--family", "toy", "--model", str(BASE), "--format", "diffusers"]
+    where += ["--output", str(tmp_path / "out.safetensors"), "--lora", str(tmp_path / name)]
+    line = fails(capsys, "export", *where)
     assert "no such file; expected a run's folder, or its adapter file" in line
 
 
