@@ -1,0 +1,356 @@
+"""What an encoding says at its end, of data put together after reports from the field."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import BASE, fails, write_pairs
+from families import Case, frames_of, tiny, write_media
+from PIL import Image
+from torch import Tensor
+
+from fastpref.cli import main
+from fastpref.look.validation import Prompts
+from fastpref.models import encoders as model_encoders
+from fastpref.models import toy
+from fastpref.pairs import prepare
+from fastpref.pairs.dataset import PairDataset
+from fastpref.pairs.encode import FIRST, encode
+from fastpref.pairs.media import write_clip
+
+LONG = "the old stone wall and the lamps of a quiet street "
+
+
+def noise(height: int, width: int, seed: int, count: int = 9) -> Tensor:
+    """uint8 [count, height, width, 3]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Pairs for 9 frames of 32x48 at 16 fps, each of another kind."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    seeds = iter(range(100))
+
+    def clip(name: str, height: int = 32, width: int = 48, fps: float = 16, count: int = 9) -> str:
+        write_clip(folder / name, noise(height, width, next(seeds), count), fps)
+        return name
+
+    long = LONG * 60
+    rows = [
+        {"prompt": f"{long} at dawn", "chosen": clip("a.mp4"), "rejected": clip("b.mp4")},
+        {"prompt": f"{long} at dusk", "chosen": clip("c.mp4"), "rejected": clip("d.mp4")},
+        {"prompt": "x", "chosen": clip("slow.mp4", fps=8), "rejected": clip("e.mp4", fps=15.9)},
+        {"prompt": "y", "chosen": clip("f.mp4", fps=24, count=14), "rejected": "slow.mp4"},
+        {"prompt": "x", "chosen": clip("wide.mp4", 32, 64), "rejected": clip("big.mp4", 64, 96)},
+        {"prompt": "x", "chosen": "a.mp4", "rejected": "d.mp4", "score_chosen": 2},
+        {"prompt": "x", "chosen": "a.mp4", "rejected": "same.mp4"},
+        {"prompt": "x", "chosen": "a.mp4", "rejected": "same.mkv"},
+        {"prompt": "x", "chosen": "a.mp4", "rejected": clip("short.mp4", count=5)},
+        {"prompt": "x", "chosen": clip("\x1b[31mred.mp4", count=2), "rejected": "a.mp4"},
+    ]
+    rows[5]["score_rejected"] = 2
+    (folder / "same.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    write_clip(folder / "same.mkv", noise(32, 48, 0), 16)
+    return write_rows(folder, rows)
+
+
+SUMMARY = """\
+10 rows: 5 pairs, 1 ties dropped, 4 bad rows (1 identical, 1 identical_frames, 2 too_short)
+  prompts cut, longer than the text encoder reads: 2; first: metadata.jsonl line 1, prompt: \
+N tokens, of which 512 are read
+  clips of a lower rate than --fps, frames taken again: 2; first: metadata.jsonl line 3, chosen: \
+slow.mp4 (8 fps, --fps 16)
+  media resized: 1; first: metadata.jsonl line 5, rejected: big.mp4 (64x96 to 32x48)
+  media cropped: 1; first: metadata.jsonl line 5, chosen: wide.mp4 (32x64 to 32x48)
+  ties dropped: 1; first: metadata.jsonl line 6
+  bad rows, identical: 1; first: metadata.jsonl line 7, rejected: has the same content as chosen
+  bad rows, identical_frames: 1; first: metadata.jsonl line 8, rejected: has the same frames as \
+chosen
+  bad rows, too_short: 2; first: metadata.jsonl line 9, rejected: short.mp4 is too short: 5 frames \
+at 16 fps, --num_frames asks for 9
+"""
+SIZE = {"num_frames": 9, "height": 32, "width": 48, "fps": 16}
+FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
+
+
+def summary(out: str) -> str:
+    """The lines at an encoding's end, without its folder and the number of tokens."""
+    found = out[re.search(r"^.*\d+ rows: ", out, re.M).start() :]
+    return re.sub(r"^.*?: (\d+ rows)", r"\1", re.sub(r"\d+ tokens", "N tokens", found))
+
+
+def test_clips_of_every_kind_are_told_in_a_line_each(clips, tmp_path, capsys):
+    """WanVideoWrapper#1781 (prompts that differ after token 512), diffusion-pipe#200 and
+    musubi-tuner#34 (8 fps clips at --fps 16).
+    """
+    case, folder = tiny("wan"), tmp_path / "set"
+    where = ["--model", str(case.path), "--data", str(clips), "--output_dir", str(folder)]
+    capsys.readouterr()
+    assert main(["encode", "--family", "wan", *where, *FLAGS]) == 0
+    assert summary(capsys.readouterr().out) == SUMMARY
+    counts = json.loads((folder / "counts.json").read_text())
+    first = counts.pop("first")
+    assert counts == {
+        "records": 10,
+        "ties": 1,
+        "pairs": 5,
+        "already_encoded": 0,
+        "bad": {"identical": 1, "identical_frames": 1, "too_short": 2},
+        "notes": {"cut_prompts": 2, "slower": 2, "resized": 1, "cropped": 1, "composited": 0},
+    }
+    assert set(first) == {name for name, n in (counts["notes"] | counts["bad"]).items() if n} | {
+        "ties"
+    }
+    # The same embedding, which is why they are counted.
+    dataset = PairDataset(folder)
+    one, other = (dataset[i].cond["text"] for i, p in enumerate(dataset.prompts) if LONG in p)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_resumed_encoding_tells_of_the_whole_set(num_workers, clips, tmp_path, capsys):
+    case, folder = tiny("wan"), tmp_path / "set"
+    given = {**SIZE, "batch_size": 2, "num_workers": num_workers}
+    encode("wan", case.path, clips, folder, **given, progress=False)
+    before = json.loads((folder / "counts.json").read_text())
+    bad = (folder / "bad_rows.jsonl").read_text()
+    assert [json.loads(line)["where"][-1] for line in bad.splitlines()] == ["7", "8", "9", "0"]
+    (folder / "index.parquet").unlink()
+    for path in sorted(folder.rglob("pairs/*/*.safetensors"))[:3]:
+        path.unlink()  # never encoded: another first one of some kind
+    (folder / "counts.json").unlink()
+    capsys.readouterr()
+    encode("wan", case.path, clips, folder, **given)
+    assert json.loads((folder / "counts.json").read_text()) == {**before, "already_encoded": 2}
+    assert (folder / "bad_rows.jsonl").read_text() == bad
+    said = summary(capsys.readouterr().out)
+    assert said == SUMMARY.replace("5 pairs,", "5 pairs (2 already encoded),")
+
+
+def test_the_dry_run_says_the_same(clips, capsys):
+    """But for what takes a tokenizer to know; and nothing that a terminal would obey."""
+    assert main(["encode", "--data", str(clips), "--dry_run", *FLAGS]) == 0
+    said = summary(capsys.readouterr().out)
+    without = [line for line in SUMMARY.splitlines() if "prompts cut" not in line]
+    assert said.splitlines()[: len(without)] == without
+
+
+def test_a_name_that_colours_the_terminal_is_shown_as_escapes(clips, capsys):
+    rows = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
+    write_rows(clips, [rows[-1], rows[0]])
+    assert main(["encode", "--data", str(clips), "--dry_run", *FLAGS]) == 0
+    assert "first: metadata.jsonl line 1, chosen: \\x1b[31mred.mp4 is too short" in summary(
+        capsys.readouterr().out
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Pairs of 32x48 pictures, each of another kind."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+
+    def picture(name: str, seed: int, **options: Any) -> str:
+        Image.fromarray(noise(32, 48, seed, 1)[0].numpy()).save(folder / name, **options)
+        return name
+
+    pixels = noise(32, 48, 0, 1)[0]
+    alpha = torch.zeros(32, 48, 1, dtype=torch.uint8)
+    Image.fromarray(torch.cat([pixels, alpha], 2).numpy()).save(folder / "alpha.png")
+    opaque = torch.cat([noise(32, 48, 7, 1)[0], alpha + 255], 2)
+    Image.fromarray(opaque.numpy()).save(folder / "opaque.png")
+    rows = [
+        {"prompt": f"{LONG * 12} one", "chosen": picture("a.png", 0), "rejected": "alpha.png"},
+        {"prompt": f"{LONG * 12} two", "chosen": picture("b.png", 1), "rejected": "opaque.png"},
+        {"prompt": "x", "chosen": "a.png", "rejected": picture("packed.png", 0, compress_level=0)},
+        {"prompt": "y", "chosen": "b.png", "rejected": "alpha.png"},
+    ]
+    return write_rows(folder, rows)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_pictures_of_every_kind(name, pictures, tmp_path):
+    """diffusers#5890, SimpleTuner#283: SD printed what it cut of every prompt, 240 KB of it.
+    sd-scripts#1269: alpha; one that hides nothing is no news.
+    """
+    case, records = tiny(name), []
+    watch = logging.Handler()
+    watch.emit = records.append
+    libraries = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    for library in libraries:
+        library.addHandler(watch)
+    try:
+        encode(
+            "stable_diffusion", case.path, pictures, tmp_path / "set", dtype="bfloat16",
+            progress=False,
+        )  # fmt: skip
+    finally:
+        for library in libraries:
+            library.removeHandler(watch)
+    assert [record.getMessage() for record in records] == []
+    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
+    assert counts["pairs"] == 3
+    assert counts["bad"] == {"identical_frames": 1}
+    assert counts["notes"]["cut_prompts"] == 2 and counts["notes"]["composited"] == 1
+    first = counts["first"]
+    where = "metadata.jsonl line"
+    assert re.fullmatch(
+        rf"{where} 1, prompt: \d+ tokens, of which 77 are read", first["cut_prompts"]
+    )
+    assert first["composited"] == f"{where} 1, rejected: alpha.png"
+
+
+def test_other_frames_of_the_same_latents_are_a_bad_row(tmp_path, monkeypatch):
+    data = write_pairs(tmp_path / "data", 2)
+    frames = noise(12, 12, 0) // 2 * 2
+    write_clip(data / "0_w.mp4", frames)
+    write_clip(data / "0_l.mp4", frames + 1)
+    real = toy.encode_media
+    monkeypatch.setattr(toy, "encode_media", lambda pipe, frames: real(pipe, frames // 2))
+    encode("toy", BASE, data, tmp_path / "set", dtype="bfloat16", progress=False)
+    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
+    assert counts["pairs"] == 1 and counts["bad"] == {"identical_latents": 1}
+    said = "has the same latents as chosen in bfloat16, of other frames"
+    assert counts["first"] == {"identical_latents": f"metadata.jsonl line 1, rejected: {said}"}
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "sd15", "sdxl"])
+def test_a_prompt_is_cut_where_its_tokenizer_cuts_it(name):
+    """Word by word: as soon as it is said to be cut, and no sooner, another end changes nothing."""
+    case = tiny(name)
+    words = (LONG * 60).split()
+
+    def same(count: int) -> bool:
+        prompts = [" ".join([*words[:count], end]) for end in ("wall", "the wall")]
+        one, other = case.module.encode_text(case.encoders, prompts)
+        return torch.equal(one["text"], other["text"])
+
+    def cut(count: int) -> bool:
+        return bool(case.encoders.cut([" ".join([*words[:count], "wall"])])[0])
+
+    low, high = 0, len(words)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut(middle) else (middle, high)
+    assert not cut(low) and not same(low)
+    assert cut(high) and same(high + 8)
+
+
+def test_a_medium_of_many_pairs_is_counted_once(tmp_path):
+    data = write_pairs(tmp_path / "data", 3)
+    ranked = {"prompt": "x", "candidates": ["0_w.mp4", "1_w.mp4", "2_w.mp4"]}
+    more = {"prompt": "y", "candidates": ["2_w.mp4", "0_w.mp4"]}
+    write_rows(data, [ranked, more])
+    given = {"height": 8, "width": 8, "fps": 16, "progress": False}
+    encode("toy", BASE, data, tmp_path / "set", **given)
+    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
+    assert counts["pairs"] == 4
+    assert counts["notes"]["resized"] == counts["notes"]["slower"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fps", "asked", "count", "slower"),
+    [
+        (8, 16, 9, True),
+        (16, 16, 9, False),
+        (16, 16, 2, False),
+        (24, 16, 9, False),
+        (23.976, 24, 240, True),
+        (30000 / 1001, 29.97, 60, False),
+        (12, 12.5, 12, True),
+        (16, None, 9, False),
+        (1, 16, 1, False),
+    ],
+)
+def test_which_rates_are_below_the_asked_one(fps, asked, count, slower, tmp_path, capsys):
+    for i, name in enumerate(("a.mp4", "b.webm")):
+        if name == "a.mp4" or count > 1:
+            write_clip(tmp_path / "a.mp4", noise(8, 8, i, count), fps)
+    write_clip(tmp_path / "b.mkv", noise(8, 8, 7, count), fps)  # times in milliseconds
+    write_rows(tmp_path, [{"prompt": "x", "chosen": "a.mp4", "rejected": "b.mkv"}])
+    sampling = prepare.Sampling(fps=asked)
+    found = prepare.survey(tmp_path, sampling=sampling, progress=False)["counts"]
+    assert found.notes["slower"] == (2 if slower else 0)
+
+
+# ---- sizes
+
+
+def odd(folder: Path, case: Case, count: int) -> Path:
+    """`count` pairs of a size that no video family takes."""
+    folder.mkdir()
+    write_clip(folder / "a.mp4", noise(24, 40, 0, 5))
+    write_clip(folder / "b.mp4", noise(24, 40, 1, 5))
+    rows = [{"prompt": f"{i}", "chosen": "a.mp4", "rejected": "b.mp4"} for i in range(count)]
+    return write_rows(folder, rows)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox-2b"])
+def test_data_whose_every_size_is_wrong_are_refused_at_once(name, tmp_path, monkeypatch, capsys):
+    """After the first pairs, before a model is loaded; the folder is free for the right size."""
+    case = tiny(name)
+    data, where = odd(tmp_path / "data", case, 200), ["--output_dir", str(tmp_path / "set")]
+    given = ["--family", case.family.name, "--model", str(case.path), "--data", str(data), *where]
+    decoded = []
+    real = prepare.decode
+    monkeypatch.setattr(prepare, "decode", lambda *a: decoded.append(1) or real(*a))
+    with monkeypatch.context() as patch:
+        patch.setattr(model_encoders.Encoders, "_load", lambda *_: pytest.fail("loaded"))
+        capsys.readouterr()
+        said = fails(capsys, "encode", *given)
+    assert f"the model takes none of the first {FIRST} pairs; first: metadata.jsonl line 1" in said
+    assert said.endswith("got 24x40: pass --height 16 --width 32 or other multiples\n")
+    assert len(decoded) < 3 * FIRST
+    lines = (data / "metadata.jsonl").read_text().splitlines()[:2]
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    assert main(["encode", *given, "--height", "16", "--width", "32"]) == 0
+
+
+def test_rows_of_a_wrong_size_among_others_are_bad_rows(tmp_path, monkeypatch):
+    """Known before the encoder sees one; many at the start stop nothing where others fit."""
+    case = tiny("wan")
+    data = odd(tmp_path / "data", case, FIRST + 8)
+    wrong = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    good = json.loads(
+        (write_media(case.family, tmp_path / "m") / "metadata.jsonl").read_text().splitlines()[0]
+    )
+    for key in ("chosen", "rejected"):
+        (data / good[key]).write_bytes((tmp_path / "m" / good[key]).read_bytes())
+    write_clip(data / "even.mp4", frames_of(case.family, 5, 8))
+    write_clip(data / "even2.mp4", frames_of(case.family, 6, 8))
+    even = {"prompt": "x", "chosen": "even.mp4", "rejected": "even2.mp4"}
+    write_rows(data, [wrong[0], good, *wrong[1:], even])
+    seen, real = [], case.module.encode_media
+    monkeypatch.setattr(
+        case.module, "encode_media", lambda pipe, f: seen.append(1) or real(pipe, f)
+    )
+    encode("wan", case.path, data, tmp_path / "set", progress=False)
+    assert len(seen) == 2
+    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
+    assert counts["bad"] == {"not_encodable": FIRST + 9} and counts["pairs"] == 1
+    rows = [json.loads(x) for x in (tmp_path / "set" / "bad_rows.jsonl").read_text().splitlines()]
+    assert rows[-1]["reason"] == "frames expected 4k+1, got 8: pass --num_frames 5 or 9"
+
+
+def test_a_prompt_to_sample_from_that_is_cut_is_said(capsys):
+    """Where no encoding counts it."""
+    case = tiny("sd15")
+    capsys.readouterr()
+    Prompts(case.module, str(case.path), ["short", LONG * 30], torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert re.search(r"^warning: prompt 2 is cut: \d+ tokens, of which 77 are read$", said, re.M)
+    assert "prompt 1" not in said and "truncated" not in said
