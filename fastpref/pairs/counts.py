@@ -113,6 +113,6 @@ class Counts:
 def _place(row: Row, field: str, detail: str) -> str:
     """`metadata.jsonl line 3, chosen: a.mp4 (8 fps, --fps 16)`"""
     medium: Any = getattr(row, field)
-    name = [medium.name] if isinstance(medium, Path) else []
-    said = " ".join([*name, f"({detail})" if name and detail else detail])
+    name = medium.name if isinstance(medium, Path) else ""
+    said = " ".join(filter(None, (name, f"({detail})" if name and detail else detail)))
     return f"{row.where}, {field}{f': {said}' if said else ''}"
