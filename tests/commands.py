@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import fastpref
 from fastpref.cli import main
@@ -102,3 +103,18 @@ def content(folder: Path) -> dict[str, bytes]:
 def encoded(data: Path, output_dir: Path, **options) -> PairDataset:
     """The toy family's set of some media."""
     return PairDataset(encode("toy", BASE, data, output_dir, progress=False, **options))
+
+
+def undigested(folder: Path) -> Path:
+    """Makes a set one from before its files had digests."""
+    import pyarrow.parquet as pq
+
+    mark = json.loads((folder / "fingerprint.json").read_text())
+    del mark["digests"]
+    (folder / "fingerprint.json").write_text(json.dumps(mark))
+    for path in folder.rglob("*.safetensors"):
+        if path.parent.name != "reference":
+            path.write_bytes(save(load(path.read_bytes())))
+    table = pq.read_table(folder / "index.parquet").drop_columns("digest")
+    pq.write_table(table.replace_schema_metadata(), folder / "index.parquet")
+    return folder

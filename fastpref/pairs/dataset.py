@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections import Counter, deque
@@ -16,6 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .shards import (
+    conditions,
+    digest,
+    encoding_of,
+    index_digest,
+    pair_file,
+    read_fingerprint,
+    read_tensors,
+)
 
 
 class Pair(NamedTuple):
@@ -65,46 +74,6 @@ class Batch:
         )
 
 
-def pair_file(folder: Path, pair_id: int) -> Path:
-    """Where a pair's tensors stand in an encoded set: 256 folders, named by the id in hex."""
-    # One folder of a million files would be slow to list.
-    name = f"{pair_id:016x}"
-    return folder / "pairs" / name[-2:] / f"{name}.safetensors"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped; ValueError: missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error}); delete it and run the same fastpref encode again"
-        ) from None
-
-
-def conditions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors stored as `cond.NAME`, by name."""
-    return {name[5:]: value for name, value in tensors.items() if name.startswith("cond.")}
-
-
-def read_fingerprint(folder: Path) -> dict[str, Any]:
-    """What an encoded set was encoded with; ValueError: its fingerprint.json is damaged."""
-    path = folder / "fingerprint.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the last: JSON nested too deeply
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: is damaged, expected the JSON object that fastpref encode wrote; "
-            "encode into another output_dir"
-        )
-    return found
-
-
 class PairDataset:
     """The pairs of an encoded set, in the order of its index.
 
@@ -130,17 +99,26 @@ class PairDataset:
                 "(if its encoding was interrupted, run the same command again)"
             )
         try:
-            columns = pq.read_table(index).to_pydict()
+            table = pq.read_table(index)
+            columns = table.to_pydict()
             self.pair_ids: list[int] = columns["pair_id"]
             self.prompts: list[str] = columns["prompt"]
             self.weights: list[float] = columns["weight"]
             self.shapes: list[str] = columns["shapes"]
+            marks = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:160]
             raise self._damaged(f"is damaged ({reason})") from None
         self._check_index()
         self.fingerprint: dict[str, Any] = read_fingerprint(self.folder)
-        self.empty_cond = conditions(read_tensors(self.folder / "empty.safetensors"))
+        self._encoding = encoding_of(self.fingerprint)
+        self._digests: list[str] | None = columns.get("digest")  # None: a set from before them
+        if self._digests or "digests" in self.fingerprint:
+            self._check_digests(columns, marks)
+        path = self.folder / "empty.safetensors"
+        tensors = read_tensors(path)
+        self._check_content(path, tensors, marks.get("empty"))
+        self.empty_cond = conditions(tensors)
 
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(
@@ -164,6 +142,27 @@ class PairDataset:
             for name, value in (("prompt", prompt), ("shapes", shapes)):
                 if not isinstance(value, str):
                     raise self._damaged(f"{where}: {name} expected a text, got {value!r:.40}")
+        twice, count = Counter(self.pair_ids).most_common(1)[0]
+        if count > 1:
+            raise self._damaged(f"pair {twice} stands in {count} rows, expected one")
+
+    def _check_digests(self, columns: dict[str, list], marks: dict[str, str]) -> None:
+        """Whether the index and the fingerprint are what was written."""
+        if not self._digests or marks.get("rows") != index_digest(columns):
+            raise self._damaged("was changed after it was written")
+        if marks.get("encoding") != self._encoding:
+            raise ValueError(
+                f"{self.folder / 'fingerprint.json'}: was changed after the set was encoded; put "
+                "it back, or encode into another output_dir"
+            )
+
+    def _check_content(self, path: Path, tensors: dict[str, Tensor], wanted: str | None) -> None:
+        # At every read, in the threads that read ahead: blake2b does 1.5 GB/s without the GIL.
+        if self._digests and digest(path, tensors, self._encoding) != wanted:
+            raise ValueError(
+                f"{path}: was changed after it was written; delete it and run the same fastpref "
+                "encode again"
+            )
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -201,6 +200,7 @@ class PairDataset:
                 f"{path}: expected {self.shapes[i]} as the index says, got {got}; delete it and "
                 "run the same fastpref encode again"
             )
+        self._check_content(path, tensors, self._digests and self._digests[i])
         return Pair(
             tensors["latents_w"],
             tensors["latents_l"],

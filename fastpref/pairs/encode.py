@@ -149,7 +149,7 @@ def encode(
             load(pipe, ["text"], progress)
             with text_progress(pipe, "the empty prompt", progress):
                 cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
-            write_tensors(empty, stored(cond, DTYPES[dtype]))
+            write_tensors(folder, empty, stored(cond, DTYPES[dtype]))
         write_index(folder, index)
     if progress:
         print(f"{printable(str(folder))}: {counts}")
@@ -284,7 +284,7 @@ def encode_pairs(
             continue
         if cut.get(prompt):
             item.notes.insert(0, Note("cut_prompts", "prompt", cut[prompt]))
-        write_tensors(pair_file(folder, item.pair_id), tensors, item.notes)
+        write_tensors(folder, pair_file(folder, item.pair_id), tensors, item.notes)
         yield item
 
 

@@ -1,4 +1,4 @@
-"""The encoded set as it is written: its folder bound to one encoding, its tensors, its index."""
+"""The encoded set as it is written: its folder bound to one encoding, its index."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from ..files import differences, identity, model_identity, sweep, write_atomic
 from ..models.folder import encoders_of
 from .counts import Note
-from .dataset import pair_file, read_fingerprint
 from .media import Sampling
 from .prepare import Prepared, stored_shapes
 from .rows import Row, Rows
+from .shards import digest, encoding_of, index_digest, pair_file, read_fingerprint, written_digest
 
 # Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
 # what was found of data whose rows were all bad.
@@ -46,6 +46,7 @@ def fingerprint(
         **asdict(sampling),
         "dtype": dtype,
         **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
+        "digests": "blake2b",
         "ranked": rows.ranked if rows.layout == "candidates" else None,
         "data": identity(rows.path) if rows.path else rows.name,
         **rows.version,
@@ -72,7 +73,8 @@ def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
                 "choose another output_dir"
             )
         return False
-    before = {"posterior": "mode"} | read_fingerprint(folder)  # sets from before it was written
+    # Sets from before these were written; without digests they go on without.
+    before = {"posterior": "mode", "digests": now["digests"]} | read_fingerprint(folder)
     hidden = {"data"} if data else set()  # of files: two digests say nothing
     listed = differences(before, now, hidden)
     if not listed and before.get("data") != now["data"]:
@@ -117,27 +119,42 @@ def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], notes: Sequence[Note] = ()) -> None:
-    """Writes them as one safetensors file, with the notes of a pair (`prepare.stored_notes`)."""
+def write_tensors(
+    folder: Path, path: Path, tensors: dict[str, Tensor], notes: Sequence[Note] = ()
+) -> None:
+    """Writes them as one safetensors file of the set in `folder`, with their digest and what was
+    noted of a pair.
+    """
     from safetensors.torch import save
 
-    write_atomic(path, save(tensors, {"notes": json.dumps(notes)}))
+    encoding = encoding_of(read_fingerprint(folder))
+    # One entry, since safetensors writes several in any order.
+    said = {"digest": digest(path, tensors, encoding), "notes": notes}
+    write_atomic(path, save(tensors, {"fastpref": json.dumps(said)}))
 
 
 def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     """index.parquet, one row per pair, by id; an encoded set is complete with it.
 
-    Neither the order of the rows nor what an interruption left to encode changes it.
+    Neither the order of the rows nor what an interruption left to encode changes it. In its schema
+    stand digests of its rows, of the fingerprint and of the empty prompt's file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     index = sorted(index, key=lambda line: line["pair_id"])
     columns = {name: [line[name] for line in index] for name in index[0]}
-    columns["shapes"] = [stored_shapes(pair_file(folder, i)) for i in columns["pair_id"]]
+    files = [pair_file(folder, i) for i in columns["pair_id"]]
+    columns["shapes"] = [stored_shapes(file) for file in files]
+    marks = None
+    fingerprint = read_fingerprint(folder)
+    if "digests" in fingerprint:
+        columns["digest"] = [written_digest(file) for file in files]
+        marks = {"rows": index_digest(columns), "encoding": encoding_of(fingerprint)}
+        marks["empty"] = written_digest(folder / "empty.safetensors")
     numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
     numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64()}
-    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
+    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns], marks)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
     write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())

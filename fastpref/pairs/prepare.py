@@ -18,9 +18,10 @@ from tqdm import tqdm
 from ..files import write_atomic
 from ..models.encoders import Sizes
 from .counts import NOTES, Counts, Note, clip_notes
-from .dataset import map_ahead, pair_file
+from .dataset import map_ahead
 from .media import Clip, MediaError, Sampling, decode, load
 from .rows import BadRow, Row, Rows, nothing
+from .shards import pair_file, written
 
 
 @dataclass
@@ -136,12 +137,12 @@ def stored_shapes(path: Path) -> str | None:
 
 def stored_notes(path: Path) -> list[Note] | None:
     """What was done to the prompt and the media of a pair that is encoded; None: it is not."""
+    found = written(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            found = [Note(*note) for note in json.loads((file.metadata() or {}).get("notes", "[]"))]
-    except (OSError, SafetensorError, ValueError, TypeError):
+        notes = [] if found is None else [Note(*map(str, note)) for note in found.get("notes", ())]
+    except TypeError:
         return None
-    return found if all(note.kind in NOTES for note in found) else None
+    return None if found is None or {note.kind for note in notes} - set(NOTES) else notes
 
 
 def finish(folder: Path | None, rows: Rows, counts: Counts, bad: list[BadRow]) -> None:

@@ -87,6 +87,7 @@ def test_the_posterior_belongs_to_the_fingerprint(pairs, slow, tmp_path):
     path = tmp_path / "old" / "fingerprint.json"
     mark = json.loads(path.read_text())
     assert mark.pop("posterior") == "mode" and "seed" not in mark
+    del mark["digests"]
     path.write_text(json.dumps(mark))  # as sets were before there was a choice
     draw(pairs, tmp_path / "old", posterior="mode", seed=None)
     with pytest.raises(ValueError, match=r"another posterior \(mode there, sample here\), seed \("):

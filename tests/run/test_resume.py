@@ -8,10 +8,9 @@ import signal
 from contextlib import contextmanager
 from hashlib import blake2b
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import BASE, arguments, fails, options
+from commands import BASE, arguments, content, encoded, fails, options, undigested
 from safetensors.torch import load, load_file, save_file
 
 from fastpref import models
@@ -51,25 +50,55 @@ def test_a_log_line_across_a_resume_is_that_of_an_unbroken_run(pairs, tmp_path):
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
 
 
-def test_another_data_set_or_base_under_the_same_path_is_refused(pairs, tmp_path):
-    data, base = tmp_path / "set", tmp_path / "base"
-    shutil.copytree(pairs, data)
+def test_another_base_under_the_same_path_is_refused(pairs, tmp_path):
+    base = tmp_path / "base"
     shutil.copytree(BASE, base)
     change = {"model": str(base)}
-    run(data, tmp_path / "run", **change, max_train_steps=2)
-    index = data / "index.parquet"
-    whole = index.read_bytes()
-    pq.write_table(pq.read_table(index).slice(0, 5), index)
-    with pytest.raises(
-        ValueError, match=r"checkpoint-2 was trained on another data \(.*put it back"
-    ):
-        run(data, tmp_path / "run", **change)
-    index.write_bytes(whole)
+    run(pairs, tmp_path / "run", **change, max_train_steps=2)
     file = base / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({k: 1.5 * v for k, v in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"checkpoint-2 was trained on another model \("):
-        run(data, tmp_path / "run", **change)
+        run(pairs, tmp_path / "run", **change)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 2
+
+
+@pytest.fixture(scope="module")
+def two_steps(pairs, tmp_path_factory):
+    """(a set, a run of two steps on it)"""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(pairs, folder / "set")
+    run(folder / "set", folder / "run", max_train_steps=2)
+    return folder / "set", folder / "run"
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"fps": 8.0}, {"num_frames": 4}, {}])
+def test_a_set_encoded_again_otherwise_is_another_one(change, pairs, two_steps, tmp_path):
+    """Under the same path and of the same media; at their own 8 frames a second with the same
+    latents too.
+    """
+    data, folder = shutil.copytree(two_steps[0], tmp_path / "set"), tmp_path / "run"
+    shutil.copytree(two_steps[1], folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(two_steps[0]), str(data)))
+    shutil.rmtree(data)
+    encoded(pairs.parent / "media", data, **change)
+    if not change:
+        assert run(data, folder, max_train_steps=3)["global_step"] == 3
+        return
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was trained on another data \(.*put it back"
+    ):
+        run(data, folder, max_train_steps=3)
+
+
+def test_a_run_on_a_set_from_before_digests_goes_on(pairs, tmp_path):
+    """Also where encode looks at that set again."""
+    data = undigested(shutil.copytree(pairs, tmp_path / "set"))
+    before = content(data)
+    run(data, tmp_path / "run", max_train_steps=2)
+    encoded(pairs.parent / "media", data)
+    assert content(data) == before
+    assert run(data, tmp_path / "run", max_train_steps=3)["global_step"] == 3
 
 
 def test_a_finished_run_keeps_its_result_until_it_goes_on(pairs, tmp_path, capsys):
@@ -249,7 +278,7 @@ def test_where_there_is_no_terminal_a_log_step_is_a_line(pairs, tmp_path, capsys
 
 
 def test_prompt_dropout_needs_the_empty_prompts_own_shape(pairs, tmp_path):
-    shutil.copytree(pairs, tmp_path / "set")
+    undigested(shutil.copytree(pairs, tmp_path / "set"))
     file = tmp_path / "set" / "empty.safetensors"
     save_file({k: v[1:].clone() for k, v in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"empty.safetensors: the empty prompt's .* expected"):

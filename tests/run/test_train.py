@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import yaml
-from commands import BASE, arguments, command, fails, options
+from commands import BASE, arguments, command, fails, options, undigested
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -221,7 +221,7 @@ def test_data_of_another_family_or_already_encoded(pairs, unbroken, tmp_path):
     with pytest.raises(ValueError, match=r"num_frames has no effect: data .* is already encoded"):
         train(Config(**options(encoded, tmp_path / "a", num_frames=8)))
     copy = tmp_path / "copy"
-    shutil.copytree(encoded, copy)
+    undigested(shutil.copytree(encoded, copy))
     mark = json.loads((copy / "fingerprint.json").read_text())
     (copy / "fingerprint.json").write_text(json.dumps(mark | {"family": "fastpref.models.wan"}))
     with pytest.raises(ValueError, match=r"encoded with family fastpref\.models\.wan"):

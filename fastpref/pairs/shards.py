@@ -1,0 +1,97 @@
+"""The files of an encoded set, each with a digest of what was written: pairs, the empty prompt, the
+index. The index holds the digests of all others, so that its own stands for the whole set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OF_ROWS = ("data", "data_version", "split", "ranked")  # of a fingerprint: which pairs there are
+
+
+def pair_file(folder: Path, pair_id: int) -> Path:
+    """Where a pair's tensors stand in an encoded set: 256 folders, named by the id in hex."""
+    # One folder of a million files would be slow to list.
+    name = f"{pair_id:016x}"
+    return folder / "pairs" / name[-2:] / f"{name}.safetensors"
+
+
+def encoding_of(fingerprint: dict[str, Any]) -> str:
+    """Digest of what a set was encoded with: of all that decides a pair's tensors."""
+    with_ = {name: value for name, value in fingerprint.items() if name not in OF_ROWS}
+    text = json.dumps(with_, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def digest(path: Path, tensors: dict[str, Tensor], encoding: str) -> str:
+    """Of a file's tensors, and of whose they are: the file of another pair, or of the same pair
+    encoded otherwise, is as foreign as one with a flipped bit.
+    """
+    found = hashlib.blake2b(f"{encoding} {path.stem}".encode(), digest_size=16)
+    for name, value in sorted(tensors.items()):
+        found.update(f" {name} {value.dtype} {list(value.shape)} ".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def index_digest(columns: dict[str, list[Any]]) -> str:
+    """Of the rows of an index."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(columns.items()):
+        found.update(json.dumps([name, values], default=str).encode())
+    return found.hexdigest()
+
+
+def written_digest(path: Path) -> str:
+    """The digest that a file was written with; ValueError: it has none, or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["digest"]
+    except (OSError, SafetensorError, TypeError, KeyError):  # no metadata, no digest in it
+        raise ValueError(
+            f"{path}: is not as fastpref encode wrote it; delete it and run the same fastpref "
+            "encode again"
+        ) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped; ValueError: missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); delete it and run the same fastpref encode again"
+        ) from None
+
+
+def conditions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors stored as `cond.NAME`, by name."""
+    return {name[5:]: value for name, value in tensors.items() if name.startswith("cond.")}
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any]:
+    """What an encoded set was encoded with; ValueError: its fingerprint.json is damaged."""
+    path = folder / "fingerprint.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # the last: JSON nested too deeply
+        found = None
+    wanted = {"family": str, "model": str, "encoders": dict}
+    values = {"encoders": {}} | found if isinstance(found, dict) else {}  # not every model has them
+    if not all(isinstance(values.get(name), kind) for name, kind in wanted.items()):
+        raise ValueError(
+            f"{path}: is damaged, expected the JSON object that fastpref encode wrote; "
+            "encode into another output_dir"
+        )
+    return found
