@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .ends import last_element
+from .containers import check_tables, last_element
 from .frames import MAX_DECODED, MAX_FRAME, Frame, MediaError, Timeline, check_cost, on_white
 
 OPTIONS = {
@@ -33,6 +33,7 @@ def timeline(data: bytes, until: float) -> Timeline:
     """
     name, end = last_element(data)
     _check_end(data, 0 if name == "mdat" else end)  # of those FFmpeg's own table tells more
+    check_tables(data)
     with _errors(data), _open(data) as container:
         stream = _video(container)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -73,10 +74,14 @@ def timeline(data: bytes, until: float) -> Timeline:
 
 def frames(data: bytes, wanted: set[int]) -> Iterator[tuple[int, Frame]]:
     """(index, frame) of the wanted ones, in order."""
+    from av.video.reformatter import VideoReformatter
+
+    last = max(wanted)
+    converter = VideoReformatter()  # of its own each frame would start threads
     for i, (frame, aspect) in enumerate(_shown(data)):
         if i in wanted:
-            yield i, _upright(frame, aspect)
-        if i == max(wanted):
+            yield i, _upright(frame, aspect, converter)
+        if i == last:
             break
 
 
@@ -108,12 +113,12 @@ def _shown(data: bytes) -> Iterator[tuple[Any, Fraction]]:
                 yield frame, stream.sample_aspect_ratio or Fraction(1)
 
 
-def _upright(frame: Any, aspect: Fraction) -> Frame:
+def _upright(frame: Any, aspect: Fraction, converter: Any) -> Frame:
     """A frame turned and mirrored as its display matrix says, on white."""
     alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
-    pixels, composited = frame.to_ndarray(format="rgba" if alpha else "rgb24"), False
-    if alpha:
-        pixels, composited = on_white(pixels)
+    # By the matrix and the range that FFmpeg knows of the frame; BT.601, limited, if of none.
+    rgb = converter.reformat(frame, format="rgba" if alpha else "rgb24", threads=1)
+    pixels, composited = on_white(rgb.to_ndarray()) if alpha else (rgb.to_ndarray(), False)
     shape = (frame.height, max(1, round(frame.width * aspect)))
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix:

@@ -13,7 +13,7 @@ MAX_FRAME = 1 << 26  # pixels of one decoded frame: 8192 x 8192
 MAX_FRAMES = 1 << 16  # of one clip
 MAX_PIXELS = 1 << 29  # pixels of one clip as kept in memory (3 bytes each)
 MAX_DECODED = 1 << 34  # pixels of all frames of a clip: half an hour of 832 x 480, a minute of 4K
-MAX_ANIMATED = 1 << 31  # likewise of an animation, which takes Pillow eight times as long
+MAX_ANIMATED = 1 << 30  # likewise of an animation, which takes Pillow far longer
 
 
 class MediaError(ValueError):

@@ -60,6 +60,8 @@ def _shown(data: bytes) -> Iterator[Any]:
 
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format != "GIF":  # which tells the number of its frames only in the end
+            check_cost(getattr(image, "n_frames", 1), image.height, image.width, MAX_ANIMATED)
         hidden = int(getattr(image, "default_image", False))  # what stands in for an animation
         for i in itertools.count():
             try:

@@ -1,12 +1,20 @@
-"""Where a clip's container says that it ends. FFmpeg plays what is left of it without a word."""
+"""What FFmpeg takes from a clip's container without a word: where it ends, and what it claims."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .frames import MediaError
 
 MOST = 1 << 20  # elements that are looked at
 BOXES = b"ftyp styp moov moof mdat free skip wide udta uuid meta sidx mfra pdin emsg prft".split()
 # Of Matroska: header, segment, what stands in a segment, what stands in a cluster, and filling.
 ELEMENTS = {0x1A45DFA3, 0x18538067, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B}
 ELEMENTS |= {0x1941A469, 0x1043A770, 0x1254C367, 0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0x5854, 0xEC, 0xBF}
+TABLES = re.compile(rb"stsz|trun|elst|cmov")  # of an mp4: those that claim what they do not list
+MAX_SAMPLES = 1 << 25  # of sound that is not compressed: ten minutes
+MAX_LISTED = 1 << 22  # samples of fragments, or shown again by edits
 
 
 def last_element(data: bytes) -> tuple[str, int]:
@@ -14,14 +22,46 @@ def last_element(data: bytes) -> tuple[str, int]:
 
     What stands behind it is not the container's own: a maker's trailer, bytes of a transfer.
     """
+    name, end = "", 0
+    for name, _, end in _elements(data):  # noqa: B007
+        pass
+    return name, end
+
+
+def check_tables(data: bytes) -> None:
+    """MediaError: an mp4 of a few bytes claims frames without end, all of which FFmpeg lists."""
+    heads, end = [], 0
+    for name, begin, end in _elements(data):
+        heads.append(b"" if name == "mdat" else data[begin:end])
+    head = b"".join(heads) + data[end:]
+    samples, edits, fragments = 1, 0, 0
+    for table in TABLES.finditer(head):
+        at = table.end()
+        first, second, third = (int.from_bytes(head[at + i : at + i + 4]) for i in (0, 4, 8))
+        if table[0] == b"cmov":
+            raise MediaError("unreadable", "has a compressed header; write it again with ffmpeg")
+        if table[0] == b"elst":
+            edits += second
+        elif table[0] == b"trun":
+            fragments += 0 if first & 0xF00 else second  # else it has a line for each
+        else:
+            samples = max(samples, third)
+            if second and third > min(MAX_SAMPLES, len(data) // second):
+                raise MediaError("too_large", f"claims {third} frames of {second} bytes")
+    if fragments > MAX_LISTED or (edits > 16 and edits * samples > MAX_LISTED):
+        raise MediaError("too_large", f"claims more than {MAX_LISTED} frames")
+
+
+def _elements(data: bytes) -> Iterator[tuple[str, int, int]]:
+    """Name, begin and end of each, from the first byte to what is not the container's own."""
     read = {b"RIFF": _riff, b"\x1aE\xdf\xa3": _matroska}.get(data[:4], _box)
-    name, at = "", 0
+    at = 0
     for _ in range(MOST):
         found = read(data, at) if at < len(data) else None
         if found is None:
             break
-        name, at = found
-    return name, at
+        yield found[0], at, found[1]
+        at = found[1]
 
 
 def _box(data: bytes, at: int) -> tuple[str, int] | None:
