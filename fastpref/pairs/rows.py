@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..progress import printable
+from .folder import Folder
+from .media import MediaError
 from .sources import open_source
+from .text import MAX_ROWS, blank, is_text, not_utf8
 
 Media = Path | bytes
 LAYOUTS = {
@@ -27,13 +31,18 @@ LAYOUTS = {
     "video_a": ("prompt", "video_a", "video_b", "winner"),
     "candidates": ("prompt", "candidates"),
 }
+OPTIONAL = {"score_chosen", "score_rejected", "weight", "negative_prompt", "scores"}
+FIELDS = (
+    OPTIONAL | {"has_label", "label_1"} | {name for names in LAYOUTS.values() for name in names}
+)
+MAX_CANDIDATES = 256  # of one record: 32,640 pairs
 
 
 class BadRow(ValueError):
     """A row that cannot be used: `kind` (one word, counted), `where` it stands, `field`, why."""
 
     def __init__(self, kind: str, where: str, field: str, reason: str) -> None:
-        super().__init__(f"{where}, {field}: {reason}")
+        super().__init__(printable(f"{where}, {field}: {reason}"))
         self.kind, self.where, self.field, self.reason = kind, where, field, reason
 
 
@@ -71,26 +80,32 @@ class Rows:
         self.ranked = ranked
         self.ties = self.records = 0
         self.first_tie: str | None = None
-        self._source = open_source(data, split)
+        self._source = open_source(data, split, FIELDS)
         self.path: Path | None = self._source.path
         root = self._source.root
         self.root: Path | None = root and root.resolve()
         self.name: str = self._source.name
         self.total: int | None = self._source.total
+        if (self.total or 0) > MAX_ROWS:
+            raise ValueError(
+                f"{data}: has {self.total} rows, at most {MAX_ROWS} are read; split it"
+            )
         self.version: dict[str, str] = getattr(self._source, "version", {})  # of what is no file
         self.layout = layout(self._source.columns, self.name)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         self.ties = self.records = 0
         self.first_tie = None
+        folder = self.root and Folder(self.root)
         for where, record in self._source:
             self.records += 1
             try:
                 if isinstance(record, str):
                     raise BadRow("no_record", f"{self.name} {where}", "line", record)
-                yield from self._pairs(Reader(record, f"{self.name} {where}", self.root))
+                yield from self._pairs(Reader(record, f"{self.name} {where}", folder))
             except BadRow as bad:
-                yield bad
+                # Anew: the one that was raised keeps its frames, and with them the row's media.
+                yield BadRow(bad.kind, bad.where, bad.field, bad.reason)
 
     def _tie(self, read: Reader) -> None:
         self.ties += 1
@@ -170,7 +185,7 @@ def layout(columns: list[str] | None, name: str) -> str:
     if missing:
         raise ValueError(
             f"{name}: missing column {', '.join(map(repr, missing))}; "
-            f"expected {', '.join(LAYOUTS[key])}, found {', '.join(columns) or 'none'}"
+            f"expected {', '.join(LAYOUTS[key])}, found {', '.join(columns[:100]) or 'none'}"
         )
     return key
 
@@ -178,24 +193,26 @@ def layout(columns: list[str] | None, name: str) -> str:
 class Reader:
     """One record's fields, each checked: a field that is not as it must be raises BadRow."""
 
-    def __init__(self, record: dict[str, Any], where: str, root: Path | None) -> None:
-        self.record, self.where, self.root = record, where, root
+    def __init__(self, record: dict[str, Any], where: str, folder: Folder | None) -> None:
+        self.record, self.where, self.folder = record, where, folder
 
     def bad(self, kind: str, field: str, reason: str) -> BadRow:
         return BadRow(kind, self.where, field, reason)
 
     def text(self, field: str, *, optional: bool = False) -> str | None:
         value = self.record.get(field)
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and blank(value)):
             if optional:
                 return None
-            raise self.bad("missing_value", field, "is empty; expected a text")
+            what = "is blank" if value else "is empty"
+            raise self.bad("missing_value", field, f"{what}; expected a text")
+        return self.checked(field, value)
+
+    def checked(self, field: str, value: Any) -> str:
         if not isinstance(value, str):
             raise self.bad("missing_value", field, f"expected a text, got {type(value).__name__}")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise self.bad("not_utf8", field, "is not UTF-8; save the file as UTF-8") from None
+        if not is_text(value):
+            raise self.bad("not_utf8", field, not_utf8(value))
         return value
 
     def number(self, field: str, value: Any = None) -> float | None:
@@ -245,34 +262,24 @@ class Reader:
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
             return value
-        name = self.text(field) if value is self.record.get(field) else value
-        if not isinstance(name, str) or not name:
-            raise self.bad("missing_value", field, "expected a path or bytes")
-        shown = name.encode(errors="replace").decode()
-        if self.root is None:
+        if value is None or value == "":
+            raise self.bad("missing_value", field, "is empty; expected a path or bytes")
+        name = self.checked(field, value)
+        if self.folder is None:
             raise self.bad("outside", field, "a hub dataset must carry its media as bytes")
-        path = Path(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise self.bad(
-                "outside", field, f"{shown!r} must be relative to the data folder, without '..'"
-            )
         try:
-            full = (self.root / path).resolve()
-            if not full.is_relative_to(self.root):
-                reason = f"{shown!r} is a link that leaves the data folder; copy the file into it"
-                raise self.bad("outside", field, reason)
-            if full.is_file():
-                return full
-        except (OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, BadRow):
-                raise
-        raise self.bad("missing_file", field, f"{shown!r} is not a file in {self.root}")
+            return self.folder.find(name)
+        except MediaError as error:
+            raise self.bad(error.kind, field, str(error)) from None
 
     def candidates(self) -> list[tuple[float, Media]]:
         """(score, medium) best first; without scores the list is taken as ranked, best first."""
         values, scores = (self._list(field) for field in ("candidates", "scores"))
         if not values or len(values) < 2:
             raise self.bad("missing_value", "candidates", "expected a list of at least two media")
+        if len(values) > MAX_CANDIDATES:
+            reason = f"expected at most {MAX_CANDIDATES} media, got {len(values)}"
+            raise self.bad("too_many", "candidates", reason)
         if scores is None:
             numbers = [float(-i) for i in range(len(values))]
         elif len(scores) != len(values):
@@ -288,7 +295,7 @@ class Reader:
         value = self.record.get(field)
         if isinstance(value, str) and value:  # CSV: a JSON list in the cell
             try:
-                value = json.loads(self.text(field))
+                value = json.loads(self.checked(field, value))
             except BadRow:
                 raise
             except (ValueError, RecursionError):

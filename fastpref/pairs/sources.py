@@ -4,7 +4,8 @@ Each has `name`, `path` (the file, or None), `root` (the folder media paths are 
 `columns` (None where there is no record), `total` (records, where known), and iterates over
 (where, record): a dict, or the reason why there is none. Only the file itself is checked here.
 
-Text files are read here and not by `datasets` (5.2): one broken line costs it the whole file, the
+Text files are read twice and kept neither time: first for their columns and number. They are read
+here and not by `datasets` (5.2): one broken line costs it the whole file, the
 prompts 007 and NA are 7.0 and none to it, and a comma too many in one row shifts every row's cells
 into the next column.
 """
@@ -12,31 +13,45 @@ into the next column.
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .arrow import Parquet, records
+from .text import MAX_LINE, check_pointer, delimiter, lines
+
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 BARE = {"audio", "image", "label", "pdf", "text", "video"}  # columns of files without metadata
-BOM = b"\xef\xbb\xbf"
+MAX_COLUMNS = 10_000
 Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 
-def open_source(data: str | Path, split: str) -> Jsonl | Csv | Parquet | HuggingFace:
-    """The source `data` names; ValueError: there is none, or it cannot be read."""
+def open_source(
+    data: str | Path, split: str, fields: Container[str]
+) -> Jsonl | Csv | Parquet | HuggingFace:
+    """The source `data` names; ValueError: there is none, or it cannot be read.
+
+    fields: of a record, where columns can be read alone; what else it holds may be left out.
+    """
     path = find(data)
     if path is None:
-        return HuggingFace(str(data), split)
+        return HuggingFace(str(data), split, fields)
     if split != "train":
         raise ValueError(
             f"split {split}: has no effect, {path} has no splits (only Hugging Face datasets do); "
             "remove it"
         )
-    return {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}[path.suffix.lower()](path)
+    check_pointer(path)
+    kind = path.suffix.lower()
+    if kind != ".parquet":
+        return Jsonl(path) if kind == ".jsonl" else Csv(path)
+    source = Parquet(path, fields)
+    check_columns(source.columns, str(path))
+    return source
 
 
 def find(data: str | Path) -> Path | None:
@@ -92,137 +107,69 @@ class Jsonl:
 
     def __init__(self, path: Path) -> None:
         self.name, self.path, self.root = path.name, path, path.parent
-        self.columns: list[str] | None = None
-        self._records: list[tuple[str, dict[str, Any] | str]] = []
-        for line, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), 1):
-            if raw.strip():
-                self._records.append((f"line {line}", self._parse(raw)))
-        self.total = len(self._records)
-        parsed = [record for _, record in self._records if isinstance(record, dict)]
-        if parsed:
-            self.columns = list(dict.fromkeys(key for record in parsed for key in record))
+        self.total = 0
+        names: dict[str, None] = {}
+        for _, record in self:
+            self.total += 1
+            if isinstance(record, dict):
+                names.update(dict.fromkeys(record))
+            if len(names) > MAX_COLUMNS:
+                raise ValueError(f"{path}: its records have more than {MAX_COLUMNS} different keys")
+        self.columns: list[str] | None = list(names) or None
 
     @staticmethod
-    def _parse(raw: bytes) -> dict[str, Any] | str:
+    def _parse(text: str) -> dict[str, Any] | str:
         try:
-            text = raw.decode(errors="surrogateescape")
             record = json.loads(text, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
-            return f"expected a JSON object ({error})"
-        return record if isinstance(record, dict) else "expected a JSON object"
+            return f"expected a JSON object in one line ({error})"
+        return record if isinstance(record, dict) else "expected a JSON object in one line"
 
     def __iter__(self) -> Records:
-        return iter(self._records)
+        for line, text in enumerate(lines(self.path), 1):
+            text = text.strip("\ufeff \t\r\n")  # a mark within: files put together
+            if text:
+                yield f"line {line}", self._parse(text)
 
 
 class Csv:
-    """Records of a .csv file with a header line."""
+    """Records of a .csv file with a header line; a row of nothing but empty cells is none."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path, self.root = path.name, path, path.parent
-        text = path.read_bytes().removeprefix(BOM).decode(errors="surrogateescape")
-        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of a cell: 131072 otherwise
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         self.columns: list[str] | None = None
-        self._records: list[tuple[str, dict[str, Any] | str]] = []
-        line = 1
+        csv.field_size_limit(MAX_LINE)  # of a cell: 131072 otherwise
+        self.total = sum(1 for _ in self)
+        check_columns(self.columns or [], f"{path} line 1")
+
+    def __iter__(self) -> Records:
+        text = lines(self.path)
+        header = next(text, "")
+        said = re.fullmatch(r"sep=(.)\s*", header)  # Excel's own first line
+        before = 0 if said is None else 1
+        header = next(text, "") if said else header
+        mark = said[1] if said else delimiter(header)
+        reader = csv.reader(itertools.chain([header], text), strict=True, delimiter=mark)
+        self.columns = None
+        line = before + 1
         try:
             for cells in reader:
                 if self.columns is None:
                     self.columns = cells or None
-                elif cells:
-                    self._records.append((f"line {line}", self._record(cells)))
-                line = reader.line_num + 1
+                elif any(cells):
+                    yield f"line {line}", self._record(cells)
+                line = before + reader.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"{path} line {line}: not CSV ({error}); close each quote, and double those inside "
-                "a quoted text"
+                f"{self.path} line {line}: not CSV ({error}); close each quote, and double those "
+                "inside a quoted text"
             ) from None
-        check_columns(self.columns or [], f"{path} line 1")
-        self.total = len(self._records)
 
     def _record(self, cells: list[str]) -> dict[str, Any] | str:
         if len(cells) > len(self.columns):
             expected = f"expected {len(self.columns)} columns, got {len(cells)}"
             return f"{expected}; put quotes around a text that holds commas"
         return dict(zip(self.columns, cells, strict=False))
-
-    def __iter__(self) -> Records:
-        return iter(self._records)
-
-
-class Parquet:
-    """Records of a .parquet file, read a few at a time: media bytes may stand in its columns."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.name, self.path, self.root = path.name, path, path.parent
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
-        self.columns = self._file.schema_arrow.names
-        check_columns(self.columns, str(path))
-        self.total = self._file.metadata.num_rows
-
-    def __iter__(self) -> Records:
-        row = 0
-        for batch in self._batches():
-            for record in records(batch):
-                row += 1
-                yield f"row {row}", record
-
-    def _batches(self) -> Iterator[Any]:
-        import pyarrow as pa
-
-        batches = self._file.iter_batches(batch_size=16)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
-                reason = " ".join(str(error).split())[:120]
-                raise ValueError(
-                    f"{self.path}: its data cannot be read ({reason}); write the file anew"
-                ) from None
-            if batch is None:
-                return
-            yield batch
-
-
-def records(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow table or record batch."""
-    columns = [values(column) for column in batch.columns]
-    for row in zip(*columns, strict=True):
-        yield dict(zip(batch.schema.names, row, strict=True))
-
-
-def values(column: Any) -> list[Any]:
-    """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates."""
-    import pyarrow as pa
-
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError, KeyError):  # a record is refused, not the column
-        return [_value(cell) for cell in column]
-
-
-def _value(cell: Any) -> Any:
-    """A cell as a Python value.
-
-    One with texts that are not UTF-8 is a surrogate in their place, and one that Python has no
-    value for (a date beyond its years, an unknown time zone) its type.
-    """
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError:
-        return "\udcff"
-    except (ValueError, OverflowError, KeyError):
-        return cell.type
 
 
 class HuggingFace:
@@ -232,8 +179,11 @@ class HuggingFace:
         ValueError: nothing there can be loaded, or the split does not exist.
     """
 
-    def __init__(self, data: str, split: str) -> None:
+    def __init__(self, data: str, split: str, fields: Container[str]) -> None:
         path = Path(data)
+        for shard in sorted(path.rglob("*.parquet")):
+            check_pointer(shard)
+            Parquet(shard, fields)  # within its bounds: datasets reads whole row groups
         self.name, self.path = data, None
         self.root = path if path.is_dir() else None  # on the hub: no file of this machine's
         try:

@@ -1,4 +1,8 @@
-"""Command lines and YAML whose every mistake is a ValueError of one line."""
+"""Command lines and YAML whose every mistake is a ValueError of one line.
+
+jsonargparse sees no file, only text that was read and checked here: of its own it would open what
+a field `config` names, and copy what YAML's aliases stand for wherever it says a value.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .config import Config
+from ..pairs.text import encoding, is_text, not_utf8
+from .config import FIELDS, Config
 
+MAX_BYTES, MAX_DIGITS = 1 << 18, 40  # of a YAML file; of a whole number in it
+MAX_ITEMS = 1000  # of a list: what jsonargparse makes of one takes the square of it
 # A Config's types in words.
 WORDS = {
     int: "a whole number",
@@ -63,10 +69,12 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
     """
     import jsonargparse
 
+    jsonargparse.set_loader("checked", load, exceptions=(yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(
         allow_abbrev=False,
         prog=command,
         exit_on_error=False,
+        parser_mode="checked",
         description=Config.__doc__.splitlines()[0],
     )
     parser.add_argument(
@@ -75,11 +83,11 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
     parser.add_class_arguments(Config, as_group=False)
     parser.set_defaults(defaults)
     words = [word for a in arguments for word in (a.split("=", 1) if a[:9] == "--config=" else [a])]
-    for flag, file in pairwise(words):
-        if flag == "--config":
-            check_yaml(Path(file))
+    for i, word in enumerate(words[:-1]):
+        if word == "--config":
+            words[i : i + 2] = [f"--config={yaml_text(Path(words[i + 1]))}", None]
     try:
-        values = parser.parse_args(words)
+        values = parser.parse_args([word for word in words if word is not None])
     except jsonargparse.ArgumentError as error:
         raise ValueError(plain(str(error))) from None
     del values["config"]
@@ -99,7 +107,7 @@ def plain(message: str) -> str:
     # A bare no, mixed_precision's own default, is a truth value in YAML.
     quote = (named or kind is str) and found[2] in ("True", "False")
     hint = "; YAML reads yes, on, no and off so: put quotes around the word" if quote else ""
-    return f"{found[1]}: expected {expected}, got {' '.join(found[2].split())}{hint}"
+    return f"{found[1]}: expected {expected}, got {' '.join(found[2].split()):.200}{hint}"
 
 
 def parse(arguments: Sequence[str], command: str = "fastpref train") -> Config:
@@ -107,25 +115,76 @@ def parse(arguments: Sequence[str], command: str = "fastpref train") -> Config:
     return Config(**config_values(arguments, command))
 
 
-def check_yaml(path: Path) -> None:
-    """ValueError where a YAML file is no mapping of names, or says a field twice (the last would
-    win).
-    """
+class Plain(yaml.SafeLoader):
+    """YAML whose cost is that of its text: no aliases, no endless list or number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            refuse("an alias is not read: write it out", self.peek_event())
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.SequenceNode) and len(node.value) > MAX_ITEMS:
+            refuse(f"a list of more than {MAX_ITEMS}", node)
+        if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+            refuse(f"a whole number of more than {MAX_DIGITS} digits", node)
+        return node
+
+
+def refuse(problem: str, where: yaml.Event | yaml.Node) -> None:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text; YAMLError: it has none, or may cost more than its text."""
     try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=Plain)
+    except RecursionError as error:
+        raise yaml.YAMLError(f"is nested too deeply ({error})") from None
+
+
+def load(text: str) -> Any:
+    """What jsonargparse makes of a YAML text, if it may be read at all."""
+    from jsonargparse import get_loader
+
+    compose(text)
+    return get_loader("yaml")(text)
+
+
+def yaml_text(path: Path) -> str:
+    """A YAML file's text, all of it fields with values."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes; expected lines of `field: value`")
+        text = data.decode(**encoding(data))
+        if not is_text(text):
+            raise ValueError(not_utf8(text))
+        node = compose(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror.lower()}") from None
-    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    check_fields(node, text, f"--config {path}")
+    return text
+
+
+def check_fields(node: yaml.Node | None, text: str, where: str) -> None:
+    """ValueError where a YAML node is no mapping of fields, or says one twice (the last would win);
+    so must be what `<<` adds to it.
+    """
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"--config {path}: expected lines of `field: value`")
+        raise ValueError(f"{where}: expected lines of `field: value`")
     seen: set[str] = set()
-    for key, _ in node.value:
-        where = f"--config {path}, line {key.start_mark.line + 1}"
-        if not key.tag.endswith((":str", ":merge")):
-            got = " ".join(text[key.start_mark.index : key.end_mark.index].split())
-            raise ValueError(f"{where}: expected the name of a field before the colon, got {got}")
+    for key, value in node.value:
+        line = f"{where}, line {key.start_mark.line + 1}"
+        if key.tag.endswith(":merge"):
+            check_fields(value, text, line)
+            continue
+        got = " ".join(text[key.start_mark.index : key.end_mark.index].split())
+        if not key.tag.endswith(":str"):
+            raise ValueError(f"{line}: expected the name of a field before the colon, got {got}")
+        if key.value not in FIELDS:
+            raise ValueError(f"{line}: {got} is no field; fastpref train --help lists them")
         if key.value in seen:
-            raise ValueError(f"{where}: {key.value} stands there twice")
+            raise ValueError(f"{line}: {key.value} stands there twice")
         seen.add(key.value)

@@ -1,0 +1,147 @@
+"""Arrow: the records of Parquet files and of Arrow tables, within bounds of what they unpack to.
+
+A few kilobytes of Parquet can stand for terabytes: a page of zeros, a dictionary of one long value
+and a million rows (or members of one list) that name it, runs of a billion nulls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+UNPACKED, TIMES = 64 << 20, 100  # bytes of a file's columns: at most this, or so many times its own
+ROWS, ROWS_PER_BYTE = 1 << 20, 16  # its rows: at most this, or so many for each of its bytes
+LISTED = 1 << 24  # values of one row group's lists
+BATCH = 256 << 20  # bytes of the rows that are read at a time, where that is more than one
+
+
+class Parquet:
+    """Records of a .parquet file, read a few at a time: media bytes may stand in its columns.
+
+    fields: the columns that are read. ValueError: not a Parquet file, or beyond the bounds.
+    """
+
+    def __init__(self, path: Path, fields: Container[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.name, self.path, self.root = path.name, path, path.parent
+        try:
+            file = pq.ParquetFile(path)
+            self.columns = file.schema_arrow.names
+            self.total = file.metadata.num_rows
+            self._fields = [name for name in self.columns if name in fields]
+            self._sizes, shared = weighed(file, path, fields)
+            # Read as a dictionary, values that stand there once are once in memory.
+            self._file = pq.ParquetFile(path, read_dictionary=shared) if shared else file
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a parquet file ({str(error)[:120]})") from None
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        row = 0
+        for group, size in enumerate(self._sizes):
+            count = min(16, max(1, BATCH // max(1, size)))  # each value may be as long as its group
+            how = {"batch_size": count, "row_groups": [group], "columns": self._fields}
+            batches = self._file.iter_batches(**how)
+            while (batch := self._next(batches)) is not None:
+                for record in records(batch):
+                    row += 1
+                    yield f"row {row}", record
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        import pyarrow as pa
+
+        try:
+            return next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"{self.path}: its data cannot be read ({reason}); write the file anew"
+            ) from None
+
+
+def weighed(file: Any, path: Path, fields: Container[str]) -> tuple[list[int], list[str]]:
+    """Bytes that the fields of each row group unpack to, and the leaves of lists whose values may
+    be far fewer than their places; ValueError: beyond the bounds.
+    """
+    size, meta = path.stat().st_size, file.metadata
+    if meta.num_rows > max(ROWS, ROWS_PER_BYTE * size):
+        raise ValueError(f"{path}: says it has {meta.num_rows} rows in {size} bytes; write it anew")
+    leaves = [(j, file.schema.column(j)) for j in range(meta.num_columns)]
+    leaves = [(j, leaf) for j, leaf in leaves if leaf.path.split(".")[0] in fields]
+    sizes, shared = [], set()
+    for i in range(meta.num_row_groups):
+        group = meta.row_group(i)
+        chunks = [(leaf, group.column(j)) for j, leaf in leaves]
+        for leaf, chunk in chunks:
+            if not leaf.max_repetition_level:
+                continue
+            if chunk.num_values > LISTED:
+                raise ValueError(
+                    f"{path}: column {leaf.path} lists {chunk.num_values} values in one row group, "
+                    f"at most {LISTED} are read; write it in smaller ones"
+                )
+            far = chunk.num_values * chunk.total_uncompressed_size > BATCH
+            if far and leaf.physical_type == "BYTE_ARRAY":
+                shared.add(leaf.path)
+        sizes.append(sum(max(0, chunk.total_uncompressed_size) for _, chunk in chunks))
+    if sum(sizes) > max(UNPACKED, TIMES * size):
+        raise ValueError(
+            f"{path}: unpacks to {sum(sizes)} bytes from {size}, expected at most {TIMES} times as "
+            "many; write it without what is repeated"
+        )
+    return sizes, sorted(shared)
+
+
+def records(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table or record batch."""
+    columns = [values(column) for column in batch.columns]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
+
+
+def values(column: Any) -> list[Any]:
+    """An Arrow column as Python values; texts that are not UTF-8 keep their bytes as surrogates,
+    and a value that a dictionary holds once is one object.
+    """
+    import pyarrow as pa
+
+    kind = column.type
+    if isinstance(column, pa.ChunkedArray):
+        return [value for chunk in column.chunks for value in values(chunk)]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
+    if pa.types.is_dictionary(kind):
+        places = column.indices.to_pylist()
+        known = {i: values(column.dictionary.slice(i, 1))[0] for i in set(places) - {None}}
+        return [known.get(i) for i in places]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        within = iter(values(column.flatten()))
+        lengths = column.value_lengths().to_pylist()
+        return [None if n is None else list(islice(within, n)) for n in lengths]
+    if pa.types.is_struct(kind) and kind.num_fields:
+        names = [field.name for field in kind]
+        there = column.is_valid().to_pylist()
+        rows = zip(there, *map(values, column.flatten()), strict=True)
+        return [dict(zip(names, row, strict=True)) if valid else None for valid, *row in rows]
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, KeyError):  # a record is refused, not the column
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    """A cell as a Python value.
+
+    One with texts that are not UTF-8 is a surrogate in their place, and one that Python has no
+    value for (a date beyond its years, an unknown time zone) its type.
+    """
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return "\ud800"
+    except (ValueError, OverflowError, KeyError):
+        return cell.type
