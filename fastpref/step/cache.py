@@ -203,11 +203,14 @@ class ErrorCache:
 
     def _compare(self, there: dict[str, Any]) -> None:
         """ValueError names the fields in which a fingerprint (empty: none) is not this one."""
+        always = {name for name in self.fingerprint if not name.startswith("process.")}
+        if there and not always <= there.keys():
+            raise _unreadable(self.folder)
         listed = differences(there, self.fingerprint)
         if there and listed:
             raise ValueError(
                 f"reference cache {self.folder}: filled with another {listed}; use the same "
-                "values, or name another reference_cache"
+                "values, name another reference_cache, or delete that folder to fill it again"
             )
 
     def _claim(self) -> None:
@@ -279,11 +282,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):  # the last: JSON nested too deeply
         there = None
     if not isinstance(there, dict) or not there:
-        raise ValueError(
-            f"reference cache {record}: is not readable; delete its folder and run the same "
-            "command again"
-        )
+        raise _unreadable(folder)
     return there
+
+
+def _unreadable(folder: Path) -> ValueError:
+    return ValueError(
+        f"reference cache {folder / 'fingerprint.json'}: is not readable; delete its folder and "
+        "run the same command again, which fills it"
+    )
 
 
 def _digest(fingerprint: dict[str, Any]) -> str:

@@ -315,10 +315,10 @@ def test_a_damaged_cache_is_one_line(filled, tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: reference cache") == 1
     with pytest.raises(ValueError, match=r"errors-000000.safetensors: cannot be used .*delete it"):
         cache.ErrorCache(tmp_path, mark, dataset)
-    for text in ("", "{", "null", "[]", "3", "{}", "[" * 100_000, b"\xff\xfe"):
+    for text in ("", "{", "null", "[]", "3", "{}", '{"seed": 11}', "[" * 100_000, b"\xff\xfe"):
         text = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "fingerprint.json").write_bytes(text)
-        with pytest.raises(ValueError, match=r"fingerprint.json: is not readable; delete its fold"):
+        with pytest.raises(ValueError, match=r"fingerprint.json: is not readable; delete its f"):
             cache.ErrorCache(tmp_path, mark, dataset)
     (tmp_path / "link").symlink_to("nowhere")
     for name, why in (("link", "a link to nothing"), ("errors-000000.safetensors", "a file")):
