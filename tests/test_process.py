@@ -2,6 +2,7 @@
 
 import math
 from statistics import NormalDist
+from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastpref import Diffusion, Draws, FlowMatching, add_noise, oracle
+from fastpref.pairs.dataset import Batch, Pair
 from fastpref.process import Process, from_config
+from fastpref.run.parts import preparer
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD15 = SCALED | {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "steps_offset": 1}
@@ -234,6 +237,60 @@ def test_noise_is_a_function_of_the_pair():
         assert torch.equal(x_one, x_t[[3, 8]]) and torch.equal(t_one, t[[3, 8]])
         assert target_one.p == target.p[3] and target_one.q == target.q[3]
         assert torch.equal(process.gain(alone), process.gain(draws)[[3]])
+
+
+# --- What else is drawn ---
+
+
+class Empty:
+    """A set whose prompts are 1, and the empty one 0."""
+
+    empty_cond: ClassVar = {"text": torch.zeros(1)}
+
+    def __getitem__(self, i: int) -> Pair:
+        return Pair(torch.zeros(1), torch.zeros(1), {"text": torch.ones(1)}, 1.0, i, "")
+
+
+def dropped(n: int, epoch: int, chance: float) -> tuple[Tensor, Draws]:
+    """([n] bool: which pairs have the empty prompt in an epoch, their draws)"""
+    prepare = preparer(
+        Empty(), torch.device("cpu"), torch.float32,
+        seed=11, draws_per_pair=None, prompt_dropout=chance,
+    )  # fmt: skip
+    ids, text = draws_of(n).pair_id, {"text": torch.ones(2 * n, 1)}
+    batch, draws = prepare(epoch, Batch(torch.zeros(2 * n, 1), text, torch.ones(n), ids, [""] * n))
+    winners, losers = (batch.cond["text"][:, 0] == 0).chunk(2)
+    assert torch.equal(winners, losers)
+    return winners, draws
+
+
+def test_which_prompts_are_dropped_depends_on_nothing_else_that_is_drawn():
+    """Times, noise and samples of the posterior are spread over the dropped as over all pairs."""
+    n, chance = 40_000, 0.25
+    empty, draws = dropped(n, 1, chance)
+    count = int(empty.sum())
+    assert abs(count - chance * n) < 5 * math.sqrt(n * chance * (1 - chance))
+    levels = FlowMatching().level(draws)[empty].sort().values
+    assert ks(levels, levels) < 1.95
+    strata = FlowMatching(strata=4).level(draws)[empty].sort().values
+    assert ks(strata, strata) < 1.95
+    for domain in (oracle.NOISE, oracle.POSTERIOR, oracle.SPO):
+        x = oracle.normal(11, draws.pair_id, draws.index, 2, domain)[empty]
+        assert abs(x.mean()) < 5 / math.sqrt(2 * count), domain
+        assert abs(x.square().mean() - 1) < 5 * math.sqrt(2 / (2 * count)), domain
+    other, _ = dropped(n, 2, chance)
+    assert abs(int((other & empty).sum()) - chance * count) < 5 * math.sqrt(chance * count)
+    assert not dropped(100, 1, 0.0)[0].any()
+
+
+def test_times_and_dropped_prompts_never_change():
+    """Written down once: a reference cache of one version must hold in the next."""
+    draws = draws_of(6, index=3)
+    expected = [0.8499514693, 0.5005399319, 0.9474122571, 0.6712968635, 0.7969171517, 0.8278264867]
+    assert FlowMatching().level(draws).tolist() == pytest.approx(expected, abs=1e-9)
+    expected = [0.4624878673, 0.3751349830, 0.7368530643, 0.9178242159, 0.4492292879, 0.7069566217]
+    assert FlowMatching(strata=4).level(draws).tolist() == pytest.approx(expected, abs=1e-9)
+    assert dropped(20, 3, 0.25)[0].nonzero().flatten().tolist() == [0, 3, 19]
 
 
 # --- The importance gain ---

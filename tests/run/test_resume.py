@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file, save_file
 
 from fastpref import models
 from fastpref.cli import main
-from fastpref.run import bookkeeping
+from fastpref.run import bookkeeping, checkpoint
 from fastpref.run.artifact import whole
 from fastpref.run.checkpoint import fault
 from fastpref.run.config import Config
@@ -161,6 +161,37 @@ def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
     run(pairs, tmp_path, max_train_steps=2)
     assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+FILES = ["generators.safetensors", "optimizer.safetensors", "parameters.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(name, two_steps, tmp_path, capsys):
+    """The file is as long as before, and what it holds can be read."""
+    folder = shutil.copytree(two_steps[1], tmp_path / "run")
+    file = folder / "checkpoint-2" / name
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b"1") if name.endswith("json") else len(data) - 1
+    data[at] ^= 1
+    file.write_bytes(data)
+    said = f"{name} was changed after it was written"
+    assert fault(folder / "checkpoint-2") == said
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged \({said}\): resume from anoth"):
+        checkpoint.load(folder / "checkpoint-2", torch.nn.Linear(1, 1), None)
+    shutil.copytree(two_steps[1] / "checkpoint-2", folder / "checkpoint-1")
+    found, passed_over = checkpoint.newest(folder)
+    assert found == folder / "checkpoint-1" and said in passed_over[0]
+
+
+def test_files_of_a_run_have_the_mode_that_the_umask_says(pairs, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run(pairs, tmp_path, max_train_steps=2)
+    finally:
+        os.umask(before)
+    files = [p for p in tmp_path.glob("checkpoint-2/*") if p.is_file()]
+    assert len(files) == 5 and {p.stat().st_mode & 0o777 for p in files} == {0o640}
 
 
 def test_a_checkpoint_of_an_older_version_is_named(pairs, tmp_path, capsys):
