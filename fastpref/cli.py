@@ -258,7 +258,7 @@ def sample(rest: list[str]) -> None:
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
     device, _ = place(options.device)
     family = models.family(options.family)
-    model, tune = tuned.opened(family, options.model, device, options.lora, options.tuned)
+    model, tune, _ = tuned.opened(family, options.model, device, options.lora, options.tuned)
     if tune is not None:
         tune()
     scale = options.guidance_scale
@@ -285,14 +285,13 @@ def evaluate(rest: list[str]) -> None:
         raise ValueError("--lora is required: the run's folder, or its adapter file; or --tuned")
     from . import models
     from .look.evaluate import against_base
-    from .pairs.dataset import PairDataset
     from .run import tuned
     from .run.parts import make_process, place
 
     device, _ = place(options.device)
-    family, dataset = models.family(options.family), PairDataset(options.data)
-    where = (options.model, device, options.lora, options.tuned)
-    model, tune = tuned.opened(family, *where, dataset)
+    family = models.family(options.family)
+    given = (options.model, device, options.lora, options.tuned, options.data)
+    model, tune, dataset = tuned.opened(family, *given)
     process = make_process(family, options.model)
     how = {"seed": options.seed, "draws_per_pair": options.draws_per_pair, "tune": tune}
     print(json.dumps(against_base(model, family, process, dataset, **how)))

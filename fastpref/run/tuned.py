@@ -23,28 +23,28 @@ def opened(
     device: torch.device,
     lora: str | None,
     tuned: str | None,
-    dataset: PairDataset | None = None,
-) -> tuple[nn.Module, Callable[[], None] | None]:
+    data: str | None = None,
+) -> tuple[nn.Module, Callable[[], None] | None, PairDataset | None]:
     """(the base in float32, with the adapter in it where there is one; what makes it the tuned
-    model in place, where that is a whole one), if they and the data belong together.
+    model in place, where that is a whole one; the encoded set), if they belong together.
 
     Raises:
         ValueError: they do not.
     """
     if lora and tuned:
         raise ValueError("--lora and --tuned: expected one of them")
-    belong.check(family, path, dataset)
     if lora:
-        check_lora(lora)
+        check_lora(Path(lora))
+    dataset = PairDataset(data) if data else None
+    belong.check(family, path, dataset)
     model = artifact.opened(family, path, lora, device)
-    found = files(tuned, model) if tuned else None
+    found = files(Path(tuned), model) if tuned else None
     belong.warn_of_another_model(path, dataset, lora or tuned)
-    return model, found and partial(load, found, model)
+    return model, found and partial(load, found, model), dataset
 
 
-def check_lora(path: str | Path) -> None:
-    """ValueError: what should be an adapter is a run that was tuned in full, and has none."""
-    path = Path(path)
+def check_lora(path: Path) -> None:
+    """ValueError: what should be an adapter is not there, or a run with tuning full."""
     for run in (path, path.parent):
         whole = [run / name for name in FOLDERS if (run / name / "config.json").is_file()]
         if whole and path in (run, *whole) and not any(run.glob("*.safetensors")):
@@ -52,15 +52,17 @@ def check_lora(path: str | Path) -> None:
                 f"--lora {path}: this run was trained with tuning full and has no adapter but a "
                 f"whole model: pass --tuned {run} in place of --lora {path}"
             )
+    if not path.is_file() and not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")
 
 
-def files(run: str | Path, model: nn.Module) -> dict[str, Path]:
+def files(run: Path, model: nn.Module) -> dict[str, Path]:
     """Where each tensor of the model stands in what a run with tuning full wrote.
 
     Raises:
         ValueError: there is none, it is not whole, or another model's.
     """
-    run, component = Path(run), artifact.component_of(model)
+    component = artifact.component_of(model)
     folder = run / component
     if not folder.is_dir():
         said = "pass --lora in place of --tuned" if any(run.glob("*.safetensors")) else "see --lora"

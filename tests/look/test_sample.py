@@ -15,10 +15,12 @@ import pytest
 import torch
 from commands import BASE
 from families import FAMILIES, PROMPTS, Case, generators, ours, run, size_of, tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref.cli import main
 from fastpref.look.sample import sample, starting_noise
+from fastpref.look.validation import draw_sheet
 from fastpref.models import toy
 from fastpref.models.folder import scheduler_of
 from fastpref.pairs.media import Sampling, decode
@@ -258,3 +260,107 @@ def test_mistakes_of_a_folder_are_one_line(tmp_path, capsys):
 
     shutil.rmtree(case.path / "scheduler")
     assert "model/scheduler: scheduler_config.json cannot be read" in said(case, capsys, tmp_path)
+
+
+# ---- what is not finite, and what fits no memory
+
+
+def broken(case: Case, folder: Path, file: str, tensor: str) -> Case:
+    """A copy of the family's folder with one NaN in a tensor."""
+    shutil.copytree(case.path, folder)
+    tensors = load_file(folder / file)
+    (name,) = (name for name in tensors if name.endswith(tensor))
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return Case(case.name, case.family, folder)
+
+
+MODEL = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "tensor", "says"),
+    [
+        ("wan", f"transformer/{MODEL}", "proj_out.bias", "step 1 of 2: 'a fox'"),
+        ("cogvideox-5b", f"transformer/{MODEL}", "proj_out.bias", "step 1 of 2: 'a fox'"),
+        ("sd15", f"unet/{MODEL}", "conv_out.bias", "step 1 of 3: 'a fox'"),  # PNDM's own
+        ("wan", f"vae/{MODEL}", "decoder.conv_out.bias", "'a fox': decode: the VAE made NaN"),
+        ("sdxl", f"vae/{MODEL}", "decoder.conv_out.bias", "'a fox': decode: the VAE made NaN"),
+        ("sd15", "text_encoder/model.safetensors", "final_layer_norm.bias",
+         "the prompts' embeddings: 'a fox'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_is_no_clip(name, file, tensor, says, tmp_path, capsys):
+    case = broken(tiny(name), tmp_path / "model", file, tensor)
+    line = said(case, capsys, tmp_path)
+    assert line.startswith(f"fastpref sample: sample: {says}") and "look at" in line
+    assert not list((tmp_path / "clips").glob("*.mp4"))
+
+
+def test_a_row_that_is_not_finite_is_named():
+    """And the model trains again as before."""
+
+    class Bad:
+        @staticmethod
+        def predict(model, noisy, t, cond):
+            return torch.where(torch.arange(3).view(3, 1, 1, 1) == 1, torch.inf, noisy)
+
+    model = Empty().train()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    for names, named in ((None, "8"), (["a", "b", "c"], "'b'")):
+        how = {"steps": 2, "seeds": [7, 8, 9], "names": names}
+        says = rf"^sample: step 1 of 2: {named}: expected finite values, .*\(1 of 3 so\)"
+        with pytest.raises(ValueError, match=says):
+            sample(model, Bad, scheduler, {}, (3, 4, 4), **how)
+        assert model.training
+
+
+def test_validation_clips_that_are_not_finite(tmp_path, capsys):
+    """Of the base they end the run; of a policy they are left out, and it trains on."""
+    prompts = SimpleNamespace(prompts=["a fox"])
+
+    def clips(*_):
+        raise ValueError("not finite")
+
+    prompts.clips = clips
+    given = (prompts, Empty(), (3, 4, 4), 2)
+    with pytest.raises(ValueError, match="not finite"):
+        draw_sheet(tmp_path, 0, *given)
+    draw_sheet(tmp_path, 20, *given)
+    assert "warning: step 20: no validation clips: not finite\n" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(9999, 9996, 9996), (1, 9996, 9996)])
+def test_what_fits_no_memory_is_one_line(size, tmp_path, capsys, monkeypatch):
+    """Before anything is made of that size; and where it turns out as it is made."""
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 2**16))
+    names = ("num_frames", "height", "width")
+    given = [part for n, v in zip(names, size, strict=True) for part in (f"--{n}", str(v))]
+    given += ["--family", "toy", "--model", str(BASE), "--output_dir", str(tmp_path / "clips")]
+    assert main(["sample", *given, "--prompts", "a fox"]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "GB of pixels, and 0.268 GB of memory are there: lower" in line
+    assert not (tmp_path / "clips").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError("Unable to allocate 5 GiB"),
+    ],
+)
+def test_what_runs_out_of_memory_is_one_line(error, tmp_path, capsys, monkeypatch):
+    def predict(*_):
+        raise error
+
+    monkeypatch.setattr(toy, "predict", predict)
+    monkeypatch.setattr("fastpref.run.belong.check", lambda *_: None)
+    given = ["--num_frames", "8", "--height", "12", "--width", "12", "--device", "cpu"]
+    given += ["--family", "toy", "--model", str(BASE), "--output_dir", str(tmp_path / "clips")]
+    assert main(["sample", *given, "--prompts", "a fox"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastpref sample: out of memory for 8x12x12 x 1: lower --num_frames, ")
+    assert str(error) in line
