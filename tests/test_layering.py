@@ -32,7 +32,8 @@ ORDER = (
 )
 # What a run is made of knows no Config either.
 PARTS = {
-    f"run.{n}" for n in ["parts", "optimisation", "telemetry", "guard", "checkpoint", "checks"]
+    *("run.parts", "run.belong", "run.tuned", "run.optimisation", "run.telemetry", "run.guard"),
+    *("run.checkpoint", "run.checks"),
 }
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 

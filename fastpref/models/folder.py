@@ -191,11 +191,6 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     if not is_model:
         return loaded
     model, info = loaded
-    if method and getattr(model, "hf_quantizer", None) is None:  # passed over with a warning
-        raise ValueError(
-            f"{where}: its weights are quantised ({method}), which is not read: take the folder of "
-            "unquantised weights"
-        )
     # Both libraries only warn of a tensor that no file holds, and leave it random or without
     # memory. One that is tied to a tensor that a file holds is there.
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -51,24 +51,31 @@ PACKAGES = {"bitsandbytes": "bitsandbytes accelerate", "quanto": "optimum-quanto
 
 def quantised(kind: type, path: str | Path, part: str) -> str | None:
     """How the weights of a part are quantised, by its config.json (bitsandbytes, torchao, ...);
-    None: they are not, or nothing can be read there.
+    None: they are not, or nothing can be read there. ValueError: in no way that is known.
     """
     from diffusers import ModelMixin
+    from transformers.quantizers import AutoHfQuantizer
 
-    is_ours = issubclass(kind, ModelMixin)
-    read = kind.load_config if is_ours else kind.config_class.get_config_dict
+    ours = issubclass(kind, ModelMixin)
     try:
-        config = read(str(path), subfolder=part)
+        config = (kind.load_config if ours else kind.config_class.get_config_dict)(
+            str(path), subfolder=part
+        )
     except (OSError, ValueError, RecursionError):
         return None
-    config = config if is_ours else config[0]
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = (config if ours else config[0]).get("quantization_config")
     if not found:
         return None
-    if not isinstance(found, dict):
-        return f"{found!r:.40}"
-    bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-    return str(found.get("quant_method", "bitsandbytes" if bits else "unknown"))[:40]
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"
+    # transformers only warns of a method that it does not know, and takes the numbers as they are.
+    if not isinstance(method, str) or not (ours or AutoHfQuantizer.supports_quant_method(found)):
+        raise ValueError(
+            f"model {path}/{part}: its weights are quantised ({found!r:.60}) in a way that is not "
+            "known: take the folder of unquantised weights"
+        )
+    return method
 
 
 def remedy(error: Exception, method: str | None) -> str:

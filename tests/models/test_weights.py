@@ -48,7 +48,9 @@ def test_cases_of_a_quantised_part_say_what_to_install(part, said, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-@pytest.mark.parametrize("said", [{"quant_method": "nope"}, {"quant_method": 5}, "nf4", [1]])
+@pytest.mark.parametrize(
+    "said", [{"quant_method": "no"}, {"quant_method": 5}, {"bits": 4}, "nf4", [1]]
+)
 def test_what_no_library_knows_is_not_read_as_it_stands(part, said, tmp_path):
     """transformers only warns, and takes the numbers for weights."""
     path = config_of(tiny("wan"), part, tmp_path, said)

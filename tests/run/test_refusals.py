@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastpref.pairs.encode import encode
 from fastpref.process import Diffusion, from_config
 from fastpref.run.folder import alone, claim
 from fastpref.run.parsing import config_values
+from fastpref.run.parts import tune_whole
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -182,3 +184,31 @@ def test_every_command_says_its_kind(pairs, tmp_path, capsys):
     for name, given in flags.items():
         said = fails(capsys, name, *given, "--output_dir", str(tmp_path))
         assert f"is one of fastpref train, expected one of fastpref {name}: choose another" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"tuning": "full", "lora_rank": None}, {"objective": "sft", "beta": None}],
+    ids=["lora", "full", "sft"],
+)
+def test_a_base_that_is_not_finite(change, pairs, tmp_path, capsys):
+    """Whatever trains; no step is taken."""
+    data = encoded(pairs, tmp_path / "set").folder
+    model = shutil.copytree(BASE, tmp_path / "base")
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    given = options(data, tmp_path / "run", model=str(model), **change)
+    given = {name: value for name, value in given.items() if value is not None}
+    said = fails(capsys, "train", *arguments(given))
+    assert "self-check: the base model's prediction of the first batch is not finite: look" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_quantised_weights_do_not_train():
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="tuning full: weights of my/base are quantised and cann"):
+        tune_whole(model, "my/base")
+    tune_whole(torch.nn.Linear(2, 2).requires_grad_(False), "my/base")
