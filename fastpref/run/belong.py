@@ -49,7 +49,7 @@ def check(family: ModuleType, model: str | None, dataset: PairDataset | None = N
                 f"{type(shaped).__name__} takes {takes}: copy the parts of one model"
             )
     if dataset:
-        before = dataset.fingerprint.get("encoders", {})
+        before = dataset.fingerprint.get("encoders") or {}
         listed = differences(before, encoders, before.keys() ^ encoders.keys())
         if listed:
             raise ValueError(

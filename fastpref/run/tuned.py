@@ -44,13 +44,14 @@ def opened(
 
 
 def check_lora(path: Path) -> None:
-    """ValueError: what should be an adapter is not there, or a run with tuning full."""
-    for run in (path, path.parent):
+    """ValueError: what should be an adapter is not there, or a whole model."""
+    for run in (path, path.parent, path.parent.parent):
         whole = [run / name for name in FOLDERS if (run / name / "config.json").is_file()]
-        if whole and path in (run, *whole) and not any(run.glob("*.safetensors")):
+        inside = path == run or path in whole or path.parent in whole
+        if whole and inside and not any(run.glob("*.safetensors")):
             raise ValueError(
-                f"--lora {path}: this run was trained with tuning full and has no adapter but a "
-                f"whole model: pass --tuned {run} in place of --lora {path}"
+                f"--lora {path}: has a whole model and no adapter, as a run with tuning full "
+                f"writes it: pass --tuned {run} in place of --lora {path}"
             )
     if not path.is_file() and not any(path.glob("*.safetensors")):
         raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")

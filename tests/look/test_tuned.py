@@ -50,11 +50,12 @@ def sampled(folder, **flags) -> list[str]:
 def test_cases_of_a_fully_tuned_run_as_an_adapter(full, encoded_pairs, tmp_path, capsys):
     """It says that it is one, and what to pass: that works."""
     capsys.readouterr()
-    for lora in (full, full / "transformer"):
+    file = full / "transformer" / "diffusion_pytorch_model.safetensors"
+    for lora in (full, full / "transformer", file):
         for command in (evaluated(encoded_pairs, lora=lora), sampled(tmp_path / "a", lora=lora)):
             assert fails(capsys, *command) == (
-                f"fastpref {command[0]}: --lora {lora}: this run was trained with tuning full and "
-                f"has no adapter but a whole model: pass --tuned {full} in place of --lora {lora}\n"
+                f"fastpref {command[0]}: --lora {lora}: has a whole model and no adapter, as a "
+                f"run with tuning full writes it: pass --tuned {full} in place of --lora {lora}\n"
             )
     assert main(evaluated(encoded_pairs, tuned=full)) == 0
     assert main(sampled(tmp_path / "a", tuned=full)) == 0
