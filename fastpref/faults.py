@@ -27,8 +27,11 @@ MORE = "FASTPREF_TRACEBACK=1 shows the rest"
 REPORT = f"{MORE}; if fastpref is at fault, please report it"
 # Where a module is not called as what it is installed by.
 INSTALLED_BY = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf", "flash_attn": "flash-attn"}
-MEMORY = re.compile(r"out of memory|can't allocate memory|_ALLOC_FAILED|alloc_cpu")
+MEMORY = re.compile(
+    r"out of memory|can't allocate memory|_ALLOC_FAILED|alloc_cpu|size calculation overflowed"
+)
 SHAPES = re.compile(r"\b(shape|size|dimension|channel)s?\b", re.IGNORECASE)
+PLAIN = {RecursionError: "something is nested too deeply", OverflowError: "a number is too large"}
 # What needs less of it, by command; of others: fewer or smaller frames.
 SMALLER = {
     "train": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
@@ -105,7 +108,7 @@ def told(error: BaseException, command: str) -> str:
     fastpref's own are sentences already, and OSErrors name their file. Of others: type, message,
     where in fastpref they arose, and how to see the rest.
     """
-    text, frames = cut(str(error)), list(_frames(error))
+    kind, text, frames = type(error).__name__, cut(str(error)), list(_frames(error))
     if text and (isinstance(error, OSError) or (frames and _raised_by_us(frames[-1]))):
         return text
     lacking = [e for e in _causes(error) if isinstance(e, ImportError)]
@@ -113,16 +116,15 @@ def told(error: BaseException, command: str) -> str:
         return missing(lacking[-1])
     if out_of_memory(error):
         less = SMALLER.get(command, "fewer or smaller frames")
-        return f"out of memory ({text}): try {less}, or a larger machine"
+        return f"out of memory ({text or kind}): try {less}, or a larger machine"
     if isinstance(error, RuntimeError | IndexError) and SHAPES.search(text):
         return (
             f"shapes do not fit each other ({text}): do the data, the model and the adapter belong "
             f"together, and can the model take this size? {MORE}"
         )
-    if isinstance(error, RecursionError):
-        text = f"something is nested too deeply: {text}"
-    kind, own = type(error).__name__, [frame for frame in frames if _ours(frame)]
-    where = ""
+    if type(error) in PLAIN:
+        text = f"{PLAIN[type(error)]}: {text}"
+    where, own = "", [frame for frame in frames if _ours(frame)]
     if own:
         path = Path(own[-1].tb_frame.f_code.co_filename).relative_to(PACKAGE.parent)
         where = f" ({path}:{own[-1].tb_lineno})"

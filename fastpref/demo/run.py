@@ -21,7 +21,7 @@ from ..pairs.encode import encode
 from ..process import from_config
 from ..run import artifact
 from ..run.config import OFFLINE, Config
-from ..run.folder import alone
+from ..run.folder import alone, read_record
 from ..run.parsing import Parser, betas, names
 from ..run.train import train
 from . import clips
@@ -154,7 +154,7 @@ class Demo:
             make_pairs(self.base, folder / "validation", held_back, "validation")
             known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
             write_atomic(labels, json.dumps(known).encode())
-        self.labels = json.loads(labels.read_text())
+        self.labels = read_record(labels, {"right": float, "swapped": list, "gaps": list})
         took, right = time.perf_counter() - start, 100 * self.labels["right"]
         rows = folder / "pairs" / "metadata.jsonl"
         say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")

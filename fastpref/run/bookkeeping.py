@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -104,8 +104,9 @@ def at_work(run: Run) -> Iterator[None]:
     """Around a loop, once: its config.yaml, batches, log, bar, clock and signals.
 
     Raises:
-        ValueError: out of memory; what was done is saved, and the line says what to change.
-        Interrupted: nobody reads any more what is printed; what was done is saved.
+        ValueError: out of memory, and the line says what to change.
+        Interrupted: nobody reads any more what is printed.
+        OSError: a file that cannot be read or written. What was done before any of these is saved.
     """
     config = run.config
     config.save(run.folder / "config.yaml")
@@ -119,14 +120,16 @@ def at_work(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        unread = isinstance(error, BrokenPipeError)
-        if not (unread or out_of_memory(error)):
+        if not (isinstance(error, OSError) or out_of_memory(error)):
             raise
         run.meter.forget()
         if run.step > run.saved:
-            save(run)
-        if unread:
+            with suppress(OSError):  # the disk may be what is full
+                save(run)
+        if isinstance(error, BrokenPipeError):  # of what is printed
             raise left(run) from None
+        if isinstance(error, OSError):
+            raise
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
     finally:
         source.close()  # its threads
