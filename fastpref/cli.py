@@ -163,6 +163,8 @@ def survey(options: dict) -> None:
     for row in found["bad_rows"]:
         print(printable(str(row)))
     print(found["counts"])
+    if found["refused"]:
+        raise ValueError(found["refused"])
     for name in ("frames", "seconds"):
         low, middle, high = found[name]
         print(f"{name}: {low:g} to {high:g}, median {middle:g}")

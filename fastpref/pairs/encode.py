@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,6 @@ from ..loss import oracle
 from ..models.encoders import Encoders
 from ..models.folder import check_path
 from ..progress import printable, stage
-from .counts import Counts, Note
 from .dataset import pair_file
 from .encoded import (
     check,
@@ -35,7 +35,8 @@ from .encoded import (
     write_tensors,
 )
 from .media import Sampling
-from .prepare import Prepared, finish, prepared, stored_shapes
+from .notes import Note
+from .prepare import Counts, Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,8 +69,8 @@ def encode(
     """Encodes the pairs of `data` (`rows.Rows`, `media.Sampling`) into `output_dir`; returns it.
 
     Written: pairs/XX/ID.safetensors (`latents_w`, `latents_l`, `cond.NAME`), empty.safetensors
-    (the empty prompt), bad_rows.jsonl, counts.json (`counts.Counts`, printed too), fingerprint.json
-    and, last, index.parquet.
+    (the empty prompt), bad_rows.jsonl, counts.json (`prepare.Counts`, also printed),
+    fingerprint.json and, last, index.parquet.
     Called again after an interruption it goes on and encodes nothing twice. With the same
     `batch_size` it ends with the same bytes as an unbroken call, as far as the text encoder's rows
     do not depend on their neighbours in a batch of one shape.
@@ -120,12 +121,11 @@ def encode(
             load(pipe, PARTS, progress)
         how = {"seed": seed, "batch_size": batch_size, "progress": loud}
         for item in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
-            if isinstance(item, BadRow):
-                bad.append(item)
-                counts.add_bad(item)
+            fault = counts.add(item)
+            if fault is not None:
+                bad.append(fault)
             else:
                 index.append(entry(item))
-                counts.add(item.row, item.digests, item.notes, encoded=not is_new(item))
         waiting.clear()
 
     with locked(mark(folder, "encode")):
@@ -143,7 +143,11 @@ def encode(
                 bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
             flush()
             bar.update(rows.records - bar.n)
-        finish(folder, rows, counts, bad)
+        refused = finish(folder, rows, counts, bad)
+        if refused:
+            if progress:
+                print(counts)
+            raise ValueError(refused)
         empty = folder / "empty.safetensors"
         if stored_shapes(empty) is None:
             load(pipe, ["text"], progress)
@@ -157,7 +161,7 @@ def encode(
 
 
 def is_new(item: Prepared | BadRow) -> bool:
-    """Whether it is a pair that is not encoded yet."""
+    """Whether it is a pair to be encoded."""
     return isinstance(item, Prepared) and item.clips is not None
 
 
@@ -236,8 +240,7 @@ def encode_pairs(
     """Encodes and writes what is new of `items`; gives all, in order, with what was noted.
 
     seed: of `posterior_seed`.
-    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end; so do
-    latents or embeddings that are not finite as stored, and latents that are the same.
+    A ValueError of the family (a size its VAE cannot take) makes a bad row, not the end.
     """
     prompts = list(dict.fromkeys(item.row.prompt for item in items if is_new(item)))
     # Filled up, so that the encoder's batch has one shape whatever an interruption left to encode.
@@ -265,27 +268,33 @@ def encode_pairs(
             yield item
             continue
         where, prompt = item.row.where, item.row.prompt
+        if cut.get(prompt):
+            item.notes.insert(0, Note("cut_prompts", "prompt", cut[prompt]))
         try:
             tensors = {"latents_w": latents(item, 0), "latents_l": latents(item, 1)}
         except ValueError as error:
-            yield BadRow("not_encodable", where, "chosen, rejected", str(error))
+            yield replace(
+                item, fault=BadRow("not_encodable", where, "chosen, rejected", str(error))
+            )
             continue
         tensors = stored(tensors | embeddings(texts[prompt]), dtype)
-        wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
-        said = str(dtype).removeprefix("torch.")
-        if wrong:
-            field = {"latents_w": "chosen", "latents_l": "rejected"}.get(wrong[0], "prompt")
-            reason = f"{wrong[0]} encoded as NaN or infinity in {said}; check the model or --dtype"
-            yield BadRow("not_finite", where, field, reason)
-            continue
-        if torch.equal(tensors["latents_w"], tensors["latents_l"]):
-            reason = f"has the same latents as chosen in {said}, of other frames"
-            yield BadRow("identical_latents", where, "rejected", reason)
-            continue
-        if cut.get(prompt):
-            item.notes.insert(0, Note("cut_prompts", "prompt", cut[prompt]))
-        write_tensors(folder, pair_file(folder, item.pair_id), tensors, item.notes)
-        yield item
+        fault = unusable(tensors, where, str(dtype).removeprefix("torch."))
+        if fault is None:
+            write_tensors(folder, pair_file(folder, item.pair_id), tensors, item.notes)
+        yield replace(item, fault=fault)
+
+
+def unusable(tensors: dict[str, Tensor], where: str, dtype: str) -> BadRow | None:
+    """Latents or embeddings that are not finite as stored, latents that are the same."""
+    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if wrong:
+        field = {"latents_w": "chosen", "latents_l": "rejected"}.get(wrong[0], "prompt")
+        reason = f"{wrong[0]} encoded as NaN or infinity in {dtype}; check the model or --dtype"
+        return BadRow("not_finite", where, field, reason)
+    if torch.equal(tensors["latents_w"], tensors["latents_l"]):
+        reason = f"has the same latents as chosen in {dtype}, of other frames"
+        return BadRow("identical_latents", where, "rejected", reason)
+    return None
 
 
 @contextmanager

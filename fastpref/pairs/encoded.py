@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..files import differences, identity, model_identity, sweep, write_atomic
 from ..models.folder import encoders_of
-from .counts import Note
 from .media import Sampling
+from .notes import Note
 from .prepare import Prepared, stored_shapes
 from .rows import Row, Rows
 from .shards import digest, encoding_of, index_digest, pair_file, read_fingerprint, written_digest

@@ -214,6 +214,26 @@ def test_pictures_of_every_kind(name, pictures, tmp_path):
     assert first["composited"] == f"{where} 1, rejected: alpha.png"
 
 
+def test_what_hid_under_alpha_is_told_where_no_pair_is_left_by_it(tmp_path, capsys):
+    """sd-scripts#1269: two pictures that look alike are a bad row, and why is in the summary."""
+    for name, seed in (("a.png", 0), ("b.png", 1)):
+        pixels = noise(32, 48, seed, 1)[0]
+        alpha = torch.zeros(32, 48, 1, dtype=torch.uint8)
+        Image.fromarray(torch.cat([pixels, alpha], 2).numpy()).save(tmp_path / name)
+    write_rows(tmp_path, [{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}])
+    where, line = ["--data", str(tmp_path)], "metadata.jsonl line 1"
+    model = ["--family", "toy", "--model", str(BASE), "--output_dir", str(tmp_path / "set")]
+    for more in (["--dry_run"], model):
+        assert main(["encode", *where, *more]) == 1
+        said = capsys.readouterr()
+        assert (
+            f"  media with alpha, composited on white: 2; first: {line}, chosen: a.png" in said.out
+        )
+        same = f"{line}, rejected: has the same frames as chosen"
+        assert f"  bad rows, identical_frames: 1; first: {same}\n" in said.out
+        assert said.err.endswith(f"metadata.jsonl: no usable pair, 1 bad rows; first: {same}\n")
+
+
 def test_other_frames_of_the_same_latents_are_a_bad_row(tmp_path, monkeypatch):
     data = write_pairs(tmp_path / "data", 2)
     frames = noise(12, 12, 0) // 2 * 2
