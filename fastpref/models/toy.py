@@ -134,7 +134,8 @@ def pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Pipeline:
 
 def encode_media(pipe: Pipeline, frames: Tensor) -> Tensor:
     """Pixels `uint8 [F, H, W, 3]` -> `[3, F, H, W]` in [-1, 1]; H and W divisible by 4."""
-    check_frames(frames, pipe.sizes)
+    # A family that builds on this one may have a pipe of its own.
+    check_frames(frames, getattr(pipe, "sizes", Sizes(patch=CONFIG["patch_size"])))
     # contiguous: safetensors refuses what is permuted.
     return (frames.permute(3, 0, 1, 2).float() / 127.5 - 1).to(pipe.dtype).contiguous()
 

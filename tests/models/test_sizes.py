@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import BASE, fails
-from families import build_cogvideox, seeded, tiny, write_media
+from commands import BASE
+from families import build_cogvideox, seeded, tiny
 from torch import nn
 
 from fastpref import models
 from fastpref.models import cogvideox, wan
-from fastpref.models import encoders as model_encoders
 from fastpref.models.encoders import Sizes
 
 PLACES = (1, 2, 3, 4, 5, 12, 13, 14, 16, 18)
@@ -143,29 +142,3 @@ def test_a_size_that_is_not_taken_says_what_would_be(sizes, given, says):
     with pytest.raises(ValueError) as error:
         sizes.check(*given)
     assert str(error.value).endswith(says)
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "says"),
-    [
-        ("wan", ["--num_frames", "16"], "frames expected 4k+1, got 16: pass --num_frames 13 or 17"),
-        ("wan", ["--height", "40", "--width", "48"], "divisible by 16, got 40x48: pass --height 32"
-         " --width 48 or other multiples"),
-        ("cogvideox-2b", ["--num_frames", "4"], "4k+1, got 4: pass --num_frames 1 or 5"),
-        ("sd15", ["--num_frames", "2"], "the model takes images, got 2 frames: pass --num_frames 1"
-         ),
-        ("sdxl", ["--height", "30", "--width", "48"], "divisible by 4, got 30x48"),
-    ],
-)  # fmt: skip
-def test_sizes_asked_for_are_refused_before_anything_loads(
-    name, flags, says, tmp_path, monkeypatch, capsys
-):
-    case = tiny(name)
-    media = write_media(case.family, tmp_path / "media")
-    monkeypatch.setattr(model_encoders.Encoders, "_load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("fastpref.pairs.prepare.decode", lambda *_: pytest.fail("decoded"))
-    where = ["--data", str(media), "--output_dir", str(tmp_path / "set")]
-    given = ["--family", case.family.name, "--model", str(case.path), *where, *flags]
-    capsys.readouterr()
-    assert says in fails(capsys, "encode", *given)
-    assert not (tmp_path / "set").exists()

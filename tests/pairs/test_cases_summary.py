@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from commands import BASE, fails, write_pairs
-from families import Case, frames_of, tiny, write_media
+from commands import BASE, write_pairs
+from families import tiny
 from PIL import Image
 from torch import Tensor
 
 from fastpref.cli import main
 from fastpref.look.validation import Prompts
-from fastpref.models import encoders as model_encoders
 from fastpref.models import toy
 from fastpref.pairs import prepare
 from fastpref.pairs.dataset import PairDataset
-from fastpref.pairs.encode import FIRST, encode
+from fastpref.pairs.encode import encode
 from fastpref.pairs.media import write_clip
 
 LONG = "the old stone wall and the lamps of a quiet street "
@@ -305,65 +304,6 @@ def test_which_rates_are_below_the_asked_one(fps, asked, count, slower, tmp_path
     sampling = prepare.Sampling(fps=asked)
     found = prepare.survey(tmp_path, sampling=sampling, progress=False)["counts"]
     assert found.notes["slower"] == (2 if slower else 0)
-
-
-# ---- sizes
-
-
-def odd(folder: Path, case: Case, count: int) -> Path:
-    """`count` pairs of a size that no video family takes."""
-    folder.mkdir()
-    write_clip(folder / "a.mp4", noise(24, 40, 0, 5))
-    write_clip(folder / "b.mp4", noise(24, 40, 1, 5))
-    rows = [{"prompt": f"{i}", "chosen": "a.mp4", "rejected": "b.mp4"} for i in range(count)]
-    return write_rows(folder, rows)
-
-
-@pytest.mark.parametrize("name", ["wan", "cogvideox-2b"])
-def test_data_whose_every_size_is_wrong_are_refused_at_once(name, tmp_path, monkeypatch, capsys):
-    """After the first pairs, before a model is loaded; the folder is free for the right size."""
-    case = tiny(name)
-    data, where = odd(tmp_path / "data", case, 200), ["--output_dir", str(tmp_path / "set")]
-    given = ["--family", case.family.name, "--model", str(case.path), "--data", str(data), *where]
-    decoded = []
-    real = prepare.decode
-    monkeypatch.setattr(prepare, "decode", lambda *a: decoded.append(1) or real(*a))
-    with monkeypatch.context() as patch:
-        patch.setattr(model_encoders.Encoders, "_load", lambda *_: pytest.fail("loaded"))
-        capsys.readouterr()
-        said = fails(capsys, "encode", *given)
-    assert f"the model takes none of the first {FIRST} pairs; first: metadata.jsonl line 1" in said
-    assert said.endswith("got 24x40: pass --height 16 --width 32 or other multiples\n")
-    assert len(decoded) < 3 * FIRST
-    lines = (data / "metadata.jsonl").read_text().splitlines()[:2]
-    (data / "metadata.jsonl").write_text("\n".join(lines))
-    assert main(["encode", *given, "--height", "16", "--width", "32"]) == 0
-
-
-def test_rows_of_a_wrong_size_among_others_are_bad_rows(tmp_path, monkeypatch):
-    """Known before the encoder sees one; many at the start stop nothing where others fit."""
-    case = tiny("wan")
-    data = odd(tmp_path / "data", case, FIRST + 8)
-    wrong = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
-    good = json.loads(
-        (write_media(case.family, tmp_path / "m") / "metadata.jsonl").read_text().splitlines()[0]
-    )
-    for key in ("chosen", "rejected"):
-        (data / good[key]).write_bytes((tmp_path / "m" / good[key]).read_bytes())
-    write_clip(data / "even.mp4", frames_of(case.family, 5, 8))
-    write_clip(data / "even2.mp4", frames_of(case.family, 6, 8))
-    even = {"prompt": "x", "chosen": "even.mp4", "rejected": "even2.mp4"}
-    write_rows(data, [wrong[0], good, *wrong[1:], even])
-    seen, real = [], case.module.encode_media
-    monkeypatch.setattr(
-        case.module, "encode_media", lambda pipe, f: seen.append(1) or real(pipe, f)
-    )
-    encode("wan", case.path, data, tmp_path / "set", progress=False)
-    assert len(seen) == 2
-    counts = json.loads((tmp_path / "set" / "counts.json").read_text())
-    assert counts["bad"] == {"not_encodable": FIRST + 9} and counts["pairs"] == 1
-    rows = [json.loads(x) for x in (tmp_path / "set" / "bad_rows.jsonl").read_text().splitlines()]
-    assert rows[-1]["reason"] == "frames expected 4k+1, got 8: pass --num_frames 5 or 9"
 
 
 def test_a_prompt_to_sample_from_that_is_cut_is_said(capsys):
