@@ -48,18 +48,28 @@ def index_digest(columns: dict[str, list[Any]]) -> str:
     return found.hexdigest()
 
 
-def written_digest(path: Path) -> str:
-    """The digest that a file was written with; ValueError: it has none, or cannot be read."""
+def written(path: Path) -> dict[str, Any] | None:
+    """What the header of a file says of it: its `digest` and a pair's `notes`; nothing in sets from
+    before them; None: no such file, or a damaged one.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata()["digest"]
-    except (OSError, SafetensorError, TypeError, KeyError):  # no metadata, no digest in it
+            return dict(json.loads((file.metadata() or {}).get("fastpref", "{}")))
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def written_digest(path: Path) -> str:
+    """The digest that a file was written with; ValueError: it has none, or cannot be read."""
+    found = (written(path) or {}).get("digest")
+    if not isinstance(found, str):
         raise ValueError(
             f"{path}: is not as fastpref encode wrote it; delete it and run the same fastpref "
             "encode again"
-        ) from None
+        )
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
