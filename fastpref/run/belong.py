@@ -92,6 +92,8 @@ def check_sizes(family: ModuleType, shaped: nn.Module, model: str, dataset: Pair
         return
     except ValueError as error:  # in the family's own words
         raise ValueError(f"data {dataset.folder}: {' '.join(str(error).split())}") from None
+    except ImportError:
+        raise
     except Exception as error:  # whatever a model does with a size that it does not take
         reason = " ".join(str(error).split()) or type(error).__name__
     if reason:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from commands import BASE, encoded, fails
+from commands import BASE, encoded, fails, undigested
 from safetensors.torch import load_file, save_file
 from tiny import adapt
 
@@ -109,7 +109,7 @@ def test_eval_names_a_pair_that_is_not_finite(mixed, tmp_path, capsys):
     model = toy.load(BASE)
     adapt(model, toy.LORA_TARGETS)
     artifact.export(tmp_path, model)
-    broken = pair_file(mixed.folder, mixed.pair_ids[3])
+    broken = pair_file(undigested(mixed.folder), mixed.pair_ids[3])  # or the change is the fault
     tensors = load_file(broken)
     tensors["latents_w"][0, 0, 0, 0] = torch.nan
     save_file(tensors, broken)
