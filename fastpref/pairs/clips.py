@@ -78,11 +78,12 @@ def frames(data: bytes, wanted: set[int]) -> Iterator[tuple[int, Frame]]:
 
     last = max(wanted)
     converter = VideoReformatter()  # of its own each frame would start threads
-    for i, (frame, aspect) in enumerate(_shown(data)):
-        if i in wanted:
-            yield i, _upright(frame, aspect, converter)
-        if i == last:
-            break
+    with _errors(data):
+        for i, (frame, aspect) in enumerate(_shown(data)):
+            if i in wanted:
+                yield i, _upright(frame, aspect, converter)
+            if i == last:
+                break
 
 
 def _shown(data: bytes) -> Iterator[tuple[Any, Fraction]]:

@@ -85,7 +85,7 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
         raise MediaError("not_media", "is a git-lfs pointer, not the file itself; run git lfs pull")
     s, kind = sampling, pictures if pictures.is_picture(data) else clips
     # Of a clip much longer than what is asked the rest is not decoded.
-    until = 2 * s.num_frames / s.fps if s.num_frames and s.fps else math.inf
+    until = 4 * s.num_frames / s.fps if s.num_frames and s.fps else math.inf
     shown = kind.timeline(data, until)
     picks = choose(shown.times, shown.seconds, s)
     kept: dict[int, Tensor] = {}
