@@ -31,13 +31,37 @@ def timeline(data: bytes, until: float) -> Timeline:
     A packet need not show anything (what a cut left without a key frame, what an edit list skips),
     so the frames are decoded. MediaError: not a clip, truncated, damaged, too large.
     """
+    stamps, rate = _packets(data, until)
+    times: list[Any] = []
+    for frame, _ in _shown(data):
+        times.append(None if frame.pts is None else frame.pts * frame.time_base)
+        if None not in (times[0], times[-1]) and times[-1] - times[0] > until:
+            break
+    else:
+        until = math.inf  # all are known
+    if not times:
+        raise MediaError("unreadable", "holds no frames that are shown")
+    if None in times or any(b <= a for a, b in pairwise(times)):
+        if until < math.inf:
+            return timeline(data, math.inf)
+        times = [i / rate for i in range(len(times))]
+    times = [time - times[0] for time in times]
+    if until < math.inf:
+        return Timeline(times, stamps[-1] - stamps[0] + 1 / rate, len(stamps))
+    return Timeline(times, times[-1] + 1 / rate, len(times))
+
+
+def _packets(data: bytes, until: float) -> tuple[list[Fraction], Fraction]:
+    """Times of the packets in order, where all of them have one, and the clip's rate.
+
+    MediaError before anything is decoded: an end that is missing, too much for `until` seconds.
+    """
     name, end = last_element(data)
     _check_end(data, 0 if name == "mdat" else end)  # of those FFmpeg's own table tells more
     check_tables(data)
+    stamps = []
     with _errors(data), _open(data) as container:
         stream = _video(container)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        stamps = []
         for packet in container.demux(stream):  # ends with an empty one, which is to flush
             if packet.is_corrupt:
                 raise MediaError("truncated", f"is truncated at frame {len(stamps)}")
@@ -47,29 +71,13 @@ def timeline(data: bytes, until: float) -> Timeline:
         if container.format.name.startswith("mov"):
             check_cost(len(stream.index_entries), 1, 1, MAX_DECODED)
             _check_end(data, max((e.pos + e.size for e in stream.index_entries), default=0))
-        unit, size = stream.time_base, (stream.codec_context.height, stream.codec_context.width)
-    known = [stamp for stamp in stamps if stamp is not None] or [0]
-    first, last = min(known), max(known)
-    asked = sum(stamp is None or (stamp - first) * unit <= until for stamp in stamps)
-    check_cost(asked, *size, MAX_DECODED)
-
-    times: list[Any] = []
-    for frame, _ in _shown(data):
-        times.append(None if frame.pts is None else frame.pts * frame.time_base)
-        if None not in (times[0], times[-1]) and times[-1] - times[0] > until:
-            break
-    else:
-        until = math.inf
-    if not times:
-        raise MediaError("unreadable", "holds no frames that are shown")
-    if None in times or any(b <= a for a, b in pairwise(times)):
-        if until < math.inf:
-            return timeline(data, math.inf)
-        times = [i / rate for i in range(len(times))]
-    times = [time - times[0] for time in times]
-    if until < math.inf:
-        return Timeline(times, (last - first) * unit + 1 / rate, len(stamps))
-    return Timeline(times, times[-1] + 1 / rate, len(times))
+        size = stream.codec_context.height, stream.codec_context.width
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        known = sorted(stamp * stream.time_base for stamp in stamps if stamp is not None)
+    if len(known) < len(stamps):
+        known = [i / rate for i in range(len(stamps))]
+    check_cost(sum(time - known[0] <= until for time in known), *size, MAX_DECODED)
+    return known, rate
 
 
 def frames(data: bytes, wanted: set[int]) -> Iterator[tuple[int, Frame]]:

@@ -241,7 +241,7 @@ def two_videos(suffix: str, *dispositions) -> bytes:
         for i, disposition in enumerate(dispositions):
             stream = container.add_stream("libx264", rate=8)
             stream.height, stream.width, stream.pix_fmt = 32, 32 * (i + 1), "yuv420p"
-            stream.disposition = disposition
+            stream.disposition = disposition.value
             streams.append(stream)
         for i, stream in enumerate(streams):
             for frame in steps(3 + i, 32, 32 * (i + 1)):
@@ -268,7 +268,7 @@ def covered(suffix: str, clip: bool) -> bytes:
         if suffix == "mp4":
             front = container.add_stream("mjpeg", rate=1)
             front.height, front.width, front.pix_fmt = 32, 48, "yuvj420p"
-            front.disposition = Disposition.attached_pic
+            front.disposition = Disposition.attached_pic.value
         else:
             container.add_attachment("cover.jpg", "image/jpeg", cover)
         if clip:
