@@ -105,8 +105,9 @@ def share(path: Path) -> None:
     # Of a file made to see it: to ask for the umask is to set it, which other threads would notice.
     temporary, file = _temporary(path)
     with file:
-        os.chmod(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
         temporary.unlink()
+        with suppress(OSError):  # a file system without modes
+            os.chmod(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -43,7 +43,7 @@ def digest(path: Path, tensors: dict[str, Tensor], encoding: str) -> str:
 def index_digest(columns: dict[str, list[Any]]) -> str:
     """Of the rows of an index."""
     found = hashlib.blake2b(digest_size=16)
-    for name, values in sorted(columns.items()):
+    for name, values in columns.items():
         found.update(json.dumps([name, values], default=str).encode())
     return found.hexdigest()
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from commands import BASE, content, encoded
 
-from fastpref.files import identity, locked, mark
+from fastpref.files import TEMPORARY, identity, locked, mark
 from fastpref.pairs.dataset import PairDataset
 from fastpref.pairs.encode import encode
 from fastpref.pairs.rows import read_rows
@@ -141,3 +141,15 @@ def test_writers_at_once_share_no_file(tmp_path):
     assert [writer.wait() for writer in writers] == [0, 0]
     assert path.read_bytes() in (b"a" * 100000, b"b" * 100000)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_encoding_left_is_swept(pairs, tmp_path):
+    folder = tmp_path / "set"
+    encoded(pairs, folder)
+    before = content(folder)
+    part = next(folder.glob("pairs/*"))
+    for path in (folder / f"{TEMPORARY}1.index.parquet.tmp", part / f"{TEMPORARY}2.x.tmp"):
+        path.touch()
+    (part / "notes.tmp").write_text("a user's")
+    encoded(pairs, folder)
+    assert content(folder) == before | {str((part / "notes.tmp").relative_to(folder)): b"a user's"}

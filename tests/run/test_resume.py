@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file, save_file
 
 from fastpref import models
 from fastpref.cli import main
+from fastpref.files import TEMPORARY
 from fastpref.run import bookkeeping, checkpoint
 from fastpref.run.artifact import whole
 from fastpref.run.checkpoint import fault
@@ -159,8 +160,13 @@ def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
     run(pairs, tmp_path, max_train_steps=1)
     for step in (3, 40):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
+    (tmp_path / "validation").mkdir()
+    for name in (f"{TEMPORARY}1.result.json.tmp", f"validation/{TEMPORARY}2.base.safetensors.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.tmp").touch()
     run(pairs, tmp_path, max_train_steps=2)
     assert not list(tmp_path.glob(".checkpoint-*"))
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == ["notes.tmp"]
 
 
 FILES = ["generators.safetensors", "optimizer.safetensors", "parameters.safetensors", "state.json"]

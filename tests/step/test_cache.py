@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import DPO, STEPS, case, distance, gradients, plain, run
 
 import fastpref
+from fastpref.files import TEMPORARY
 from fastpref.pairs.dataset import batches, collate, epoch_batches
 from fastpref.step import cache, filling, reference
 
@@ -390,6 +391,8 @@ def test_killed_and_started_again_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     left = len(written(broken))
+    (broken / f"{TEMPORARY}1.errors.tmp").touch()
     assert left < 7 * K and memory.fill(broken, 0) == 7 * K - left
     assert memory.fill(whole, 0) == 7 * K
     assert written(broken) == written(whole)
+    assert not list(broken.glob("*.tmp"))
