@@ -56,7 +56,7 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
     there is a file already, that one stays.
 
     Of two processes that write at once each has its own temporary file; the last rename stands
-    (new: the first). What a killed one leaves is for `sweep`.
+    (new: the first). What a killed one leaves is for `tidy`.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +81,14 @@ def _temporary(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}.{path.name}.tmp")
         file = open(temporary, "xb")  # noqa: SIM115
-        with suppress(OSError):  # a file system without locks: nothing is swept there
+        with suppress(OSError):  # a file system without locks: nothing is removed there
             fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # else swept before it was locked
+        if temporary.exists():  # else removed before it was locked
             return temporary, file
         file.close()
 
 
-def sweep(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Removes the temporaries that killed processes left in `folder`; what is being written stays,
     whoever writes it.
     """
@@ -122,7 +122,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 def mark(folder: Path, kind: str) -> Path:
     """`folder`'s file .fastpref, which says that `fastpref KIND` writes there; both are made if
-    need be, and what a killed one left is swept. ValueError: another command's folder. (Empty, as
+    need be, and what a killed one left is removed. ValueError: another command's folder. (Empty, as
     it once was: any command's.)
     """
     if folder.is_symlink() and not folder.exists():
@@ -142,7 +142,7 @@ def mark(folder: Path, kind: str) -> Path:
             f"output_dir {folder} is one of fastpref {before}, expected one of fastpref {kind}: "
             "choose another one"
         )
-    sweep(folder)
+    tidy(folder)
     return path
 
 

@@ -54,7 +54,7 @@ def stopped_in_a_write(path: Path, signal_: int) -> subprocess.Popen:
     return process
 
 
-def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     users = ["notes.tmp", "notes.123.tmp", "a.deadbeef.tmp", ".fastprefs.tmp", ".fastpref-x"]
     for name in users:
         (tmp_path / name).write_text("a user's")
@@ -71,17 +71,17 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*users, "other", ".fastpref"])
 
 
-def test_a_file_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
-    real, swept = files.fcntl.flock, []
+def test_a_file_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    real, removed = files.fcntl.flock, []
 
     def flock(file, how):
-        if not swept:
-            swept.append(True)
+        if not removed:
+            removed.append(True)
             for path in tmp_path.glob(f"{TEMPORARY}*"):
                 path.unlink()
         real(file, how)
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     write_atomic(tmp_path / "file", b"whole")
-    assert swept and (tmp_path / "file").read_bytes() == b"whole"
+    assert removed and (tmp_path / "file").read_bytes() == b"whole"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import differences, identity, model_identity, sweep, write_atomic
+from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..models.folder import encoders_of
 from .media import Sampling
 from .notes import Note
@@ -91,11 +91,11 @@ def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
 
 
 def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
-    """Makes `folder` this encoding's own, by its fingerprint, and sweeps what a killed one left
+    """Makes `folder` this encoding's own, by its fingerprint, and removes what a killed one left
     among its pairs; ValueError as `check`.
     """
     for part in folder.glob("pairs/??"):
-        sweep(part)
+        tidy(part)
     if not check(folder, now, data):
         write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
 

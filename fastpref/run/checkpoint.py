@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import flush, share, sweep, writing
+from ..files import flush, share, tidy, writing
 
 PREFIX = "checkpoint-"
 TENSORS = ("parameters", "optimizer", "generators")
@@ -92,7 +92,7 @@ def clean(folder: Path) -> None:
     """Removes what a killed process had not finished; no other one may be writing checkpoints."""
     for unfinished in folder.glob(f".{PREFIX}[0-9]*.tmp"):
         shutil.rmtree(unfinished)
-    sweep(folder / "validation")
+    tidy(folder / "validation")
 
 
 def _digest(path: Path) -> str:

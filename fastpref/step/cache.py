@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import differences, identity, model_identity, sweep, write_atomic
+from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..loss import native
 from ..loss.functional import Draws
 from ..pairs.dataset import PairDataset, batches_per_epoch, epoch_batches
@@ -108,7 +108,7 @@ class ErrorCache:
         self.folder, self.fingerprint, self.device = Path(path), fingerprint, device
         self.dataset = dataset
         self._compare(recorded(self.folder))
-        sweep(self.folder)
+        tidy(self.folder)
         self.ids, self.order = torch.tensor(dataset.pair_ids).sort()
         shape = (len(self.ids), fingerprint["draws_per_pair"], 2)
         try:  # rows as the set has them

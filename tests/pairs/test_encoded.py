@@ -143,7 +143,7 @@ def test_writers_at_once_share_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_encoding_left_is_swept(pairs, tmp_path):
+def test_what_a_killed_encoding_left_is_removed(pairs, tmp_path):
     folder = tmp_path / "set"
     encoded(pairs, folder)
     before = content(folder)
