@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from fastpref.pairs.dataset import PairDataset, batches, pair_file
-from fastpref.pairs.shards import digest, encoding_of
+from fastpref.pairs.shards import digest, encoding_of, index_digest
 
 CHANGED = r"{}: was changed after it was written; delete it and run the same fastpref encode again"
 
@@ -214,6 +214,18 @@ def test_a_digest_covers_name_type_shape_and_bits(tmp_path):
         digest(Path("x.safetensors"), {"a": tensors["a"]}, "e"),
     ]
     assert len({one, *others}) == 1 + len(others)
+
+
+def test_names_and_digests_never_change():
+    """Written down once: a set of one version must be read by the next."""
+    name = "pairs/12/000000000000ab12.safetensors"
+    assert pair_file(Path("set"), 0xAB12) == Path("set") / name
+    tensors = {"latents_w": torch.arange(3.0), "mask": torch.tensor([True])}
+    assert digest(Path("00ab.safetensors"), tensors, "e") == "cc27980f0ba60340906568bcccf99c2d"
+    said = {"family": "toy", "fps": 8.0, "data": "x"}
+    assert encoding_of(said) == "2f3f1f1e65394df9b64bf6df1cfb5ac5"
+    rows = {"pair_id": [1, 2], "prompt": ["a", "b"], "score_chosen": [None, 1.5]}
+    assert index_digest(rows) == "c7ebb0deccfa3776274cc57662914fd5"
 
 
 def test_which_pairs_there_are_is_no_part_of_what_a_pair_is():
