@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -280,7 +281,7 @@ class Page:
         self.parts.append(f"<table>{cells('th', header)}{body}</table>")
 
     def link(self, text: str, target: str) -> None:
-        self.parts.append(f'<p><a href="{html.escape(target)}">{_escaped(text)}</a></p>')
+        self.parts.append(f'<p><a href="{quote(target)}">{_escaped(text)}</a></p>')
 
     def picture(self, path: Path) -> None:
         kind = {".png": "image/png", ".gif": "image/gif"}[path.suffix]

@@ -18,7 +18,7 @@ from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
 from ..pairs import dataset
 from ..pairs.dataset import Batch
-from ..progress import announced, steps_bar
+from ..progress import announced, printable, steps_bar
 from ..step import reference
 from ..step.graphs import StepGraph
 from . import artifact, checkpoint, checks, optimisation
@@ -68,7 +68,8 @@ def announce(run: Run) -> None:
     mode = auto if config.reference == "auto" else config.reference
     noise = "" if run.margin_noise is None else f", margin noise {run.margin_noise:.2g}"
     precision = str(run.dtype).removeprefix("torch.")
-    print(f"model      {config.family} {config.model}: {trained:,} of {total:,} parameters train")
+    model = printable(f"{config.family} {config.model}")
+    print(f"model      {model}: {trained:,} of {total:,} parameters train")
     print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
     print(f"objective  {run.objective or 'sft on the chosen clips'}")
     print(f"reference  {mode}{noise}")
@@ -79,7 +80,7 @@ def announce(run: Run) -> None:
     )
     print(f"attention  {run.attention}")
     if run.cache:
-        print(f"cache      {run.cache}")
+        print(printable(f"cache      {run.cache}"))
 
 
 def warn_of_repeats(config: Config, shapes: list[str]) -> None:

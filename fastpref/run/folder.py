@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..files import differences, locked, mark
+from ..progress import printable
 from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
 
@@ -63,11 +64,8 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
         if result["global_step"] >= config.max_train_steps:
             if artifact.whole(exported):
                 return None, result | {"output_dir": str(folder), "artifact": str(exported)}
-            print(
-                f"warning: {exported} is missing or damaged: writing it again from the last "
-                "checkpoint",
-                file=sys.stderr,
-            )
+            said = f"{exported} is missing or damaged: writing it again from the last checkpoint"
+            print(printable(f"warning: {said}"), file=sys.stderr)
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]
@@ -83,14 +81,15 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
         return Path(wanted), None
     found, broken = checkpoint.newest(folder)
     for line in broken:
-        print(f"warning: {line}; falling back to {found or 'the start'}", file=sys.stderr)
+        said = f"warning: {line}; falling back to {found or 'the start'}"
+        print(printable(said), file=sys.stderr)
     if found is None and result is not None:
         raise ValueError(
             f"{folder} is trained to step {result['global_step']}, and no checkpoint is left "
             "to go on from: choose another output_dir"
         )
     if found is None and (wanted == "latest" or (folder / "metrics.jsonl").exists()):
-        print(f"no checkpoint in {folder} yet: starting at step 0", file=sys.stderr)
+        print(printable(f"no checkpoint in {folder} yet: starting at step 0"), file=sys.stderr)
     return found, None
 
 
