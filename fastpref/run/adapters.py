@@ -61,12 +61,8 @@ def find(path: Path, model: nn.Module) -> Path:
     """The adapter file of a folder, or the file itself; ValueError: there is none."""
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
-        component = component_of(model)
-        if not files and (path / component / "config.json").is_file():
-            raise ValueError(
-                f"{path}: a fully tuned model, which has no adapter: copy the base's folder with "
-                f"this {component} in place of its own, and name that as --model"
-            )
+        if not files and (path / component_of(model) / "config.json").is_file():
+            raise ValueError(f"{path}: has a whole model, fully tuned, and no adapter")
         path = files[0] if files else path / FILES[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")
@@ -129,6 +125,8 @@ def _read(file: Any, model: nn.Module, said: dict[str, Any]) -> dict[str, Lora]:
     if not found:
         raise ValueError("it has no tensors")
     ranks, alphas = (_pattern(said, name) for name in ("rank_pattern", "alpha_pattern"))
+    if None in alphas:  # ranks are known without
+        raise ValueError(f"alpha_pattern {alphas[None]!r:.60}: expected names of layers")
     result = {}
     for layer, keys in found.items():
         for part in "AB":
@@ -136,7 +134,7 @@ def _read(file: Any, model: nn.Module, said: dict[str, Any]) -> dict[str, Lora]:
                 raise ValueError(f"{next(iter(keys.values()))!r:.100} has no lora_{part} beside it")
         a, b = _tensors(file, keys["A"], keys["B"], layers[layer])
         known = [layer, *([original[layer]] if layer in original else [])]
-        rank = _entry(ranks, known, said.get("r"))
+        rank = None if None in ranks else _entry(ranks, known, said.get("r"))
         if rank not in (None, len(a)):
             raise ValueError(f"rank {rank!r:.40}, but lora_A of rank {len(a)}: {layer}")
         alpha = _entry(alphas, known, said.get("lora_alpha"))
@@ -149,8 +147,9 @@ def _read(file: Any, model: nn.Module, said: dict[str, Any]) -> dict[str, Lora]:
         if not math.isfinite(alpha):
             raise ValueError(f"expected finite alphas, got {alpha}")
         bias = _value(file, keys["bias"]) if "bias" in keys else None
-        if bias is not None and (bias.shape != (len(b),) or layers[layer].bias is None):
-            raise ValueError(f"{keys['bias']!r:.100} of {list(bias.shape)}, expected [{len(b)}]")
+        wanted = layers[layer].bias
+        if bias is not None and (wanted is None or bias.shape != wanted.shape):
+            raise ValueError(f"{keys['bias']!r:.100} does not fit the layer's bias")
         result[layer] = Lora(a, b, float(alpha), bias)
     return result
 
@@ -179,21 +178,23 @@ def _tensors(file: Any, key_a: str, key_b: str, layer: nn.Module) -> tuple[Tenso
     return a.reshape(rank, *weight.shape[1:]), b.reshape(out, rank, *ones)
 
 
-def _pattern(said: dict[str, Any], name: str) -> dict[str, tuple[int, Any]]:
+def _pattern(said: dict[str, Any], name: str) -> dict[str | None, Any]:
     """`{layer's name, or the end of one: (place, value)}` of a rank_pattern or alpha_pattern.
 
-    PEFT reads the keys as regular expressions, one of which may never end.
+    PEFT reads the keys as regular expressions, one of which may never end: what is no name is kept
+    under None.
     """
-    entries: dict[str, tuple[int, Any]] = {}
+    entries: dict[str | None, Any] = {}
     for place, (key, value) in enumerate((said.get(name) or {}).items()):
         plain = key.removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"\^?[\w.-]+", plain):
-            raise ValueError(f"{name} {key!r:.60}: expected a layer's name, not a pattern")
-        entries.setdefault(plain, (place, value))
+        if re.fullmatch(r"\^?[\w.-]+", plain):
+            entries.setdefault(plain, (place, value))
+        else:
+            entries[None] = key
     return entries
 
 
-def _entry(entries: dict[str, tuple[int, Any]], layer: list[str], default: Any) -> Any:
+def _entry(entries: dict[str | None, Any], layer: list[str], default: Any) -> Any:
     """The first entry, as PEFT takes it, that is one of a layer's names or the end of one."""
     ends = [f"^{name}" for name in layer]
     for parts in (name.split(".") for name in layer):

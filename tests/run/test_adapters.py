@@ -54,7 +54,7 @@ def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
         ({"lora_alpha": 10**400}, "int too large"),
         ({"lora_alpha": "four"}, "must be real number, not str"),
         ({"alpha_pattern": {"blocks.0.attn1.to_q": float("inf")}}, "finite alphas, got inf"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern '(': expected a layer's name, not a pattern"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern '(': expected names of layers"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA': only plain LoRA is read"),
         ({"init_lora_weights": "pissa_niter_4"}, "fits a base whose weights it changed"),
     ],

@@ -167,7 +167,7 @@ Q = "transformer.blocks.0.attn1.to_q"
         ({f"{Q}.lora_B.weight": torch.ones(96, 4).int()}, "finite floating-point values"),
         ({f"{Q}.alpha": torch.tensor(torch.inf)}, "expected finite alphas, got inf"),
         ({f"{Q}.alpha": torch.ones(2)}, "too many values"),
-        ({f"{Q}.lora_B.bias": torch.ones(95)}, r"lora_B.bias' of \[95\], expected \[96\]"),
+        ({f"{Q}.lora_B.bias": torch.ones(95)}, "lora_B.bias' does not fit the layer's bias"),
     ],
 )
 def test_what_is_not_read_is_named(change, says, plain, tmp_path):
@@ -196,24 +196,47 @@ def test_an_adapter_of_another_dtype(dtype, plain, tmp_path):
 ENDLESS = "(.*.*)*(.*.*)*(.*.*)*!"
 
 
-@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "layers_pattern"])
+def saying(plain, path, said):
+    said = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
+    save_file(plain, path, metadata=said)
+    return path
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_no_pattern_of_a_file_is_matched(name, plain, tmp_path):
     """Matched, this one would take until the sun is cold."""
-    said = {f"transformer.{n}": v for n, v in {"r": 4, "lora_alpha": 8, name: ENDLESS}.items()}
-    path = tmp_path / "a.safetensors"
-    save_file(plain, path, metadata={"lora_adapter_metadata": json.dumps(said)})
+    value = {ENDLESS: 4} if name == "rank_pattern" else ENDLESS
+    path = saying(plain, tmp_path / "a.safetensors", {"r": 8, "lora_alpha": 8, name: value})
+    if name != "rank_pattern":
+        with pytest.raises(ValueError, match="rank 8, but lora_A of rank 4"):
+            load_lora(path, toy.load(BASE))
+        saying(plain, path, {"r": 4, "lora_alpha": 8, name: value})
     found = adapters.read(path, toy.load(BASE))
     assert [each.alpha for each in found.values()] == [8, 8]
     assert len(applied(load_lora(path, toy.load(BASE)))) == 2
 
 
-@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_cannot_be_left_out_is_refused(name, plain, tmp_path):
-    said = {"transformer.r": 4, "transformer.lora_alpha": 8, f"transformer.{name}": {ENDLESS: 4}}
-    path = tmp_path / "a.safetensors"
-    save_file(plain, path, metadata={"lora_adapter_metadata": json.dumps(said)})
-    with pytest.raises(ValueError, match=f"{name} '.*': expected a layer's name, not a pattern"):
+def test_an_alpha_by_pattern_is_refused(plain, tmp_path):
+    said = {"r": 4, "lora_alpha": 8, "alpha_pattern": {ENDLESS: 4}}
+    path = saying(plain, tmp_path / "a.safetensors", said)
+    with pytest.raises(ValueError, match=r"alpha_pattern '.*': expected names of layers"):
         load_lora(path, toy.load(BASE))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alphas"),
+    [
+        ({"to_q": 1, "blocks.0.attn1.to_q": 2}, [1, 1]),
+        ({"blocks.0.attn1.to_q": 2, "to_q": 1}, [2, 1]),
+        ({"^to_q": 1, r"^blocks\.1\.attn1\.to_q$": 2, "o_q": 3}, [8, 2]),
+        ({"self_attn.q": 1}, [1, 1]),  # the original code's name of it
+    ],
+)
+def test_alphas_by_name_are_those_of_peft(pattern, alphas, plain, tmp_path):
+    """The first that is a layer's name or the end of one."""
+    said = {"r": 4, "lora_alpha": 8, "alpha_pattern": pattern}
+    path = saying(plain, tmp_path / "a.safetensors", said)
+    assert [each.alpha for each in adapters.read(path, toy.load(BASE)).values()] == alphas
 
 
 def test_a_layers_own_alpha_wins(plain, tmp_path):
@@ -225,5 +248,45 @@ def test_a_layers_own_alpha_wins(plain, tmp_path):
 
 def test_a_fully_tuned_run_says_so(tmp_path):
     toy.load(BASE).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="a fully tuned model, which has no adapter: copy the"):
+    with pytest.raises(ValueError, match="has a whole model, fully tuned, and no adapter"):
         load_lora(tmp_path, toy.load(BASE))
+
+
+def test_a_config_beside_a_file_is_peft_s_alone(plain, tmp_path):
+    """And bounded: it is text of a stranger."""
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    for name, alpha in (("adapter_model", 8), ("mine", 4)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(plain, path)
+        found = adapters.read(path, toy.load(BASE))
+        assert [each.alpha for each in found.values()] == [alpha] * 2
+    config.write_text(" " * (1 << 21))
+    with pytest.raises(ValueError, match=r"adapter_config.json of 2097152 bytes"):
+        load_lora(tmp_path, toy.load(BASE))
+
+
+class Mine(torch.nn.Module):
+    """A model of one's own: one layer's name is the end of another's, two are alike when flat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(4, 4, bias=False)
+        self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+        self.inner_proj = torch.nn.Linear(4, 4)
+
+
+def test_layers_are_told_apart_by_their_whole_names(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for layers in (["proj"], ["inner.proj", "proj"]):
+        found = loras.random(Mine(), layers)
+        loras.save(path, found, lambda n: f"transformer.{n}")
+        plain = {layer: loras.product(each) for layer, each in found.items()}
+        assert alike(applied(load_lora(path, Mine())), plain)
+    loras.save(path, loras.random(Mine(), ["inner.proj"]), lambda n: f"lora_unet_{flat(n)}", KOHYA)
+    with pytest.raises(ValueError, match=r"'lora_unet_inner_proj.*' is of no layer of Mine"):
+        load_lora(path, Mine())
+    values = {"proj.lora_A.weight": torch.ones(1, 4), "proj.lora_B.weight": torch.ones(4, 1)}
+    save_file({**values, "proj.lora_B.bias": torch.ones(4)}, path)
+    with pytest.raises(ValueError, match=r"lora_B.bias' does not fit the layer's bias"):
+        load_lora(path, Mine())

@@ -144,6 +144,20 @@ def test_the_names_that_comfyui_has():
         "transformer_blocks.0.ff.net.0.proj": "blocks.0.ff_proj",
         "transformer_blocks.0.ff.net.2": "blocks.0.ff_out",
     }
+    assert cogvideox["time_embedding.linear_1"] == "time_embedding_linear_1"
+    assert {k: v for k, v in wan.items() if not k.startswith("blocks.")} == {
+        **{
+            f"condition_embedder.time_embedder.linear_{i}": f"time_embedding.{2 * i - 2}"
+            for i in (1, 2)
+        },
+        **{
+            f"condition_embedder.text_embedder.linear_{i}": f"text_embedding.{2 * i - 2}"
+            for i in (1, 2)
+        },
+        "condition_embedder.time_proj": "time_projection.1",
+        "patch_embedding": "patch_embedding",
+        "proj_out": "head.head",
+    }
     unet = names.originals(tiny("sdxl").model)
     for ours, theirs in (
         ("conv_in", "input_blocks.0.0"),
@@ -198,6 +212,14 @@ def test_export_says_what_it_cannot(tmp_path, capsys):
     given = loras.save(tmp_path / "given.safetensors", found, lambda n: f"transformer.{n}")
     flags = ["--family", "toy", "--model", str(BASE), "--format", "comfyui"]
     own = ["--lora", str(given), "--output", str(tmp_path / "out.safetensors")]
+    (tmp_path / "base" / "transformer").mkdir(parents=True)  # of the model its config is enough
+    config = (BASE / "transformer" / "config.json").read_text()
+    (tmp_path / "base" / "transformer" / "config.json").write_text(config)
+    without = ["--model", str(tmp_path / "base"), "--family", "toy", "--format", "comfyui"]
+    assert main(["export", *without, *own]) == 0
+    assert len(load_file(tmp_path / "out.safetensors")) == 2
+    (tmp_path / "out.safetensors").unlink()
+    capsys.readouterr()
     there = [*own[:-1], str(given)]
     for more, says in (
         (own[2:], "--lora is required: the run's folder, or its adapter file"),
