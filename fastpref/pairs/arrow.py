@@ -63,36 +63,37 @@ class Parquet:
 
 
 def weighed(file: Any, path: Path, fields: Container[str]) -> tuple[list[int], list[str]]:
-    """Bytes that the fields of each row group unpack to, and the leaves of lists whose values may
-    be far fewer than their places; ValueError: beyond the bounds.
+    """Of each row group the bytes its fields unpack to, without the leaves named beside them: those
+    of lists, whose values may be far fewer than their places. ValueError: beyond the bounds.
     """
     size, meta = path.stat().st_size, file.metadata
     if meta.num_rows > max(ROWS, ROWS_PER_BYTE * size):
         raise ValueError(f"{path}: says it has {meta.num_rows} rows in {size} bytes; write it anew")
-    leaves = [(j, file.schema.column(j)) for j in range(meta.num_columns)]
-    leaves = [(j, leaf) for j, leaf in leaves if leaf.path.split(".")[0] in fields]
-    sizes, shared = [], set()
-    for i in range(meta.num_row_groups):
-        group = meta.row_group(i)
-        chunks = [(leaf, group.column(j)) for j, leaf in leaves]
-        for leaf, chunk in chunks:
-            if not leaf.max_repetition_level:
-                continue
-            if chunk.num_values > LISTED:
-                raise ValueError(
-                    f"{path}: column {leaf.path} lists {chunk.num_values} values in one row group, "
-                    f"at most {LISTED} are read; write it in smaller ones"
-                )
-            far = chunk.num_values * chunk.total_uncompressed_size > BATCH
-            if far and leaf.physical_type == "BYTE_ARRAY":
-                shared.add(leaf.path)
-        sizes.append(sum(max(0, chunk.total_uncompressed_size) for _, chunk in chunks))
-    if sum(sizes) > max(UNPACKED, TIMES * size):
+    sizes, unpacked, shared = [0] * meta.num_row_groups, 0, []
+    for j in range(meta.num_columns):
+        leaf = file.schema.column(j)
+        if leaf.path.split(".")[0] not in fields:
+            continue
+        chunks = [meta.row_group(i).column(j) for i in range(meta.num_row_groups)]
+        weights = [max(0, chunk.total_uncompressed_size) for chunk in chunks]
+        unpacked += sum(weights)
+        places = [chunk.num_values for chunk in chunks] if leaf.max_repetition_level else []
+        if max(places, default=0) > LISTED:
+            raise ValueError(
+                f"{path}: column {leaf.path} lists {max(places)} values in one row group, at most "
+                f"{LISTED} are read; write it in smaller ones"
+            )
+        far = any(n * weight > BATCH for n, weight in zip(places, weights, strict=False))
+        if far and leaf.physical_type == "BYTE_ARRAY":
+            shared.append(leaf.path)
+        else:
+            sizes = [total + weight for total, weight in zip(sizes, weights, strict=True)]
+    if unpacked > max(UNPACKED, TIMES * size):
         raise ValueError(
-            f"{path}: unpacks to {sum(sizes)} bytes from {size}, expected at most {TIMES} times as "
+            f"{path}: unpacks to {unpacked} bytes from {size}, expected at most {TIMES} times as "
             "many; write it without what is repeated"
         )
-    return sizes, sorted(shared)
+    return sizes, shared
 
 
 def records(batch: Any) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,10 @@ a field `config` names, and copy what YAML's aliases stand for wherever it says 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -69,12 +70,10 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
     """
     import jsonargparse
 
-    jsonargparse.set_loader("checked", load, exceptions=(yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(
         allow_abbrev=False,
         prog=command,
         exit_on_error=False,
-        parser_mode="checked",
         description=Config.__doc__.splitlines()[0],
     )
     parser.add_argument(
@@ -83,11 +82,17 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
     parser.add_class_arguments(Config, as_group=False)
     parser.set_defaults(defaults)
     words = [word for a in arguments for word in (a.split("=", 1) if a[:9] == "--config=" else [a])]
-    for i, word in enumerate(words[:-1]):
-        if word == "--config":
-            words[i : i + 2] = [f"--config={yaml_text(Path(words[i + 1]))}", None]
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            words[i : i + 2] = [f"--config={yaml_text(Path(words[i + 1]))}"]
+        else:
+            name, _, value = word.partition("=") if word[:2] == "--" else (words[i - 1], "", word)
+            try:
+                check_text(value)
+            except Costly as error:
+                raise ValueError(f"{name}: {error}") from None
     try:
-        values = parser.parse_args([word for word in words if word is not None])
+        values = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
         raise ValueError(plain(str(error))) from None
     del values["config"]
@@ -115,38 +120,55 @@ def parse(arguments: Sequence[str], command: str = "fastpref train") -> Config:
     return Config(**config_values(arguments, command))
 
 
+class Costly(ValueError):
+    """YAML that may cost more than its text."""
+
+
 class Plain(yaml.SafeLoader):
-    """YAML whose cost is that of its text: no aliases, no endless list or number."""
+    """YAML that costs what its text does: no aliases, no endless list or number."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            refuse("an alias is not read: write it out", self.peek_event())
+        mark = self.peek_event().start_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}"
+        if self.check_event(yaml.AliasEvent) and self.peek_event().anchor in self.anchors:
+            raise Costly(f"{where}: an alias is not read: write out what it stands for")
+        if isinstance(parent, yaml.SequenceNode) and index == MAX_ITEMS:
+            raise Costly(f"{where}: expected a list of at most {MAX_ITEMS}")
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.SequenceNode) and len(node.value) > MAX_ITEMS:
-            refuse(f"a list of more than {MAX_ITEMS}", node)
         if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
-            refuse(f"a whole number of more than {MAX_DIGITS} digits", node)
+            raise Costly(f"{where}: expected a number of at most {MAX_DIGITS} digits")
         return node
 
 
-def refuse(problem: str, where: yaml.Event | yaml.Node) -> None:
-    raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+def compose(text: str, within: int = 2) -> yaml.Node | None:
+    """The nodes of a YAML text; YAMLError: it is none; Costly.
 
-
-def compose(text: str) -> yaml.Node | None:
-    """The nodes of a YAML text; YAMLError: it has none, or may cost more than its text."""
+    within: jsonargparse reads a text where it expects a list or a number as YAML again, and so the
+    texts of a list: as many times.
+    """
     try:
-        return yaml.compose(text, Loader=Plain)
+        node = yaml.compose(text, Loader=Plain)
     except RecursionError as error:
-        raise yaml.YAMLError(f"is nested too deeply ({error})") from None
+        raise Costly(f"is nested too deeply ({error})") from None
+    for found in texts(node) if within else ():
+        check_text(found, within - 1)
+    return node
 
 
-def load(text: str) -> Any:
-    """What jsonargparse makes of a YAML text, if it may be read at all."""
-    from jsonargparse import get_loader
+def check_text(text: str, within: int = 2) -> None:
+    """Costly: a text that jsonargparse may take for YAML."""
+    with contextlib.suppress(yaml.YAMLError):  # to jsonargparse it is a text too
+        compose(text, within)
 
-    compose(text)
-    return get_loader("yaml")(text)
+
+def texts(node: Any) -> Iterator[str]:
+    """Every text below a YAML node."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith(":str"):
+            yield node.value
+    elif node is not None:
+        for child in node.value if isinstance(node, yaml.Node) else node:
+            yield from texts(child)
 
 
 def yaml_text(path: Path) -> str:

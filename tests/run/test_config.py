@@ -1,10 +1,14 @@
-"""A run's options: each one's rule, and that a line of the table is all that an option needs."""
+"""A run's options: each one's rule, that a line of the table is all that an option needs, and what
+a file of them may do and cost.
+"""
 
 import math
+import time
+from itertools import pairwise
 from typing import get_args, get_type_hints
 
 import pytest
-from commands import options
+from commands import arguments, options
 
 from fastpref.run.config import FIELDS, OFFLINE, OPTIONS, Config
 from fastpref.run.parsing import config_values
@@ -118,3 +122,121 @@ def test_every_number_has_a_range(name):
     kind = get_type_hints(Config)[name]
     if {int, float} & {kind, *get_args(kind)} and name not in OPTIONS:
         assert FIELDS[name]["rules"]
+
+
+def config_file(tmp_path, text):
+    """The values of a YAML file, with the flags that are required."""
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    required = ("family", "model", "data", "output_dir")
+    given = [f"--{name}={tmp_path}" for name in required]
+    return config_values(["--config", str(file), *given], "fastpref train")
+
+
+SECRET = "the secret's words"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            f"{key}: {{}}"
+            for key in ("config", "'config'", '"con\\x66ig"', "? config\n", "config+")
+        ),
+        "<<: {{config: {}}}",
+        "<<: {{<<: {{config: {}}}}}",
+        *(
+            f"{key}: {{}}"
+            for key in ("print_config", "help", "__path__", "__dict__", "model.config")
+        ),
+        "model: {{config: {}}}",
+        "model: {{__path__: {}}}",
+        "validation_prompts: {}",
+        "validation_prompts+: {}",
+        "timestep_range: {}",
+        "lora_rank: {}",
+        "model: !!python/object/apply:builtins.open [{}]",
+    ],
+)
+def test_a_config_file_opens_no_other(line, tmp_path):
+    secret = tmp_path / "secret.yaml"
+    secret.write_text(SECRET)
+    with pytest.raises(ValueError) as error:
+        config_file(tmp_path, line.format(secret))
+    assert SECRET not in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_text_that_is_a_files_name_stays_one(tmp_path):
+    secret = tmp_path / "secret.yaml"
+    secret.write_text(SECRET)
+    assert config_file(tmp_path, f"reference_cache: {secret}")["reference_cache"] == str(secret)
+
+
+BOMB = "[&a [x,x,x,x,x,x,x,x,x,x]" + "".join(
+    f",&{name} [{','.join([f'*{before}'] * 10)}]" for before, name in pairwise("abcdefghi")
+)
+BOMB = f"{BOMB}, *i]"  # 10^9 times x
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"validation_prompts: {BOMB}", "an alias is not read"),
+        (f"validation_prompts: '{BOMB}'", "an alias is not read"),
+        (f"beta: '{BOMB}'", "an alias is not read"),
+        (f"timestep_range: ['{BOMB}', 1]", "an alias is not read"),
+        ("seed: &a 1\nlora_rank: *a", "an alias is not read"),
+        ("a: &a [*a]", "an alias is not read"),
+        ("validation_prompts: [" + "a," * 100_000 + "]", "expected a list of at most 1000"),
+        ("validation_prompts: '[" + "a," * 4000 + "]'", "expected a list of at most 1000"),
+        *(
+            (f"max_train_steps: {number}", "expected a number of at most 40 digits")
+            for number in (
+                "1" * 41,
+                "1" * 5000,
+                "-" + "1" * 50,
+                "0x" + "f" * 200_000,
+                "1:1" * 20_000,
+            )
+        ),
+        ("beta: '" + "1" * 5000 + "'", "expected a number of at most 40 digits"),
+        ("[" * 200_000, "is nested too deeply"),
+        ("beta: '" + "[" * 200_000 + "'", "is nested too deeply"),
+        ("# " + "x" * 300_000, "more than 262144 bytes; expected lines of `field: value`"),
+        ("model: caf\u00e9".encode("cp1252"), "is not UTF-8 (as Windows-1252 it reads 'model: caf"),
+        ("beta: 1".encode("utf-16")[:-1], "truncated data"),
+    ],
+)
+def test_what_a_config_file_may_cost(text, says, tmp_path):
+    begin = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        config_file(tmp_path, text)
+    assert says in str(error.value) and len(str(error.value)) < 1000
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("value", [BOMB, "[" + "a," * 4000 + "]", "[" * 50_000, "1" * 5000])
+def test_flags_may_cost_no_more(value, tmp_path):
+    given = arguments(options(tmp_path, tmp_path))
+    for words in (["--validation_prompts", value], [f"--validation_prompts={value}"]):
+        with pytest.raises(ValueError, match=r"^--validation_prompts: (line|is nested)") as error:
+            config_values([*given, *words], "fastpref train")
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("prompt", ["*a cat*", "a & b, *c", "[a", "{a: b", "&a", "- a", "a: b: c"])
+def test_prompts_that_are_no_yaml(prompt, tmp_path):
+    found = config_file(tmp_path, f"validation_prompts: ['{prompt}']")
+    assert found["validation_prompts"] == [prompt]
+
+
+def test_a_config_that_never_ends(tmp_path):
+    with pytest.raises(ValueError, match="--config /dev/zero: more than 262144 bytes"):
+        config_values(["--config", "/dev/zero"], "fastpref train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings_of_a_config_file(encoding, tmp_path):
+    text = "# of a run\n---\nbeta: 1e3\nvalidation_prompts: [ein grüner Kreis]\n"
+    found = config_file(tmp_path, text.encode(encoding))
+    assert (found["beta"], found["validation_prompts"]) == (1000, ["ein grüner Kreis"])
