@@ -16,6 +16,10 @@ from fastpref import files
 from fastpref.files import TEMPORARY, mark, share, write_atomic
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
@@ -32,9 +36,8 @@ def test_files_have_the_mode_that_the_umask_says(umask, tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "theirs")
     share(tmp_path / "theirs")
     assert mode(tmp_path / "ours") == mode(tmp_path / "theirs") == 0o666 & ~umask
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
-    now = os.umask(umask)
-    assert now == umask
+    assert names(tmp_path) == ["ours", "theirs"]
+    assert os.umask(umask) == umask
 
 
 KILLED = """
@@ -60,6 +63,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("a user's")
     assert stopped_in_a_write(tmp_path / "file", signal.SIGKILL).wait() == -signal.SIGKILL
     (left,) = tmp_path.glob(f"{TEMPORARY}*.file.tmp")
+    assert left.read_bytes() == b"half"  # whole when it is flushed to the disk
     alive = stopped_in_a_write(tmp_path / "other", signal.SIGSTOP)
     try:
         (kept,) = tmp_path.glob(f"{TEMPORARY}*.other.tmp")
@@ -68,7 +72,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     finally:
         alive.send_signal(signal.SIGCONT)
     assert alive.wait() == 0 and (tmp_path / "other").read_bytes() == b"half"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*users, "other", ".fastpref"])
+    assert names(tmp_path) == sorted([*users, "other", ".fastpref"])
 
 
 def test_a_file_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
@@ -84,4 +88,31 @@ def test_a_file_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch
     monkeypatch.setattr(files.fcntl, "flock", flock)
     write_atomic(tmp_path / "file", b"whole")
     assert removed and (tmp_path / "file").read_bytes() == b"whole"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_the_first_ones(links, tmp_path, monkeypatch):
+    """Where there are no links what is there cannot be seen: the last one stands."""
+
+    def refused(*_):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refused)
+    for text in (b"first", b"second"):
+        write_atomic(tmp_path / "sub" / "file", text, new=True)
+    expected = b"first" if links else b"second"
+    assert (tmp_path / "sub" / "file").read_bytes() == expected
+    write_atomic(tmp_path / "sub" / "file", b"third")
+    assert (tmp_path / "sub" / "file").read_bytes() == b"third"
+    assert names(tmp_path / "sub") == ["file"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "file" / "in the way").mkdir(parents=True)
+    with pytest.raises(
+        OSError, match=r"file cannot be written \(.*\): mend that, and run the same"
+    ):
+        write_atomic(tmp_path / "file", b"1")
+    assert names(tmp_path) == ["file"]
