@@ -146,15 +146,18 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     columns = {name: [line[name] for line in index] for name in index[0]}
     files = [pair_file(folder, i) for i in columns["pair_id"]]
     columns["shapes"] = [stored_shapes(file) for file in files]
-    marks = None
     fingerprint = read_fingerprint(folder)
     if "digests" in fingerprint:
         columns["digest"] = [written_digest(file) for file in files]
-        marks = {"rows": index_digest(columns), "encoding": encoding_of(fingerprint)}
-        marks["empty"] = written_digest(folder / "empty.safetensors")
     numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
     numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64()}
-    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns], marks)
+    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
+    table = pa.table(columns, schema=schema)
+    if "digests" in fingerprint:
+        empty = written_digest(folder / "empty.safetensors")
+        rows = index_digest(table.to_pydict())  # as they will be read back
+        marks = {"rows": rows, "encoding": encoding_of(fingerprint), "empty": empty}
+        table = table.replace_schema_metadata(marks)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink)
+    pq.write_table(table, sink)
     write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())

@@ -157,6 +157,17 @@ def test_what_a_set_was_encoded_with_cannot_be_said_otherwise(copy):
             PairDataset(copy)
 
 
+def test_whole_numbers_of_the_data_are_read_as_they_were_written(sets, tmp_path):
+    """An index holds 3 as 3.0."""
+    media = shutil.copytree(sets[0], tmp_path / "media")
+    rows = [json.loads(line) for line in (media / "metadata.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"score_chosen": 3, "score_rejected": i, "weight": 2} for i, row in enumerate(rows)
+    ]
+    (media / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert set(encoded(media, tmp_path / "set").weights) == {2.0}
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_pair_stands_once_in_the_index(before, copy):
     if before:
