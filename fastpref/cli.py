@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fastpref
 
-from .faults import cut, on_signals, output, say, told
+from .faults import ended, interrupt, leaving, on_signals
 from .progress import printable
 
 if TYPE_CHECKING:
@@ -33,61 +32,31 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
 
 FAMILY = "wan, cogvideox, stable_diffusion, toy, or a module"
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
-OK, USER_ERROR, INTERRUPTED = 0, 1, 75
-ENDS = {"Diverged": 2, "Interrupted": INTERRUPTED}  # of run/guard.py, by name: it imports torch
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 user error, 2 diverged, 75 interrupted but saved."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["help"]
-    again = f"fastpref {cut(name)}: interrupted; run the same command to go on"
-    with output():
-        try:
-            command(name, rest, again)
-            print(end="", flush=True)
-        except BrokenPipeError:  # fastpref ... | head
-            return INTERRUPTED
-        except KeyboardInterrupt:
-            say(again)
-            return INTERRUPTED
-        except Exception as error:
-            kind = type(error).__name__
-            if kind in ENDS:
-                say(f"fastpref {name}: {kind.lower()}: {cut(str(error))}")
-                return ENDS[kind]
-            if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
-                raise
-            say(f"fastpref {cut(name)}: {told(error, name)}")
-            return USER_ERROR
-    return OK
+    return ended(name, lambda: command(name, rest))
 
 
-def command(name: str, rest: list[str], again: str) -> None:
-    """again: what to say where a signal ends it."""
+def command(name: str, rest: list[str]) -> None:
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
     commands |= {"cache-reference": cache_reference, "sweep": sweep}
     commands |= {"eval": evaluate, "export": export, "report": report, "doctor": doctor}
     if name in ("-h", "--help", "help"):
-        return print(USAGE, end="")
-    if name == "--version":
-        return print(f"fastpref {fastpref.__version__}")
-    if name not in commands:
+        print(USAGE, end="")
+    elif name == "--version":
+        print(f"fastpref {fastpref.__version__}")
+    elif name not in commands:
         raise ValueError(f"expected one of {', '.join(commands)}")
+    else:
+        # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
+        on_signals(leaving(name))
+        import torch  # noqa: F401
 
-    def leave(number: int, frame: Any) -> None:
-        say(again)
-        os._exit(INTERRUPTED)
-
-    def interrupt(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it comes twice: of the terminal, its shell
-        raise KeyboardInterrupt
-
-    # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
-    on_signals(leave)
-    import torch  # noqa: F401
-
-    on_signals(interrupt)
-    commands[name](rest)
+        on_signals(interrupt)
+        commands[name](rest)
 
 
 def parser(name: str, what: str) -> Parser:

@@ -18,9 +18,13 @@ from typing import Any
 
 from .progress import printable
 
+OK, USER_ERROR, INTERRUPTED = 0, 1, 75
+ENDS = {"Diverged": 2, "Interrupted": INTERRUPTED}  # of run/guard.py, by name: it imports torch
+
 # SIGHUP: a terminal that closes; SIGUSR1: Slurm before its time limit (--signal=USR1@60).
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
+AGAIN = "interrupted; run the same command to go on"
 MOST = 1000  # characters of an exception's own words
 PACKAGE = Path(__file__).parent
 MORE = "FASTPREF_TRACEBACK=1 shows the rest"
@@ -55,6 +59,46 @@ def on_signals(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
             if number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
     return before
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A handler: KeyboardInterrupt. SIGHUP comes twice, of a terminal and of its shell."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def leaving(name: str) -> Callable[[int, Any], None]:
+    """A handler that leaves at once, where nothing is to be saved yet."""
+
+    def leave(number: int, frame: Any) -> None:
+        say(f"fastpref {name}: {AGAIN}")
+        os._exit(INTERRUPTED)
+
+    return leave
+
+
+def ended(name: str, command: Callable[[], None]) -> int:
+    """The exit code of `fastpref NAME`, run to its end; what ended it early is a line."""
+    who = f"fastpref {cut(name)}"
+    with output():
+        try:
+            command()
+            print(end="", flush=True)
+        except BrokenPipeError:  # fastpref ... | head
+            return INTERRUPTED
+        except KeyboardInterrupt:
+            say(f"{who}: {AGAIN}")
+            return INTERRUPTED
+        except Exception as error:
+            kind = type(error).__name__
+            if kind in ENDS:
+                say(f"{who}: {kind.lower()}: {cut(str(error))}")
+                return ENDS[kind]
+            if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
+                raise
+            say(f"{who}: {told(error, name)}")
+            return USER_ERROR
+    return OK
 
 
 class _Terminal(io.FileIO):
