@@ -42,8 +42,6 @@ def timeline(data: bytes, until: float) -> Timeline:
     if not times:
         raise MediaError("unreadable", "holds no frames that are shown")
     if None in times or any(b <= a for a, b in pairwise(times)):
-        if until < math.inf:
-            return timeline(data, math.inf)
         times = [i / rate for i in range(len(times))]
     times = [time - times[0] for time in times]
     if until < math.inf:
@@ -136,7 +134,6 @@ def _upright(frame: Any, aspect: Fraction, converter: Any) -> Frame:
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels, shape, a, d = pixels.transpose(1, 0, 2), shape[::-1], c, b
         pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    check_cost(1, *shape, MAX_DECODED)
     return Frame(np.ascontiguousarray(pixels), shape, composited)
 
 

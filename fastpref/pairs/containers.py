@@ -77,7 +77,7 @@ def _box(data: bytes, at: int) -> tuple[str, int] | None:
 def _riff(data: bytes, at: int) -> tuple[str, int] | None:
     """Of avi; a long one has several."""
     length = int.from_bytes(data[at + 4 : at + 8], "little")
-    if data[at : at + 4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # not known: written to a pipe
+    if data[at : at + 4] != b"RIFF" or length == 0xFFFFFFFF:  # not known: written to a pipe
         return None
     end = at + 8 + length
     # Some writers count these eight bytes as well.

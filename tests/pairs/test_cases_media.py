@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tempfile
 import time
 import zlib
 from fractions import Fraction
@@ -148,6 +149,7 @@ def test_what_an_edit_list_skips_is_no_frame():
     assert which(clip) == list(range(3, 12)) and clip.source_frames == 9
     assert clip.seconds == pytest.approx(9 / 8)
     assert which(decode(bytes(data), Sampling(fps=4))) == [3, 5, 7, 9, 11]
+    assert decode(bytes(data), Sampling(fps=8, num_frames=1)).source_frames == 9
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "matroska", "avi"])
@@ -337,9 +339,15 @@ TAIL = b"a maker's own bytes, of a length that is no box: \xff\xff\xff\xff" + by
 def whole() -> dict[str, bytes]:
     moving, mjpeg = noise(8), {"codec": "mjpeg", "pixels": "yuvj420p"}
     fragments = {"movflags": "frag_keyframe+empty_moov"}
-    gif = animation(moving, "GIF")
+    gif, avi, mp4 = animation(moving, "GIF"), write(moving, "avi", **mjpeg), write(moving)
+    front, at = table_in_front(moving), mp4.index(b"mdat")
+    long = struct.pack(">I4sQ", 1, b"mdat", struct.unpack(">I", mp4[at - 4 : at])[0] + 8)
     return {
-        "mp4 and a trailer": write(moving) + TAIL,
+        "mp4 and a trailer": mp4 + TAIL,
+        "mp4 of 64 bits": mp4[: at - 12] + long + mp4[at + 4 :],  # the space is left for that
+        "mp4 with a claim in its frames": mp4.replace(b"x264 - core 165", b"stsz - core 165", 1),
+        "mp4 to its end": front.replace(*mdat(front, 0), 1),
+        "mp4 of unknown length": front.replace(*mdat(front, 0xFFFFFFF0), 1),
         "fragments and a trailer": write(moving, options=fragments) + TAIL,
         "fragments to a pipe": write(moving, pipe=True, options={"movflags": "frag_keyframe"}),
         "mov and a trailer": write(moving, "mov") + TAIL,
@@ -347,17 +355,35 @@ def whole() -> dict[str, bytes]:
         "mkv to a pipe": write(moving, "matroska", pipe=True),
         "mkv to a pipe and a trailer": write(moving, "matroska", pipe=True) + TAIL,
         "webm live": write(moving, "webm", "libvpx-vp9", pipe=True, options={"live": "1"}),
-        "avi and a trailer": write(moving, "avi", **mjpeg) + TAIL,
+        "avi and a trailer": avi + TAIL,
         "avi to a pipe": write(moving, "avi", **mjpeg, pipe=True),
-        "avi of length 0": write(moving, "avi", **mjpeg).replace(b"RIFF", b"RIFF\0\0\0\0", 1)[:4]
-        + bytes(4)
-        + write(moving, "avi", **mjpeg)[8:],
+        "avi of length 0": avi[:4] + bytes(4) + avi[8:],
+        "avi whose length counts all": avi[:4] + struct.pack("<I", len(avi)) + avi[8:],
         "gif without a trailer": gif[:-1],
         "gif and more": gif + TAIL,
         "webp and more": animation(moving, "WEBP") + TAIL,
         "apng and more": animation(moving, "PNG") + TAIL,
         "avif and more": animation(moving, "AVIF") + TAIL,
     }
+
+
+def table_in_front(frames) -> bytes:
+    """An mp4 for the web; it takes a file to rearrange."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "front.mp4"
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        return path.read_bytes()
+
+
+def mdat(data: bytes, length: int) -> tuple[bytes, bytes]:
+    """The head of the box of frames, and one that tells another length."""
+    at = data.index(b"mdat")
+    return data[at - 4 : at + 4], struct.pack(">I", length) + b"mdat"
 
 
 @pytest.mark.parametrize("name, data", whole().items(), ids=whole())
@@ -403,6 +429,40 @@ def test_what_lacks_its_end_is_refused(name, data):
             assert error.kind in ("truncated", "unreadable")
         else:
             assert torch.equal(taken, everything), f"{name} cut at {kept} of {len(data)}"
+
+
+def test_an_mp4_whose_last_frames_are_missing_is_refused():
+    """Cut between two frames, with the length of their box repaired: its table tells."""
+    data = table_in_front(noise(8))
+    with av.open(io.BytesIO(data)) as container:
+        ends = sorted(entry.pos + entry.size for entry in container.streams.video[0].index_entries)
+    assert ends[-1] == len(data)
+    for end in ends[:-1]:
+        cut = data[:end].replace(*mdat(data, end - data.index(b"mdat") + 4), 1)
+        assert refused(cut).kind == "truncated"
+        assert refused(cut, Sampling(num_frames=1, fps=8)).kind == "truncated"
+
+
+def test_a_recording_cut_in_its_last_frame_is_refused():
+    """Without lengths at the front: the last block, or the decoder, is what tells."""
+    live = write(noise(3), "matroska", pipe=True, options={"live": "1"})
+    last = live.rindex(b"\xa3")
+    assert 100 < len(live) - last < 5000
+    for end in range(last + 1, len(live), 1 if len(live) - last < 500 else 7):
+        assert refused(live[:end]).kind == "truncated"
+    piped = write(noise(3), "avi", "mjpeg", pixels="yuvj420p", pipe=True)
+    for end in (100, 300, 600):
+        assert refused(piped[:-end]).kind == "truncated"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "matroska", "avi"])
+def test_a_frame_that_its_decoder_calls_damaged_is_refused(suffix):
+    data = bytearray(write(noise(6), suffix, "mpeg4", gop=6))
+    with av.open(io.BytesIO(data)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    at = packets[3].pos + packets[3].size // 2
+    data[at : at + 40] = bytes(range(40))
+    assert "damaged or truncated at frame 3" in str(refused(bytes(data)))
 
 
 # What pixels look like.

@@ -137,8 +137,8 @@ def test_a_playlist_reads_no_other_file(tmp_path, monkeypatch):
     """Without the list of formats FFmpeg would play the clip that the playlist names."""
     write_clip(tmp_path / "secret.mp4", gradient())
     monkeypatch.chdir(tmp_path)
-    playlist = f"ffconcat version 1.0\nfile {tmp_path}/secret.mp4\n".encode()
-    with av.open(io.BytesIO(playlist), options={"safe": "0"}) as container:
+    playlist = b"ffconcat version 1.0\nfile secret.mp4\n"
+    with av.open(io.BytesIO(playlist)) as container:
         assert len(list(container.decode(video=0))) == 12  # what must not happen here
     with pytest.raises(MediaError):
         decode(playlist, ALL)
