@@ -78,7 +78,8 @@ def test_data_whose_every_size_is_wrong_are_refused_at_once(name, tmp_path, monk
     assert main(["encode", *given, "--height", "16", "--width", "32"]) == 0
 
 
-def test_rows_of_a_wrong_size_among_others_are_bad_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_rows_of_a_wrong_size_among_others_are_bad_rows(batch_size, tmp_path, monkeypatch):
     """Known before the encoder sees one; many at the start stop nothing where others fit."""
     case = tiny("wan")
     data = odd(tmp_path / "data", FIRST + 8)
@@ -96,7 +97,7 @@ def test_rows_of_a_wrong_size_among_others_are_bad_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         case.module, "encode_media", lambda pipe, f: seen.append(1) or real(pipe, f)
     )
-    encode("wan", case.path, data, tmp_path / "set", progress=False)
+    encode("wan", case.path, data, tmp_path / "set", batch_size=batch_size, progress=False)
     assert len(seen) == 2
     counts = json.loads((tmp_path / "set" / "counts.json").read_text())
     assert counts["bad"] == {"not_encodable": FIRST + 9} and counts["pairs"] == 1
