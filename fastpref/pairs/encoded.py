@@ -33,7 +33,7 @@ def fingerprint(
     dtype: str,
     seed: int | None,
 ) -> dict[str, Any]:
-    """What decides an encoded set's content, as compared by `check`.
+    """What decides an encoded set's content, as compared by `check`; digests: its files have them.
 
     Of a Hugging Face dataset also its split and its own fingerprint, where it has them; encoders:
     what training compares with the base it gets (`models.folder.encoders_of`).
