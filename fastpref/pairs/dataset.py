@@ -84,8 +84,8 @@ class PairDataset:
         empty_cond: embeddings of the empty prompt (no batch dimension), for prompt dropout.
 
     Raises:
-        ValueError: `folder` is no encoded set, or one whose encoding has not finished; its files, or
-            later a pair's, are not what was written.
+        ValueError: `folder` is no encoded set, one whose encoding has not finished, or one that
+            changed on disk; so does a pair.
     """
 
     def __init__(self, folder: str | Path) -> None:
