@@ -15,6 +15,7 @@ from commands import BASE, arguments, content, encoded, fails, options, undigest
 from safetensors import safe_open
 from safetensors.torch import load, save
 
+from fastpref.cli import main
 from fastpref.pairs.dataset import PairDataset, batches, pair_file
 from fastpref.pairs.shards import digest, encoding_of, index_digest
 
@@ -53,6 +54,24 @@ def test_a_flipped_bit_of_a_pair_is_noticed(at, copy):
     with pytest.raises(ValueError, match=CHANGED.format(path.name)):
         list(islice(batches(dataset, 2, 0, num_workers=1), 2))
     dataset[1]
+
+
+def test_a_run_of_media_ends_where_its_own_set_changed(sets, tmp_path, capsys):
+    """Whose encoding is looked at again by each command; the run goes on once that pair is new."""
+    run = options(sets[0], tmp_path / "run", max_train_steps=2)
+    assert main(["train", *arguments(run)]) == 0
+    dataset = PairDataset(tmp_path / "run" / "encoded")
+    path = pair_file(dataset.folder, dataset.pair_ids[3])
+    path.write_bytes(flipped(path.read_bytes(), -9))
+    capsys.readouterr()
+    longer = arguments(run | {"max_train_steps": 4})
+    assert main(["train", *longer]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastpref train: ")
+    assert said.endswith(CHANGED.format(path.name))
+    path.unlink()
+    assert main(["train", *longer]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 4
 
 
 def test_pairs_that_changed_places_are_noticed(copy):
