@@ -119,9 +119,6 @@ def choose(times: list[Fraction], duration: Fraction, sampling: Sampling) -> lis
         picks = [round(i * (n - 1) / (asked - 1)) for i in range(asked)] if asked > 1 else [0]
     else:
         picks = list(range(n))
-    if len(picks) > MAX_FRAMES:
-        reason = f"has {n} frames, at most {MAX_FRAMES} are taken"
-        raise MediaError("too_large", f"{reason}; pass --num_frames")
     if asked and len(picks) < asked:
         rate = f" at {sampling.fps:g} fps" if sampling.fps else ""
         reason = f"is too short: {len(picks)} frames{rate}, --num_frames asks for {asked}"
