@@ -67,8 +67,6 @@ def _shown(data: bytes) -> Iterator[Any]:
             try:
                 image.seek(i)
             except EOFError:
-                if image.format != "GIF" and i < image.n_frames:
-                    raise
                 break
             check_cost(i + 1, image.height, image.width, MAX_ANIMATED)
             image.load()
