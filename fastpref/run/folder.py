@@ -15,6 +15,7 @@ from ..files import differences, locked, mark
 from ..progress import printable
 from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
+from .parsing import safe_load
 
 # What is read of a result.json.
 RESULT: dict[str, type] = {"global_step": int, "seconds_per_pair": float, "metrics": dict}
@@ -95,7 +96,7 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
 
 def read_record(path: Path, wanted: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A file that a run wrote about itself, YAML or JSON, with at least what is wanted in it."""
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    read = json.loads if path.suffix == ".json" else safe_load
     try:
         found = read(path.read_text())
     except (ValueError, yaml.YAMLError, RecursionError):

@@ -155,6 +155,12 @@ def compose(text: str, within: int = 2) -> yaml.Node | None:
     return node
 
 
+def safe_load(text: str) -> Any:
+    """yaml.safe_load of what is not Costly."""
+    compose(text)
+    return yaml.safe_load(text)
+
+
 def check_text(text: str, within: int = 2) -> None:
     """Costly: a text that jsonargparse may take for YAML."""
     with contextlib.suppress(yaml.YAMLError):  # to jsonargparse it is a text too

@@ -11,6 +11,7 @@ import pytest
 from commands import arguments, options
 
 from fastpref.run.config import FIELDS, OFFLINE, OPTIONS, Config
+from fastpref.run.folder import read_record
 from fastpref.run.parsing import config_values
 
 POSITIVE = "expected a positive number, got"
@@ -185,6 +186,7 @@ BOMB = f"{BOMB}, *i]"  # 10^9 times x
         (f"validation_prompts: '{BOMB}'", "an alias is not read"),
         (f"beta: '{BOMB}'", "an alias is not read"),
         (f"timestep_range: ['{BOMB}', 1]", "an alias is not read"),
+        (f"timestep_range: \"['{BOMB}', 1]\"", "an alias is not read"),
         ("seed: &a 1\nlora_rank: *a", "an alias is not read"),
         ("a: &a [*a]", "an alias is not read"),
         ("validation_prompts: [" + "a," * 100_000 + "]", "expected a list of at most 1000"),
@@ -213,6 +215,12 @@ def test_what_a_config_file_may_cost(text, says, tmp_path):
         config_file(tmp_path, text)
     assert says in str(error.value) and len(str(error.value)) < 1000
     assert time.perf_counter() - begin < 5
+
+
+def test_what_a_runs_own_record_may_cost(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"beta: {BOMB}")
+    with pytest.raises(ValueError, match=r"config.yaml is not readable: restore it"):
+        read_record(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("value", [BOMB, "[" + "a," * 4000 + "]", "[" * 50_000, "1" * 5000])
