@@ -190,6 +190,37 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(name, two_steps, tmp_path, cap
     assert found == folder / "checkpoint-1" and said in passed_over[0]
 
 
+def test_what_is_wrong_with_a_checkpoint_is_said(two_steps, tmp_path):
+    """A file cut short, gone, or not listed; a manifest of another form."""
+    whole = two_steps[1] / "checkpoint-2"
+    assert fault(whole) is None
+    listed = json.loads((whole / "manifest.json").read_text())
+    size = listed["state.json"][0]
+    changes = {
+        "a": ("state.json", (whole / "state.json").read_bytes()[:-3]),
+        "b": ("state.json", None),
+        "c": ("manifest.json", json.dumps(listed | {"state.json": [size, "0" * 32]}).encode()),
+        "d": ("manifest.json", json.dumps({k: listed[k] for k in FILES[:3]}).encode()),
+        "e": ("manifest.json", b"[1]"),
+        "f": ("manifest.json", json.dumps(listed | {"state.json": size}).encode()),
+        "g": ("manifest.json", None),
+    }
+    said = {}
+    for name, (file, data) in changes.items():
+        copy = shutil.copytree(whole, tmp_path / name)
+        (copy / file).unlink() if data is None else (copy / file).write_bytes(data)
+        said[name] = fault(copy)
+    assert said == {
+        "a": f"state.json has {size - 3} bytes, expected {size}",
+        "b": "state.json is missing",
+        "c": "state.json was changed after it was written",
+        "d": "manifest.json does not list state.json",
+        "e": "manifest.json is not readable",
+        "f": "manifest.json is not readable",
+        "g": "manifest.json is missing",
+    }
+
+
 def test_files_of_a_run_have_the_mode_that_the_umask_says(pairs, tmp_path):
     before = os.umask(0o027)
     try:
