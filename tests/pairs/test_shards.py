@@ -265,6 +265,13 @@ def test_which_pairs_there_are_is_no_part_of_what_a_pair_is():
 
 
 def test_a_set_from_before_digests_is_read(copy):
+    """Of a pair that changed its shapes are seen."""
     before = [pair.latents_w.clone() for pair in PairDataset(copy)]
     after = [pair.latents_w for pair in PairDataset(undigested(copy))]
     assert all(map(torch.equal, before, after))
+    dataset = PairDataset(copy)
+    path = pair_file(copy, dataset.pair_ids[0])
+    tensors = load(path.read_bytes())
+    path.write_bytes(save({name: value[:1] for name, value in tensors.items()}))
+    with pytest.raises(ValueError, match=f"{path.name}: expected cond.text:8x32 .* as the index s"):
+        dataset[0]
