@@ -36,12 +36,10 @@ def check_shards(folder: Path) -> None:
                 f"model {folder}: {index.name} is damaged, expected a weight_map from tensors to "
                 "files; copy the folder again"
             ) from None
-        lost = sorted(n for n in names if not (folder / n).is_file())
-        if wrong or lost:
-            name, what = (min(wrong), "a .safetensors file beside it") if wrong else (lost[0], "it")
+        if wrong:
             raise ValueError(
-                f"model {folder}: {index.name} names {name!r:.80}, expected {what} there; copy the "
-                "folder again"
+                f"model {folder}: {index.name} names {min(wrong)!r:.80}, expected a .safetensors "
+                "file beside it; copy the folder again"
             )
 
 

@@ -123,7 +123,6 @@ def sharded(case: Case, part: str, folder: Path, names: object) -> Path:
             ["a.safetensors", "../c.safetensors"],
             "names '../c.safetensors', expected a .safetensors",
         ),
-        (["a.safetensors", "d.safetensors"], "names 'd.safetensors', expected it there"),
         (["a.safetensors", 5], "is damaged, expected a weight_map"),
         (["a.safetensors", None], "is damaged, expected a weight_map"),
     ],
@@ -137,8 +136,18 @@ def test_an_index_that_names_a_pickle(part, names, says, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_an_index_that_names_what_is_there(part, tmp_path):
-    path = sharded(tiny("wan"), part, tmp_path, ["a.safetensors", "b.safetensors"])
+def test_an_index_that_names_what_is_there_or_is_not(part, tmp_path):
+    """One that names what was not downloaded stands beside variants that were."""
+    there, gone = ["a.safetensors", "b.safetensors"], ["a.safetensors", "d.safetensors"]
+    assert part_of(tiny("wan"), part, sharded(tiny("wan"), part, tmp_path / "there", there))
+    path = sharded(tiny("wan"), part, tmp_path / "gone", gone)
+    with pytest.raises(ValueError, match=f"^model {path}/{part}: weights cannot be read") as error:
+        part_of(tiny("wan"), part, path)
+    assert "\n" not in str(error.value)
+    (whole,) = (tiny("wan").path / part).glob("*.safetensors")
+    shutil.copy(whole, path / part / whole.name.replace(".safe", ".fp16.safe"))
+    for file in (path / part).glob("?.safetensors"):
+        file.unlink()
     assert part_of(tiny("wan"), part, path)
 
 
