@@ -99,7 +99,7 @@ READS = {
     "sample": ("model/*/*", "run/*.safetensors"),
     "eval": ("model/*/*", "run/*.safetensors", *SET),
     "report": ("run/metrics.jsonl", "run/config.yaml"),
-    "doctor": ("model/*/*", "set/*"),
+    "doctor": ("model/*/config.json", "set/fingerprint.json", "set/index.parquet"),
 }
 
 
@@ -320,7 +320,9 @@ def test_what_is_said_of_a_librarys_exception():
     lacking = ModuleNotFoundError("No module named 'no_such'", name="no_such.part")
     wrapped = RuntimeError("Failed to import diffusers (look up to see its traceback)")
     wrapped.__cause__ = raised(lacking)
-    for error in (lacking, wrapped, raised(wrapped)):
+    vague = ModuleNotFoundError("Could not import module 'T5EncoderModel'")
+    vague.__cause__ = raised(lacking)
+    for error in (lacking, wrapped, raised(wrapped), vague):
         assert told(error, "train") == "no_such is not installed: pip install no_such"
     with pytest.raises(ImportError) as caught:
         importlib.metadata.version("no-such")  # as diffusers asks for bitsandbytes
@@ -341,13 +343,13 @@ def test_what_is_said_of_a_librarys_exception():
     assert told(caught.value, "train") == "it was meant"
 
 
-def gone(kind: str) -> io.TextIOWrapper:
+def gone(kind: str, buffering: int = -1) -> io.TextIOWrapper:
     """An output that takes nothing."""
     if kind == "full":
-        return open("/dev/full", "w", buffering=1)
+        return open("/dev/full", "w", buffering=buffering)
     reader, writer = os.pipe()
     os.close(reader)
-    return open(writer, "w", buffering=1)
+    return open(writer, "w", buffering=buffering)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("closed", 75), ("full", 1)])
@@ -365,7 +367,7 @@ def test_an_output_that_takes_nothing(name, kind, code, tree):
 @pytest.mark.parametrize("kind", ["closed", "full"])
 def test_a_run_whose_log_takes_no_more_is_saved(kind, tree):
     how = options(tree / "set", tree / "new", checkpointing_steps=100)
-    with gone(kind) as err, redirect_stdout(io.StringIO()), redirect_stderr(err):
+    with gone(kind, buffering=1) as err, redirect_stdout(io.StringIO()), redirect_stderr(err):
         assert main(["train", *arguments(how)]) == {"closed": 75, "full": 1}[kind]
     assert fault(tree / "new" / "checkpoint-1") is None
 

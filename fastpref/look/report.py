@@ -125,7 +125,7 @@ def metric_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):  # the latter: JSON nested too deeply
                 continue
-            if isinstance(row, dict) and 0 <= _number(row.get("global_step")) < 2**53:
+            if isinstance(row, dict) and _number(row.get("global_step")) >= 0:
                 yield line.rstrip(b"\n") + b"\n", row
 
 

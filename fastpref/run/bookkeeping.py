@@ -106,8 +106,8 @@ def at_work(run: Run) -> Iterator[None]:
 
     Raises:
         ValueError: out of memory, and the line says what to change.
-        Interrupted: nobody reads any more what is printed.
-        OSError: a file that cannot be read or written. What was done before any of these is saved.
+        OSError: a file that cannot be read or written, or BrokenPipeError: nobody reads any more
+            what is printed. What was done before any of these is saved.
     """
     config = run.config
     config.save(run.folder / "config.yaml")
@@ -127,8 +127,6 @@ def at_work(run: Run) -> Iterator[None]:
         if run.step > run.saved:
             with suppress(OSError):  # the disk may be what is full
                 save(run)
-        if isinstance(error, BrokenPipeError):  # of what is printed
-            raise left(run) from None
         if isinstance(error, OSError):
             raise
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
@@ -260,12 +258,8 @@ def validate(run: Run) -> None:
 def leave_if_asked(run: Run) -> None:
     """Interrupted: a signal has arrived, the step is saved, and there are more left."""
     if run.stop and run.saved == run.step and not run.done:
-        raise left(run)
-
-
-def left(run: Run) -> Interrupted:
-    where = f"saved at step {run.saved} in {run.folder}"
-    return Interrupted(f"{where}; run the same command to go on")
+        where = f"saved at step {run.step} in {run.folder}"
+        raise Interrupted(f"{where}; run the same command to go on")
 
 
 # ---- After the last step

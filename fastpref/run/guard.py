@@ -80,9 +80,7 @@ def within_memory(what: str) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """A signal arrived, or nobody reads any more what is printed: the run is saved, the same
-    command goes on.
-    """
+    """A signal arrived: the run is saved, the same command goes on."""
 
 
 class Signals:

@@ -13,7 +13,7 @@ import pytest
 from commands import arguments, options
 
 from fastpref.cli import main
-from fastpref.faults import STOPS
+from fastpref.faults import STOPS, interrupt, on_signals
 from fastpref.run import bookkeeping
 from fastpref.run.checkpoint import fault
 from fastpref.run.guard import Signals
@@ -93,6 +93,14 @@ def test_who_asks_twice_does_not_wait_for_the_save(arriving, waits):
     finally:
         stop.restore()
     assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def test_a_second_hangup_does_not_disturb_the_first():
+    """On the way out, where it would be an exception within one."""
+    on_signals(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(HANGUP)
+    signal.raise_signal(HANGUP)
 
 
 STOPPED = """
