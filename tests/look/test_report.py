@@ -82,7 +82,7 @@ def test_a_value_that_cannot_be_drawn_is_left_out(value, tmp_path, recwarn):
     lines(tmp_path, {"global_step": 0, **HONEST}, changed, {"global_step": 2, **HONEST})
     begin = time.process_time()
     assert main(["report", str(tmp_path)]) == 0
-    assert time.process_time() - begin < 3
+    assert time.process_time() - begin < 5
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
