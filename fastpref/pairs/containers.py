@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .frames import MediaError
 
 MOST = 1 << 20  # elements that are looked at
+RIFF, EBML = b"RIFF", b"\x1aE\xdf\xa3"  # else mp4 or mov
 BOXES = b"ftyp styp moov moof mdat free skip wide udta uuid meta sidx mfra pdin emsg prft".split()
 # Of Matroska: header, segment, what stands in a segment, what stands in a cluster, and filling.
 ELEMENTS = {0x1A45DFA3, 0x18538067, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B}
@@ -30,6 +31,8 @@ def last_element(data: bytes) -> tuple[str, int]:
 
 def check_tables(data: bytes) -> None:
     """MediaError: an mp4 of a few bytes claims frames without end, all of which FFmpeg lists."""
+    if data[:4] in (RIFF, EBML):
+        return
     heads, end = [], 0
     for name, begin, end in _elements(data):
         heads.append(b"" if name == "mdat" else data[begin:end])
@@ -54,7 +57,7 @@ def check_tables(data: bytes) -> None:
 
 def _elements(data: bytes) -> Iterator[tuple[str, int, int]]:
     """Name, begin and end of each, from the first byte to what is not the container's own."""
-    read = {b"RIFF": _riff, b"\x1aE\xdf\xa3": _matroska}.get(data[:4], _box)
+    read = {RIFF: _riff, EBML: _matroska}.get(data[:4], _box)
     at = 0
     for _ in range(MOST):
         found = read(data, at) if at < len(data) else None
@@ -77,7 +80,7 @@ def _box(data: bytes, at: int) -> tuple[str, int] | None:
 def _riff(data: bytes, at: int) -> tuple[str, int] | None:
     """Of avi; a long one has several."""
     length = int.from_bytes(data[at + 4 : at + 8], "little")
-    if data[at : at + 4] != b"RIFF" or length == 0xFFFFFFFF:  # not known: written to a pipe
+    if data[at : at + 4] != RIFF or length == 0xFFFFFFFF:  # not known: written to a pipe
         return None
     end = at + 8 + length
     # Some writers count these eight bytes as well.

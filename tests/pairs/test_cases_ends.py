@@ -47,6 +47,9 @@ def whole() -> dict[str, bytes]:
         "mkv to a pipe": write(moving, "matroska", pipe=True),
         "mkv to a pipe and a trailer": write(moving, "matroska", pipe=True) + TAIL,
         "webm live": write(moving, "webm", "libvpx-vp9", pipe=True, options={"live": "1"}),
+        "mkv with a claim in its frames": write(moving, "matroska").replace(
+            b"x264 - core", b"cmov - core", 1
+        ),
         "mkv of a browser": unknown_clusters(write(moving, "matroska", pipe=True)),
         "avi and a trailer": avi + TAIL,
         "avi to a pipe": write(moving, "avi", **mjpeg, pipe=True),
