@@ -46,7 +46,7 @@ class Folder:
         said = f"{name!r:.300} is not a file in {self.root}"
         if alike:
             known = "one of " * (len(alike) > 1) + " and ".join(map(ascii, sorted(alike)[:4]))
-            said = f"{said}; expected {known}, which look or sound the same"
+            said = f"{said}; expected {known}, almost the same name"
         raise MediaError("missing_file", said)
 
     def _alike(self, name: str) -> list[str]:

@@ -4,10 +4,9 @@ Each has `name`, `path` (the file, or None), `root` (the folder media paths are 
 `columns` (None where there is no record), `total` (records, where known), and iterates over
 (where, record): a dict, or the reason why there is none. Only the file itself is checked here.
 
-Text files are read twice and kept neither time: first for their columns and number. They are read
-here and not by `datasets` (5.2): one broken line costs it the whole file, the
-prompts 007 and NA are 7.0 and none to it, and a comma too many in one row shifts every row's cells
-into the next column.
+Text files are read twice, first for their columns and number, and not kept. They are read here and
+not by `datasets` (5.2): one broken line costs it the whole file, the prompts 007 and NA are 7.0 and
+none to it, and a comma too many in one row shifts every row's cells into the next column.
 """
 
 from __future__ import annotations
@@ -145,17 +144,17 @@ class Csv:
     def __iter__(self) -> Records:
         text = lines(self.path)
         header = next(text, "")
-        said = re.fullmatch(r"sep=(.)\s*", header)  # Excel's own first line
+        said = re.fullmatch(r"sep=([,;|\t])\s*", header)  # Excel's own first line
         before = 0 if said is None else 1
         header = next(text, "") if said else header
         mark = said[1] if said else delimiter(header)
         reader = csv.reader(itertools.chain([header], text), strict=True, delimiter=mark)
-        self.columns = None
+        columns: list[str] | None = None
         line = before + 1
         try:
             for cells in reader:
-                if self.columns is None:
-                    self.columns = cells or None
+                if columns is None:
+                    columns = self.columns = cells or None
                 elif any(cells):
                     yield f"line {line}", self._record(cells)
                 line = before + reader.line_num + 1

@@ -4,6 +4,7 @@ of size; and what is said of a text that cannot be read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -17,15 +18,10 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 SIGNLESS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and one sign that are shown as nothing
 
 
-def is_pointer(head: bytes) -> bool:
-    """Whether a file that begins so is what git keeps of one in LFS."""
-    return head.startswith(POINTER)
-
-
 def check_pointer(path: Path) -> None:
     """ValueError: git-lfs has left its pointer in the file's place."""
     with path.open("rb") as file:
-        if is_pointer(file.read(len(POINTER))):
+        if file.read(len(POINTER)) == POINTER:
             raise ValueError(f"{path}: is a git-lfs pointer, not the file: run git lfs pull there")
 
 
@@ -51,18 +47,19 @@ def lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         how = encoding(file.read(4))
     with path.open(newline="", **how) as file:
-        for number in range(1, MAX_ROWS + 1):
+        for number in itertools.count(1):
             try:
-                line = file.readline(MAX_LINE)
+                line = file.readline(MAX_LINE + 1)
             except UnicodeDecodeError as error:
                 reason = f"not whole {how['encoding']} text ({error.reason})"
                 raise ValueError(f"{path} line {number}: {reason}; save it as UTF-8") from None
             if not line:
                 return
-            if len(line) == MAX_LINE:
+            if number > MAX_ROWS:
+                raise ValueError(f"{path}: has more than {MAX_ROWS} lines; split it")
+            if len(line) > MAX_LINE:
                 raise ValueError(f"{path} line {number}: has more than {MAX_LINE} characters")
             yield line
-    raise ValueError(f"{path}: has more than {MAX_ROWS} lines; split it")
 
 
 def delimiter(header: str) -> str:

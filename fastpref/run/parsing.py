@@ -206,9 +206,9 @@ def check_fields(node: yaml.Node | None, text: str, where: str) -> None:
     for key, value in node.value:
         line = f"{where}, line {key.start_mark.line + 1}"
         if key.tag.endswith(":merge"):
-            check_fields(value, text, line)
+            check_fields(value, text, where)
             continue
-        got = " ".join(text[key.start_mark.index : key.end_mark.index].split())
+        got = " ".join(text[key.start_mark.index : key.end_mark.index].split())[:100]
         if not key.tag.endswith(":str"):
             raise ValueError(f"{line}: expected the name of a field before the colon, got {got}")
         if key.value not in FIELDS:

@@ -235,7 +235,9 @@ def test_names_that_are_almost_right(said, folder):
     """Another file than the one that is named is never read, but said."""
     put(folder, "clips/a.mp4")
     bad = named(folder, said)
-    assert bad.kind == "missing_file" and "; expected 'clips/a.mp4', which look" in str(bad)
+    assert bad.kind == "missing_file" and "; expected 'clips/a.mp4', almost the same name" in str(
+        bad
+    )
 
 
 def test_nothing_outside_the_folder_is_listed(folder, tmp_path):
