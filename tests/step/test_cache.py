@@ -301,6 +301,8 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
     ddpm = [fastpref.Diffusion(alphas_cumprod=t, importance_steps=5) for t in (table, table * 0.9)]
     a, b = (kind(where, c, process=p) for p in ddpm)
     assert [k for k in a if a[k] != b[k]] == ["process.alphas_cumprod"]
+    with pytest.raises(ValueError, match=r"another process \(FlowMatching there, Diffusion here\)"):
+        cache.ErrorCache(folder, a, dataset)
     b = kind(where, c, process=ddpm[0].replace(prediction_type="v_prediction"))
     assert [k for k in a if a[k] != b[k]] == ["process.prediction_type"]
 
@@ -363,6 +365,7 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
         (own, {"errors": hole}, "its numbers are not those that were written"),
         (own, {"errors": errors.nextafter(errors + (index == 2)[:, None])}, "its numbers are not"),
         (own, {"pair_id": ids + (ids == ids[4])}, "a pair that the data has not"),
+        (own, {"pair_id": ids + (ids == ids.max())}, "a pair that the data has not"),
         (own, {"index": index + 1}, "a draw beyond draws_per_pair"),
         (own, {"index": index - 1}, "a draw beyond draws_per_pair"),
     ]
@@ -378,6 +381,14 @@ def test_a_file_of_other_values_is_never_taken(filled, tmp_path):
     save_file(whole, tmp_path / "errors-000000.safetensors", metadata=own)
     with pytest.raises(ValueError, match=r"cannot be used .*index.*; delete it \(or the whole"):
         cache.ErrorCache(tmp_path, mark, dataset)
+
+
+def test_digests_never_change():
+    """Written down once: a cache of one version must be read by the next."""
+    rows = {"pair_id": torch.tensor([1, 2]), "index": torch.tensor([0, 1])}
+    rows["errors"] = torch.tensor([[0.5, 1.0], [2.0, 3.0]], dtype=torch.float64)
+    assert cache._sum(rows) == "1546a16e96c5b740dad65f65f1a928ad"
+    assert cache._digest({"seed": 1, "data": "x"}) == "e7c89d331a391a1e2c0796f215caa972"
 
 
 def test_killed_and_started_again_it_goes_on(tmp_path):
