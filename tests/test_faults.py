@@ -364,6 +364,13 @@ def test_an_output_that_takes_nothing(name, kind, code, tree):
         assert err.getvalue() == ""
 
 
+def test_outputs_that_are_not_there(tree):
+    """fastpref ... >&- 2>&-"""
+    with redirect_stdout(None), redirect_stderr(None):
+        assert main(["report", *parts("report", tree)]) == 0
+        assert main(["report", str(tree / "nowhere")]) == 1
+
+
 @pytest.mark.parametrize("kind", ["closed", "full"])
 def test_a_run_whose_log_takes_no_more_is_saved(kind, tree):
     how = options(tree / "set", tree / "new", checkpointing_steps=100)

@@ -118,7 +118,7 @@ def metric_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """
     size = path.stat().st_size
     if size > MOST_BYTES:
-        raise ValueError(f"{path}: {size} bytes, expected at most {MOST_BYTES}")
+        raise ValueError(f"{path}: {size} bytes, expected at most {MOST_BYTES}: move it away")
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE):
             try:
