@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ..models.folder import shapes_alone
 FORMATS = ("diffusers", "comfyui")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig
-LARGEST_CONFIG = 1 << 20  # bytes of an adapter_config.json
+LARGEST = 1 << 20  # characters of one
 
 
 class Lora(NamedTuple):
@@ -96,14 +97,15 @@ def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str,
     """What the file, or PEFT's adapter_config.json beside it, says of a LoraConfig; {}: nothing."""
     config = path.with_name("adapter_config.json")
     if METADATA in metadata:
-        said = json.loads(metadata[METADATA])
-        said = {name.removeprefix(f"{component}."): value for name, value in said.items()}
+        text = metadata[METADATA]
     elif path.name == FILES[1] and config.is_file():
-        if config.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"{config.name} of {config.stat().st_size} bytes")
-        said = json.loads(config.read_text())
+        with config.open() as file:
+            text = file.read(LARGEST + 1)
     else:  # sd-scripts' ss_network_alpha stands beside .alpha tensors, and is read by nobody
         return {}
+    if len(text) > LARGEST:
+        raise ValueError(f"settings of more than {LARGEST} characters")
+    said = {name.removeprefix(f"{component}."): v for name, v in json.loads(text).items()}
     if said.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"peft_type {said['peft_type']!r:.40}: only plain LoRA is read")
     for name, value in said.items():
@@ -166,9 +168,8 @@ def _tensors(file: Any, key_a: str, key_b: str, layer: nn.Module) -> tuple[Tenso
     shapes = [file.get_slice(key).get_shape() for key in (key_a, key_b)]
     (rank, *inside), (out, *inner) = (shape or [0] for shape in shapes)
     weight = layer.weight
-    if not rank or (math.prod(inside), out, math.prod(inner)) != (
-        *(weight[0].numel(), len(weight), rank),
-    ):
+    fitting = (weight[0].numel(), len(weight), rank)
+    if not rank or (math.prod(inside), out, math.prod(inner)) != fitting:
         raise ValueError(
             f"{key_a!r:.100} and B of {shapes[0]} and {shapes[1]} do not fit weights of "
             f"{list(weight.shape)}: is it another model's adapter?"
@@ -230,7 +231,7 @@ def load_lora(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def _any(layers: Any) -> str:
+def _any(layers: Iterable[str]) -> str:
     return f"^(?:{'|'.join(map(re.escape, layers))})$"
 
 
@@ -267,9 +268,7 @@ def of(model: nn.Module) -> dict[str, Lora]:
             bias = None if b.bias is None else b.bias.detach()
             found[name] = Lora(a, b.weight.detach(), alpha, bias)
     # save_embedding_layers: by default peft may ask the hub for the base model's config.
-    whole = peft.get_peft_model_state_dict(
-        model, adapter_name="default", save_embedding_layers=False
-    )
+    whole = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     for key in sorted(whole.keys() - _peft_keys(found).keys()):
         raise ValueError(f"{key}: only plain LoRA is exported")
     return found
@@ -279,17 +278,18 @@ def write(path: Path, model: nn.Module, found: dict[str, Lora], form: str = "dif
     """Writes adapters of `model` (of which only the names are read) in one of FORMATS.
 
     Raises:
-        ValueError: ComfyUI knows no such model, or none of its readers would apply a bias.
+        ValueError: ComfyUI has no such model, or reads no bias; an alpha that makes B infinite.
     """
     found = {layer: each.folded() for layer, each in found.items()}
+    for layer, each in found.items():
+        if not each.b.float().isfinite().all():
+            raise ValueError(f"{layer}: its alpha makes values that are not finite")
     values, metadata = (_diffusers if form == "diffusers" else _comfyui)(model, found)
     values = {key: value.cpu().contiguous() for key, value in values.items()}
     write_atomic(path, save(values, {"format": "pt", **metadata}))
 
 
-def _diffusers(
-    model: nn.Module, found: dict[str, Lora]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _diffusers(model: nn.Module, found: dict[str, Lora]) -> tuple[dict, dict[str, str]]:
     """Metadata too: without them diffusers 0.35 takes the first layer's rank for every alpha."""
     component = component_of(model)
     rank = Counter(each.rank for each in found.values()).most_common(1)[0][0]
@@ -307,18 +307,16 @@ def _diffusers(
     return values, {METADATA: json.dumps(said, sort_keys=True)}
 
 
-def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict, dict[str, str]]:
     """A UNet's in kohya's form, a transformer's by its original names; without `.alpha`, which
     diffusers loses where a UNet's layers have several.
     """
-    original = names.originals(model)
+    values, original = {}, names.originals(model)
     for layer, each in found.items():
         if layer not in original:
             raise ValueError(f"ComfyUI: no form is known for adapters of {type(model).__name__}")
         if each.bias is not None:
             raise ValueError(f"{layer}.lora_B.bias: ComfyUI reads no such tensor")
-    values = {}
-    for layer, each in found.items():
         if component_of(model) == "unet":
             key = f"lora_unet_{layer.replace('.', '_')}"
             values |= {f"{key}.lora_down.weight": each.a, f"{key}.lora_up.weight": each.b}

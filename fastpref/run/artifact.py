@@ -29,9 +29,7 @@ def export(folder: Path, model: nn.Module) -> Path:
     with writing(path):
         model.save_pretrained(path)
         mode = (path / "config.json").stat().st_mode
-        for file in path.glob(
-            "*.safetensors"
-        ):  # safetensors makes files that only their owner reads
+        for file in path.glob("*.safetensors"):  # which safetensors makes for their owner alone
             file.chmod(mode)
     return path
 

@@ -263,8 +263,10 @@ def test_a_config_beside_a_file_is_peft_s_alone(plain, tmp_path):
         found = adapters.read(path, toy.load(BASE))
         assert [each.alpha for each in found.values()] == [alpha] * 2
     config.write_text(" " * (1 << 21))
-    with pytest.raises(ValueError, match=r"adapter_config.json of 2097152 bytes"):
-        load_lora(tmp_path, toy.load(BASE))
+    long = saying(plain, tmp_path / "mine.safetensors", {"r": 4, "x": " " * (1 << 20)})
+    for given in (tmp_path, long):
+        with pytest.raises(ValueError, match="settings of more than 1048576 characters"):
+            load_lora(given, toy.load(BASE))
 
 
 class Mine(torch.nn.Module):

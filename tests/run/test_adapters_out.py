@@ -230,6 +230,9 @@ def test_export_says_what_it_cannot(tmp_path, capsys):
         (["--lora", str(tmp_path), *own[2:]], "no such file; expected a run's folder"),
     ):
         assert says in fails(capsys, "export", *flags, *more)
+    endless = {k: v._replace(alpha=1e300) for k, v in found.items()}
+    with pytest.raises(ValueError, match="its alpha makes values that are not finite"):
+        adapters.write(tmp_path / "out.safetensors", model, endless)
     biased = {k: v._replace(bias=torch.ones(96)) for k, v in found.items()}
     with pytest.raises(ValueError, match=r"lora_B.bias: ComfyUI reads no such tensor"):
         adapters.write(tmp_path / "out.safetensors", model, biased, "comfyui")
