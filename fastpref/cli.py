@@ -270,12 +270,12 @@ def evaluate(rest: list[str]) -> None:
 
 def export(rest: list[str]) -> None:
     """An adapter in another key form, at the same strength; of the model its config is read."""
-    from .run.adapters import FORMATS, convert
+    from .run import adapters, artifact
 
     options = model_options("export", export.__doc__)
-    options.add_argument("--format", required=True, choices=FORMATS)
+    options.add_argument("--format", required=True, choices=adapters.FORMATS)
     options.add_argument("--output", required=True, help="a new .safetensors file")
-    print(convert(**vars(options.parse_args(rest))))
+    print(artifact.convert(**vars(options.parse_args(rest))))
 
 
 def report(rest: list[str]) -> None:

@@ -19,10 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .. import models
 from ..files import write_atomic
 from ..models import names
-from ..models.folder import shapes_alone
 
 FORMATS = ("diffusers", "comfyui")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
@@ -105,7 +103,8 @@ def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str,
         return {}
     if len(text) > LARGEST:
         raise ValueError(f"settings of more than {LARGEST} characters")
-    said = {name.removeprefix(f"{component}."): v for name, v in json.loads(text).items()}
+    said = _entries(json.loads(text), "settings")
+    said = {name.removeprefix(f"{component}."): value for name, value in said.items()}
     if said.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"peft_type {said['peft_type']!r:.40}: only plain LoRA is read")
     for name, value in said.items():
@@ -179,6 +178,12 @@ def _tensors(file: Any, key_a: str, key_b: str, layer: nn.Module) -> tuple[Tenso
     return a.reshape(rank, *weight.shape[1:]), b.reshape(out, rank, *ones)
 
 
+def _entries(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected a JSON object, got {value!r:.40}")
+    return value
+
+
 def _pattern(said: dict[str, Any], name: str) -> dict[str | None, Any]:
     """`{layer's name, or the end of one: (place, value)}` of a rank_pattern or alpha_pattern.
 
@@ -186,7 +191,7 @@ def _pattern(said: dict[str, Any], name: str) -> dict[str | None, Any]:
     under None.
     """
     entries: dict[str | None, Any] = {}
-    for place, (key, value) in enumerate((said.get(name) or {}).items()):
+    for place, (key, value) in enumerate(_entries(said.get(name) or {}, name).items()):
         plain = key.removesuffix("$").replace("\\.", ".")
         if re.fullmatch(r"\^?[\w.-]+", plain):
             entries.setdefault(plain, (place, value))
@@ -324,23 +329,6 @@ def _comfyui(model: nn.Module, found: dict[str, Lora]) -> tuple[dict, dict[str, 
             key = f"diffusion_model.{original[layer]}"
             values |= {f"{key}.lora_A.weight": each.a, f"{key}.lora_B.weight": each.b}
     return values, {}
-
-
-def convert(lora: str | None, family: str, model: str, format: str, output: str) -> Path:
-    """`fastpref export`: an adapter file of any form, or a folder's, in one of FORMATS.
-
-    Raises:
-        ValueError: as `read` and `write`, or `output` is there already.
-    """
-    path = Path(output)
-    if not lora:
-        raise ValueError("--lora is required: the run's folder, or its adapter file")
-    if path.suffix != ".safetensors" or path.exists():
-        raise ValueError(f"--output {path}: expected a new file that ends in .safetensors")
-    with shapes_alone():  # the model's config says what layers there are
-        made = models.family(family).load(model)
-    write(path, made, read(lora, made), format)
-    return path
 
 
 def component_of(model: nn.Module) -> str:

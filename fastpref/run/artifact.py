@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import models
 from ..files import writing
+from ..models.folder import shapes_alone
 from . import adapters
 from .adapters import component_of, load_lora
 
@@ -96,3 +98,20 @@ def opened(
     if lora:
         load_lora(lora, model)
     return model.to(device).eval()
+
+
+def convert(lora: str | None, family: str, model: str, format: str, output: str) -> Path:
+    """`fastpref export`: an adapter file of any form, or a folder's, in one of adapters' FORMATS.
+
+    Raises:
+        ValueError: as adapters' `read` and `write`, or `output` is there already.
+    """
+    path = Path(output)
+    if not lora:
+        raise ValueError("--lora is required: the run's folder, or its adapter file")
+    if path.suffix != ".safetensors" or path.exists():
+        raise ValueError(f"--output {path}: expected a new file that ends in .safetensors")
+    with shapes_alone():  # the model's config says what layers there are
+        made = models.family(family).load(model)
+    adapters.write(path, made, adapters.read(lora, made), format)
+    return path

@@ -55,6 +55,7 @@ def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
         ({"lora_alpha": "four"}, "must be real number, not str"),
         ({"alpha_pattern": {"blocks.0.attn1.to_q": float("inf")}}, "finite alphas, got inf"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern '(': expected names of layers"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: expected a JSON object, got [1]"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA': only plain LoRA is read"),
         ({"init_lora_weights": "pissa_niter_4"}, "fits a base whose weights it changed"),
     ],

@@ -264,6 +264,10 @@ def test_a_config_beside_a_file_is_peft_s_alone(plain, tmp_path):
         assert [each.alpha for each in found.values()] == [alpha] * 2
     config.write_text(" " * (1 << 21))
     long = saying(plain, tmp_path / "mine.safetensors", {"r": 4, "x": " " * (1 << 20)})
+    for text, got in (("null", "None"), ("[1]", r"\[1\]")):
+        save_file(plain, tmp_path / "b.safetensors", metadata={"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match=f"settings: expected a JSON object, got {got}"):
+            load_lora(tmp_path / "b.safetensors", toy.load(BASE))
     for given in (tmp_path, long):
         with pytest.raises(ValueError, match="settings of more than 1048576 characters"):
             load_lora(given, toy.load(BASE))
