@@ -96,6 +96,25 @@ def weighed(file: Any, path: Path, fields: Container[str]) -> tuple[list[int], l
     return sizes, shared
 
 
+def columns_of(path: Path) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """All of a Parquet file at once, by column, and its schema's metadata. ValueError: beyond the
+    bounds, also of what texts that stand there once and are repeated would be in full.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    schema = file.schema_arrow
+    weighed(file, path, schema.names)
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    table = pq.ParquetFile(path, read_dictionary=texts).read()
+    columns = {name: values(table[name]) for name in schema.names}
+    length = sum(len(text or "") for name in texts for text in columns[name])
+    if length > max(UNPACKED, TIMES * path.stat().st_size):
+        raise ValueError(f"holds {length} characters of texts that are repeated")
+    return columns, {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+
+
 def records(batch: Any) -> Iterator[dict[str, Any]]:
     """The rows of an Arrow table or record batch."""
     columns = [values(column) for column in batch.columns]

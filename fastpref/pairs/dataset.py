@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arrow import columns_of
 from .shards import (
     conditions,
     digest,
@@ -90,7 +91,6 @@ class PairDataset:
 
     def __init__(self, folder: str | Path) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self.folder = Path(folder)
         index = self.folder / "index.parquet"
@@ -100,13 +100,11 @@ class PairDataset:
                 "(if its encoding was interrupted, run the same command again)"
             )
         try:
-            table = pq.read_table(index)
-            columns = table.to_pydict()
+            columns, marks = columns_of(index)
             self.pair_ids: list[int] = columns["pair_id"]
             self.prompts: list[str] = columns["prompt"]
             self.weights: list[float] = columns["weight"]
             self.shapes: list[str] = columns["shapes"]
-            marks = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:160]
             raise self._damaged(f"is damaged ({reason})") from None

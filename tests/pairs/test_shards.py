@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
@@ -199,6 +200,19 @@ def test_a_pair_stands_once_in_the_index(before, copy):
         ValueError, match=rf"index.parquet: pair {pair} stands in 96 rows, expected"
     ):
         PairDataset(copy)
+
+
+def test_an_index_costs_no_more_than_its_bytes(copy):
+    index = copy / "index.parquet"
+    table = pq.read_table(index).slice(0, 1)
+    long = table.set_column(1, "prompt", pa.array(["x" * 100_000]))
+    pq.write_table(pa.concat_tables([long] * 1000).combine_chunks(), index)  # 100 MB of prompts
+    assert index.stat().st_size < 50_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"holds 1001.* characters of texts that are repeated"):
+        PairDataset(copy)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
