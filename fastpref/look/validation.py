@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -101,12 +102,11 @@ def draw_sheet(
     try:
         with said, compiling.eagerly():
             clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
+        write_sheet(folder, step, prompts.prompts, clips)
     except ValueError as error:
         if step == 0:
             raise
         print(f"warning: step {step}: no validation clips: {error}", file=sys.stderr)
-        return
-    write_sheet(folder, step, prompts.prompts, clips)
 
 
 def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]) -> None:
@@ -116,6 +116,9 @@ def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]
     kept = folder / "base.safetensors"
     if step == 0:
         write_atomic(kept, save(dict(zip(names, clips, strict=True))))
-    base = load_file(kept)
-    rows = [Comparison(p, base[n], c) for p, n, c in zip(prompts, names, clips, strict=True)]
+    try:
+        base = load_file(kept)
+        rows = [Comparison(p, base[n], c) for p, n, c in zip(prompts, names, clips, strict=True)]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{kept}: the base's clips cannot be read ({error})") from None
     contact_sheet(folder / f"step-{step:06d}.png", rows)

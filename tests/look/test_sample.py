@@ -331,6 +331,18 @@ def test_validation_clips_that_are_not_finite(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9])])
+def test_the_base_s_clips_of_a_run_cannot_be_read(damage, tmp_path, capsys):
+    prompts = SimpleNamespace(prompts=["a fox"])
+    prompts.clips = lambda *_: [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)]
+    given = (prompts, Empty(), (3, 4, 4), 2)
+    draw_sheet(tmp_path, 0, *given)
+    damage(tmp_path / "base.safetensors")
+    draw_sheet(tmp_path, 20, *given)
+    said = capsys.readouterr().err
+    assert "step 20: no validation clips: " in said and "the base's clips cannot be read" in said
+
+
 @pytest.mark.parametrize("size", [(9999, 9996, 9996), (1, 9996, 9996)])
 def test_what_fits_no_memory_is_one_line(size, tmp_path, capsys, monkeypatch):
     """Before anything is made of that size; and where it turns out as it is made."""
