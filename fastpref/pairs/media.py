@@ -16,8 +16,7 @@ from torch import Tensor
 from ..files import write_atomic
 from . import clips, pictures
 from .frames import MAX_BYTES, MAX_FRAME, MAX_FRAMES, MAX_PIXELS, MediaError
-
-LFS = b"version https://git-lfs.github.com/spec/"
+from .text import POINTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
 
     MediaError: not a medium, truncated, damaged, fewer frames than asked for, too large.
     """
-    if data.startswith(LFS):
+    if data.startswith(POINTER):
         raise MediaError("not_media", "is a git-lfs pointer, not the file itself; run git lfs pull")
     s, kind = sampling, pictures if pictures.is_picture(data) else clips
     # Of a clip much longer than what is asked the rest is not decoded.
