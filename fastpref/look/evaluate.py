@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..loss.functional import Draws, pair_error
-from ..pairs.dataset import PairDataset, collate, pair_file
+from ..pairs.dataset import PairDataset, collate
+from ..pairs.shards import pair_file
 from ..process import Diffusion, FlowMatching
 from ..step.reference import adapter_layers, disabled
 

@@ -23,7 +23,6 @@ from ..loss import oracle
 from ..models.encoders import Encoders
 from ..models.folder import check_path
 from ..progress import printable, stage
-from .dataset import pair_file
 from .encoded import (
     check,
     claim,
@@ -38,6 +37,7 @@ from .media import Sampling
 from .notes import Note
 from .prepare import Counts, Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Rows
+from .shards import pair_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")

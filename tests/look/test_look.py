@@ -14,8 +14,8 @@ import fastpref
 from fastpref.cli import EVAL_SEED, main
 from fastpref.look import evaluate
 from fastpref.models import toy
-from fastpref.pairs.dataset import pair_file
 from fastpref.pairs.media import write_clip
+from fastpref.pairs.shards import pair_file
 from fastpref.run import artifact
 
 SIZE = ["--num_frames", "8", "--height", "12", "--width", "12", "--steps", "2"]

@@ -26,10 +26,10 @@ from fastpref.pairs.dataset import (
     collate,
     epoch_batches,
     epoch_order,
-    pair_file,
     read_tensors,
 )
 from fastpref.pairs.encode import encode
+from fastpref.pairs.shards import pair_file
 
 
 @pytest.fixture(scope="module")

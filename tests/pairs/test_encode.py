@@ -19,10 +19,11 @@ from commands import BASE, content, encoded
 
 from fastpref.models import family, toy
 from fastpref.pairs import media
-from fastpref.pairs.dataset import PairDataset, pair_file
+from fastpref.pairs.dataset import PairDataset
 from fastpref.pairs.encode import encode
 from fastpref.pairs.prepare import content_id
 from fastpref.pairs.rows import read_rows
+from fastpref.pairs.shards import pair_file
 
 OTHER = BASE / "transformer"  # than BASE
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from fastpref.cli import main
-from fastpref.pairs.dataset import PairDataset, batches, pair_file
-from fastpref.pairs.shards import digest, encoding_of, index_digest
+from fastpref.pairs.dataset import PairDataset, batches
+from fastpref.pairs.shards import digest, encoding_of, index_digest, pair_file
 
 CHANGED = r"{}: was changed after it was written; delete it and run the same fastpref encode again"
 

@@ -10,8 +10,8 @@ import torch
 from commands import BASE, arguments, encoded, fails, options
 from safetensors.torch import load_file, save_file
 
-from fastpref.pairs.dataset import pair_file
 from fastpref.pairs.encode import encode
+from fastpref.pairs.shards import pair_file
 from fastpref.process import Diffusion, from_config
 from fastpref.run.folder import alone, claim
 from fastpref.run.parsing import config_values
