@@ -24,6 +24,7 @@ from ..models import names
 
 FORMATS = ("diffusers", "comfyui")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
+COMPONENTS = ("transformer", "unet")
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig
 LARGEST = 1 << 20  # characters of one
 
@@ -56,12 +57,20 @@ class Lora(NamedTuple):
         return Lora(self.a, scaled(self.b), float(self.rank), bias)
 
 
-def find(path: Path, model: nn.Module) -> Path:
-    """The adapter file of a folder, or the file itself; ValueError: there is none."""
+def find(path: Path) -> Path:
+    """The adapter file of a folder, or the file itself; ValueError: there is none, or it is of a
+    whole model.
+    """
+    for run in (path, path.parent, path.parent.parent):
+        whole = [run / name for name in COMPONENTS if (run / name / "config.json").is_file()]
+        inside = path == run or path in whole or path.parent in whole
+        if whole and inside and not any(run.glob("*.safetensors")):
+            raise ValueError(
+                f"{path}: has a whole model and no adapter, as a run with tuning full writes it: "
+                f"eval and sample take it as --tuned {run}"
+            )
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
-        if not files and (path / component_of(model) / "config.json").is_file():
-            raise ValueError(f"{path}: has a whole model, fully tuned, and no adapter")
         path = files[0] if files else path / FILES[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")
@@ -76,7 +85,7 @@ def read(path: str | Path, model: nn.Module) -> dict[str, Lora]:
         ValueError: no such file, a key that names no layer of the model, no plain LoRA, or tensors
             that are not finite or do not fit each other, the layer or the metadata.
     """
-    path = find(Path(path), model)
+    path = find(Path(path))
     try:
         with safe_open(path, "pt") as file:
             said = _settings(path, file.metadata() or {}, component_of(model))

@@ -12,9 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..pairs.dataset import PairDataset
-from . import artifact, belong
-
-FOLDERS = ("transformer", "unet")
+from . import adapters, artifact, belong
 
 
 def opened(
@@ -34,27 +32,13 @@ def opened(
     if lora and tuned:
         raise ValueError("--lora and --tuned: expected one of them")
     if lora:
-        check_lora(Path(lora))
+        adapters.find(Path(lora))  # before weights are loaded
     dataset = PairDataset(data) if data else None
     belong.check(family, path, dataset)
     model = artifact.opened(family, path, lora, device)
     found = files(Path(tuned), model) if tuned else None
     belong.warn_of_another_model(path, dataset, lora or tuned)
     return model, found and partial(load, found, model), dataset
-
-
-def check_lora(path: Path) -> None:
-    """ValueError: what should be an adapter is not there, or a whole model."""
-    for run in (path, path.parent, path.parent.parent):
-        whole = [run / name for name in FOLDERS if (run / name / "config.json").is_file()]
-        inside = path == run or path in whole or path.parent in whole
-        if whole and inside and not any(run.glob("*.safetensors")):
-            raise ValueError(
-                f"--lora {path}: has a whole model and no adapter, as a run with tuning full "
-                f"writes it: pass --tuned {run} in place of --lora {path}"
-            )
-    if not path.is_file() and not any(path.glob("*.safetensors")):
-        raise ValueError(f"{path}: no such file; expected a run's folder, or its adapter file")
 
 
 def files(run: Path, model: nn.Module) -> dict[str, Path]:

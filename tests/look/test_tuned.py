@@ -20,7 +20,7 @@ from fastpref.look.evaluate import errors, relative_errors
 from fastpref.look.sample import starting_noise
 from fastpref.models import toy
 from fastpref.pairs.dataset import PairDataset
-from fastpref.run import artifact, tuned
+from fastpref.run import adapters, artifact
 from fastpref.run.parts import make_process
 
 MODEL = {"family": "toy", "model": BASE, "device": "cpu"}
@@ -52,10 +52,15 @@ def test_cases_of_a_fully_tuned_run_as_an_adapter(full, encoded_pairs, tmp_path,
     capsys.readouterr()
     file = full / "transformer" / "diffusion_pytorch_model.safetensors"
     for lora in (full, full / "transformer", file):
-        for command in (evaluated(encoded_pairs, lora=lora), sampled(tmp_path / "a", lora=lora)):
+        flags = {"family": "toy", "model": BASE, "lora": lora, "output": tmp_path / "a.safetensors"}
+        for command in (
+            evaluated(encoded_pairs, lora=lora),
+            sampled(tmp_path / "a", lora=lora),
+            ["export", *arguments(flags), "--format", "diffusers"],
+        ):
             assert fails(capsys, *command) == (
-                f"fastpref {command[0]}: --lora {lora}: has a whole model and no adapter, as a "
-                f"run with tuning full writes it: pass --tuned {full} in place of --lora {lora}\n"
+                f"fastpref {command[0]}: {lora}: has a whole model and no adapter, as a run with "
+                f"tuning full writes it: eval and sample take it as --tuned {full}\n"
             )
     assert main(evaluated(encoded_pairs, tuned=full)) == 0
     assert main(sampled(tmp_path / "a", tuned=full)) == 0
@@ -138,7 +143,7 @@ def test_what_is_no_fully_tuned_run_of_the_model(full, encoded_pairs, tmp_path, 
     says(f"{copy}/transformer is not whole: run the same fastpref train again", tuned=copy)
     # A base that holds an adapter too, as a folder of a user's own may, is one of the adapter.
     shutil.copy(lora, copy)
-    tuned.check_lora(copy)
+    assert adapters.find(copy) == copy / lora.name
 
 
 def test_a_run_without_weights_is_neither(tmp_path, encoded_pairs, capsys):

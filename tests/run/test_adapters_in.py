@@ -247,12 +247,6 @@ def test_a_layers_own_alpha_wins(plain, tmp_path):
     assert [each.alpha for each in adapters.read(path, toy.load(BASE)).values()] == [2, 8]
 
 
-def test_a_fully_tuned_run_says_so(tmp_path):
-    toy.load(BASE).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="has a whole model, fully tuned, and no adapter"):
-        load_lora(tmp_path, toy.load(BASE))
-
-
 def test_a_config_beside_a_file_is_peft_s_alone(plain, tmp_path):
     """And bounded: it is text of a stranger."""
     config = tmp_path / "adapter_config.json"
