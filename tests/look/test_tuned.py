@@ -113,7 +113,8 @@ def test_samples_of_a_fully_tuned_model_are_the_pipelines(name, tmp_path):
 
 
 def test_what_is_no_fully_tuned_run_of_the_model(full, encoded_pairs, tmp_path, capsys):
-    capsys.readouterr()
+    wan = tiny("wan")
+    capsys.readouterr()  # what making it says
 
     def says(what: str, **flags) -> None:
         said = fails(capsys, *evaluated(encoded_pairs, **flags))
@@ -126,7 +127,6 @@ def test_what_is_no_fully_tuned_run_of_the_model(full, encoded_pairs, tmp_path, 
     says("pass --lora in place of --tuned", tuned=tmp_path)
     says("--lora and --tuned: expected one of them", tuned=full, lora=lora)
     says("/nowhere: has no transformer", tuned="/nowhere")
-    wan = tiny("wan")
     says("was it trained from another model?", tuned=wan.path)
     copy = shutil.copytree(full, tmp_path / "copy")
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
