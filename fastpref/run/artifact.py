@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import models
-from ..files import writing
+from ..files import share, writing
 from ..models.folder import shapes_alone
 from . import adapters
 from .adapters import component_of, load_lora
@@ -30,9 +30,8 @@ def export(folder: Path, model: nn.Module) -> Path:
     path = folder / component
     with writing(path):
         model.save_pretrained(path)
-        mode = (path / "config.json").stat().st_mode
-        for file in path.glob("*.safetensors"):  # which safetensors makes for their owner alone
-            file.chmod(mode)
+        for file in path.glob("*.safetensors"):
+            share(file)
     return path
 
 
