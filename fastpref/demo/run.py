@@ -19,7 +19,7 @@ from ..models import toy
 from ..pairs.dataset import PairDataset
 from ..pairs.encode import encode
 from ..process import from_config
-from ..run import artifact
+from ..run import adapters
 from ..run.config import OFFLINE, Config
 from ..run.folder import alone, read_record
 from ..run.parsing import Parser, betas, names
@@ -193,7 +193,7 @@ class Demo:
         folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{label}.log").open("w") as log, contextlib.redirect_stdout(log):
             trained = train(config)
-        model = artifact.load_lora(trained["artifact"], toy.load(BASE)).eval()
+        model = adapters.load_lora(trained["artifact"], toy.load(BASE)).eval()
         tuned = Sampler(model, toy, self.base.process, self.base.pipe)
         videos = tuned.clips(self.prompts, self.seeds)
         scores = judge_all(self.prompts, videos)

@@ -1,20 +1,17 @@
-"""What a user takes away from a run, the adapter or the model and its card; and the way back."""
+"""What a user takes away from a run, the adapter or the model, and its card; other forms of it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import models
 from ..files import share, writing
 from ..models.folder import shapes_alone
 from . import adapters
-from .adapters import component_of, load_lora
 
 
 def export(folder: Path, model: nn.Module) -> Path:
@@ -22,7 +19,7 @@ def export(folder: Path, model: nn.Module) -> Path:
 
     The adapter has diffusers' keys: a pipeline's `load_lora_weights` reads it.
     """
-    component = component_of(model)
+    component = adapters.component_of(model)
     if getattr(model, "peft_config", None):
         path = folder / adapters.FILES[0]
         adapters.write(path, model, adapters.of(model))
@@ -87,16 +84,6 @@ def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> 
         f"{kind} trained on preference pairs with fastpref. Every setting is in config.yaml.\n\n"
         f"| | |\n|---|---|\n{table}\n```python\n{use}\n```\n"
     )
-
-
-def opened(
-    family: ModuleType, path: str | Path, lora: str | None, device: torch.device
-) -> nn.Module:
-    """The model of a folder in float32, with an exported adapter in it where one is named."""
-    model = family.load(path, torch.float32)
-    if lora:
-        load_lora(lora, model)
-    return model.to(device).eval()
 
 
 def convert(lora: str | None, family: str, model: str, format: str, output: str) -> Path:

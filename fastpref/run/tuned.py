@@ -35,7 +35,10 @@ def opened(
         adapters.find(Path(lora))  # before weights are loaded
     dataset = PairDataset(data) if data else None
     belong.check(family, path, dataset)
-    model = artifact.opened(family, path, lora, device)
+    model = family.load(path, torch.float32)
+    if lora:
+        adapters.load_lora(lora, model)
+    model.to(device).eval()
     found = files(Path(tuned), model) if tuned else None
     belong.warn_of_another_model(path, dataset, lora or tuned)
     return model, found and partial(load, found, model), dataset
@@ -47,7 +50,7 @@ def files(run: Path, model: nn.Module) -> dict[str, Path]:
     Raises:
         ValueError: there is none, it is not whole, or another model's.
     """
-    component = artifact.component_of(model)
+    component = adapters.component_of(model)
     folder = run / component
     if not folder.is_dir():
         said = "pass --lora in place of --tuned" if any(run.glob("*.safetensors")) else "see --lora"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import adapt
 
 from fastpref.models import toy
-from fastpref.run import artifact
+from fastpref.run import adapters, artifact
 
 CONFIG = {
     "model": str(BASE), "objective": "dpo", "beta": 1.0, "beta_convention": "half_mean",
@@ -41,7 +41,7 @@ def said(exported, path, **change):
 
 def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
     for change, scaling in (({}, 1.0), ({"use_rslora": True}, 2.0)):  # 4 / 4, 4 / sqrt(4)
-        model = artifact.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
+        model = adapters.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
         layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert {layer.scaling["default"] for layer in layers} == {scaling}
 
@@ -62,7 +62,7 @@ def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
 )
 def test_settings_that_cannot_be_are_one_line(change, says, exported, tmp_path):
     with pytest.raises(ValueError, match="expected a LoRA file of WanTransformer3D") as error:
-        artifact.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
+        adapters.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 

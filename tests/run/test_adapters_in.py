@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fastpref.models import names, toy
 from fastpref.run import adapters
-from fastpref.run.artifact import load_lora
+from fastpref.run.adapters import load_lora
 
 # name: (how a layer is called, tensors, .alpha, mixed ranks); o: the layer's original name.
 FORMS = {

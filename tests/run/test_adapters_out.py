@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from fastpref.cli import main
 from fastpref.models import names, toy
 from fastpref.run import adapters, artifact
-from fastpref.run.adapters import Lora
-from fastpref.run.artifact import load_lora
+from fastpref.run.adapters import Lora, load_lora
 from fastpref.run.config import Config
 from fastpref.run.parts import add_lora
 from fastpref.run.train import train

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpref import models
 from fastpref.cli import main
-from fastpref.run import artifact
+from fastpref.run import adapters
 from fastpref.run.bookkeeping import warn_of_repeats
 from fastpref.run.config import Config
 from fastpref.run.folder import alone
@@ -299,7 +299,7 @@ def test_bf16_trains(pairs, tmp_path):
 
 def test_exported_adapter_loads_back(pairs, unbroken):
     family = models.family("toy")
-    model = artifact.load_lora(unbroken[1], family.load(BASE, torch.float32))
+    model = adapters.load_lora(unbroken[1], family.load(BASE, torch.float32))
     base = family.load(BASE, torch.float32)
     x, t = (
         torch.randn(1, 3, 8, 12, 12, generator=torch.Generator().manual_seed(1)),
@@ -331,7 +331,7 @@ def test_an_adapter_of_another_rank_than_it_says_is_refused(change, unbroken, tm
     model = models.family("toy").load(BASE, torch.float32)
     (rank,) = (r.popitem()[1] if isinstance(r, dict) else r for r in change.values())
     with pytest.raises(ValueError, match=rf"\(rank {rank!r}, but lora_A of rank 4: blocks"):
-        artifact.load_lora(path, model)
+        adapters.load_lora(path, model)
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
