@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Diffusion, from_config
-from .encoders import Encoders, Normal, Sizes, config_of, drawn, pixels, to_frames
-from .folder import load_model, with_values
+from .encoders import Encoders, Normal, Sizes, drawn, pixels, to_frames
+from .folder import config_of, load_model, with_values
 
 # Projections of the joint attention over text and video, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -103,14 +103,6 @@ def _flags(size: Sequence[float]) -> str:
     return f"pass --height {size[0]:g} --width {size[1]:g}"
 
 
-def config_of(kind: type, path: str | Path, part: str) -> dict[str, Any]:
-    """A part's config with the defaults of its class, which old folders leave out; ValueError as
-    `read_config`.
-    """
-    defaults = {name: p.default for name, p in signature(kind.__init__).parameters.items()}
-    return defaults | read_config(kind, path, part)
-
-
 class Encoders:
     """VAE and text encoders of a diffusers folder, each loaded when first used.
 

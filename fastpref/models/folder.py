@@ -63,6 +63,14 @@ def read_config(
     return config
 
 
+def config_of(kind: type, path: str | Path, part: str) -> dict[str, Any]:
+    """A part's config with the defaults of its class, which old folders leave out; ValueError as
+    `read_config`.
+    """
+    defaults = {name: p.default for name, p in signature(kind.__init__).parameters.items()}
+    return defaults | read_config(kind, path, part)
+
+
 def scheduler_config(path: str | Path) -> dict[str, Any]:
     """The scheduler_config.json of a folder or hub id, of whatever class of diffusers.
 
@@ -250,8 +258,7 @@ def encoders_of(path: str | Path) -> dict[str, Any]:
         try:
             kind = part_class(path, part, entry)
             if issubclass(kind, ModelMixin):
-                defaults = {n: p.default for n, p in signature(kind.__init__).parameters.items()}
-                config = defaults | read_config(kind, path, part)
+                config = config_of(kind, path, part)
             else:
                 config = kind.config_class.from_pretrained(str(path), subfolder=part)
                 config = {name: getattr(config, name) for name in TEXT_FACTS}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..process import FlowMatching, from_config
-from .encoders import Encoders, Normal, Sizes, config_of, drawn, pixels, to_frames
-from .folder import check_rotary, load_model
+from .encoders import Encoders, Normal, Sizes, drawn, pixels, to_frames
+from .folder import check_rotary, config_of, load_model
 
 # Self- and cross-attention projections of every block, as diffusers names them.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
