@@ -137,7 +137,7 @@ def encode(
                 if new in (0, batch_size):
                     flush()
                     new = 0
-                if len(bad) == FIRST and not (index or waiting):
+                if len(bad) >= FIRST and not (index or waiting):
                     refuse_sizes(bad)
                 bar.update(rows.records - bar.n)
                 bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from commands import fails
+from commands import BASE, fails
 from families import frames_of, tiny, write_media
 
+from fastpref import models
 from fastpref.cli import main
 from fastpref.models import encoders as model_encoders
+from fastpref.models import toy
 from fastpref.pairs import prepare
 from fastpref.pairs.encode import FIRST, encode
 from fastpref.pairs.media import write_clip
@@ -47,11 +50,11 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def odd(folder: Path, count: int) -> Path:
+def odd(folder: Path, count: int, size: tuple[int, int] = (24, 40)) -> Path:
     """`count` pairs of a size that no video family takes."""
     folder.mkdir()
     for name, level in (("a.mp4", 0), ("b.mp4", 99)):
-        write_clip(folder / name, torch.full((5, 24, 40, 3), level, dtype=torch.uint8))
+        write_clip(folder / name, torch.full((5, *size, 3), level, dtype=torch.uint8))
     rows = [{"prompt": f"{i}", "chosen": "a.mp4", "rejected": "b.mp4"} for i in range(count)]
     write_rows(folder, rows)
     return folder
@@ -76,6 +79,16 @@ def test_data_whose_every_size_is_wrong_are_refused_at_once(name, tmp_path, monk
     lines = (data / "metadata.jsonl").read_text().splitlines()[:2]
     (data / "metadata.jsonl").write_text("\n".join(lines))
     assert main(["encode", *given, "--height", "16", "--width", "32"]) == 0
+
+
+def test_a_family_that_tells_no_sizes_is_asked_for_the_first_pairs(tmp_path):
+    """They come a batch at a time, whose size need not divide FIRST."""
+    mine = ModuleType("mine")
+    vars(mine).update({name: getattr(toy, name) for name in models.NAMES})
+    mine.pipeline = lambda path, dtype: SimpleNamespace(dtype=dtype)
+    data = odd(tmp_path / "data", 100, size=(10, 10))
+    with pytest.raises(ValueError, match="the model takes none of the first 35 pairs; first: meta"):
+        encode(mine, BASE, data, tmp_path / "set", batch_size=5, progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
