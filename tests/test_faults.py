@@ -31,6 +31,7 @@ from fastpref.run.config import Config
 from fastpref.run.parsing import Parser
 
 SIZE = ("--num_frames", "8", "--height", "12", "--width", "12", "--steps", "2")
+NEW = "exported.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,7 @@ def parts(name: str, root: Path) -> list[str]:
         "sweep": ["--objectives", "dpo", "--betas", "9", *swept],
         "sample": [*model, *lora, *clips],
         "eval": [*model, *lora, *data, "--draws_per_pair", "1"],
+        "export": [*model[:4], *lora, "--format", "diffusers", "--output", str(root / NEW)],
         "report": [str(root / "run")],
         "doctor": [*model, *data, "--card", "80", *one_choice],
     }[name]
@@ -98,6 +100,7 @@ READS = {
     "sweep": ("model/*/*", *SET),
     "sample": ("model/*/*", "run/*.safetensors"),
     "eval": ("model/*/*", "run/*.safetensors", *SET),
+    "export": ("model/transformer/config.json", "run/*.safetensors"),
     "report": ("run/metrics.jsonl", "run/config.yaml"),
     "doctor": ("model/*/config.json", "set/fingerprint.json", "set/index.parquet"),
 }
@@ -213,6 +216,7 @@ LACKING = {
     "sweep": "jsonargparse",
     "sample": "av",
     "eval": "peft",
+    "export": "diffusers",
     "report": "matplotlib",
     "doctor": "yaml",
 }
