@@ -275,7 +275,7 @@ def export(rest: list[str]) -> None:
     options = model_options("export", export.__doc__)
     options.add_argument("--format", required=True, choices=adapters.FORMATS)
     options.add_argument("--output", required=True, help="a new .safetensors file")
-    print(artifact.convert(**vars(options.parse_args(rest))))
+    print(printable(str(artifact.convert(**vars(options.parse_args(rest))))))
 
 
 def report(rest: list[str]) -> None:

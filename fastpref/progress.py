@@ -21,6 +21,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def warn(text: str) -> None:
+    """`warning: TEXT` in a line of its own, above a bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Prints what begins, at once, and behind it the seconds that it took: `NAME ... 2.6 s`."""

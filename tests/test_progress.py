@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastpref.progress import printable, stage
+from fastpref.progress import printable, stage, warn
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_a_stage_says_names_so(capsys):
     with stage("weights of \x1b[31m"):
         pass
     assert capsys.readouterr().out.startswith(r"weights of \x1b[31m ... ")
+
+
+def test_a_warning_is_one_line(capsys):
+    warn("run\x1b[31m\nhere")
+    assert capsys.readouterr().err == "warning: run\\x1b[31m\\nhere\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomic
 from ..models.folder import scheduler_of
-from ..progress import stage
+from ..progress import stage, warn
 from ..step import compiling
 from .report import Comparison, contact_sheet
 from .sample import check_finite, sample
@@ -44,7 +43,7 @@ class Prompts:
             *rows, empty = family.encode_text(pipe, [*self.prompts, ""])
         for i, cut in enumerate(pipe.cut(self.prompts) if hasattr(pipe, "cut") else (), 1):
             if cut:
-                print(f"warning: prompt {i} is cut: {cut}", file=sys.stderr)
+                warn(f"prompt {i} is cut: {cut}")
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         for value in self.cond.values():
             check_finite(value, "the prompts' embeddings", self.prompts)
@@ -106,7 +105,7 @@ def draw_sheet(
     except ValueError as error:
         if step == 0:
             raise
-        print(f"warning: step {step}: no validation clips: {error}", file=sys.stderr)
+        warn(f"step {step}: no validation clips: {error}")
 
 
 def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]) -> None:

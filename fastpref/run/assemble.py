@@ -24,7 +24,7 @@ from ..loss.functional import Draws
 from ..loss.objectives import Objective
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..process import Diffusion, FlowMatching
-from ..progress import stage
+from ..progress import printable, stage
 from ..step import attention, cache, checkpointing, compiling, filling, memory, reference
 from ..step.graphs import recorded_pass
 from . import belong, checkpoint, checks, optimisation
@@ -232,7 +232,7 @@ def restore(run: Run, start: Path) -> None:
     run.meter.restore(state["meter"], start)
     (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
     run.start = start
-    print(f"resumed from {start}")
+    print(printable(f"resumed from {start}"))
 
 
 def attention_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ from ..files import differences, model_identity
 from ..models.folder import encoders_of, scheduler_config, shapes_alone
 from ..pairs.dataset import PairDataset
 from ..process import Diffusion, FlowMatching
+from ..progress import warn
 from . import checkpoint
 
 
@@ -115,17 +115,15 @@ def warn_of_another_model(
     """
     made = dataset.fingerprint if dataset else {}
     if made.get("encoders") and made.get("model") != model_identity(model):
-        print(
-            f"warning: data {dataset.folder} was encoded with another model than {model}: its VAE "
-            "and text encoders must be the same",
-            file=sys.stderr,
+        warn(
+            f"data {dataset.folder} was encoded with another model than {model}: its VAE and text "
+            "encoders must be the same"
         )
     base = base_of(Path(run)) if run else None
     if base and base != model_identity(model):
-        print(
-            f"warning: {run} was trained on another model than {model}: what it learned is a "
-            "change of that one",
-            file=sys.stderr,
+        warn(
+            f"{run} was trained on another model than {model}: what it learned is a change of that "
+            "one"
         )
 
 

@@ -18,7 +18,7 @@ from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
 from ..pairs import dataset
 from ..pairs.dataset import Batch
-from ..progress import announced, printable, steps_bar
+from ..progress import announced, printable, steps_bar, warn
 from ..step import reference
 from ..step.graphs import StepGraph
 from . import artifact, checkpoint, checks, optimisation
@@ -90,10 +90,9 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
     count = config.max_train_steps * config.gradient_accumulation_steps
     per_epoch = dataset.batches_per_epoch(shapes, config.train_batch_size)
     if config.draws_per_pair and count > config.draws_per_pair * per_epoch:
-        print(
-            f"warning: {count / per_epoch:.1f} epochs with draws_per_pair {config.draws_per_pair}: "
-            "later epochs repeat the same timesteps and noise",
-            file=sys.stderr,
+        warn(
+            f"{count / per_epoch:.1f} epochs with draws_per_pair {config.draws_per_pair}: later "
+            "epochs repeat the same timesteps and noise"
         )
 
 
@@ -223,7 +222,7 @@ def log(run: Run, epoch: int, grad_norm: Tensor) -> None:
         print(f"step {run.step} of {run.config.max_train_steps}: {said}", file=sys.stderr)
     warning = run.guard.judge(run.metrics, run.step)
     if warning:
-        run.bar.write(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
 
 
 def save(run: Run) -> None:

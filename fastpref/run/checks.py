@@ -5,7 +5,6 @@ both are the same model, a cache against the reference of now.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..loss.functional import Draws
 from ..pairs.dataset import Batch, PairDataset, batches
-from ..progress import stage
+from ..progress import stage, warn
 from ..step.cache import ErrorCache
 from ..step.filling import Prepare
 from ..step.reference import PairMode, Policy, Reference, adapter_layers, changes, disabled, errors
@@ -46,10 +45,9 @@ def check_on(model: nn.Module, probe: Callable[[], Tensor]) -> None:
     with disabled(adapter_layers(model)):
         off = probe()
     if torch.equal(on, off):
-        print(
-            "warning: self-check: after the first step the adapters change nothing "
-            "(the learning rate may be too small for this dtype)",
-            file=sys.stderr,
+        warn(
+            "self-check: after the first step the adapters change nothing (the learning rate may "
+            "be too small for this dtype)"
         )
 
 
@@ -58,11 +56,10 @@ def check_step(err: Tensor, ref_err: Tensor) -> None:
     recorded, resumed): switching the adapters off reaches it, so policy and reference differ.
     """
     if torch.equal(err, ref_err):
-        print(
-            "warning: self-check: policy and reference still say the same in the training step: "
-            "the learning rate is too small for this dtype, or switching the adapters has no "
-            "effect there (try without compile and cuda_graphs)",
-            file=sys.stderr,
+        warn(
+            "self-check: policy and reference still say the same in the training step: the "
+            "learning rate is too small for this dtype, or switching the adapters has no effect "
+            "there (try without compile and cuda_graphs)"
         )
 
 
@@ -94,10 +91,7 @@ def margin_noise(
             seen.append((0.5 * beta * (w - l)).abs().max())
         worst = torch.stack(seen).max().item()
     if not worst <= 0.05:
-        print(
-            f"warning: margin noise {worst:.3g} is above 0.05: rounding moves the loss",
-            file=sys.stderr,
-        )
+        warn(f"margin noise {worst:.3g} is above 0.05: rounding moves the loss")
     return worst if math.isfinite(worst) else None
 
 
@@ -126,11 +120,9 @@ def drift(
                 change = (0.5 * beta * (w - l)).abs().max().item()
                 worst = max(worst, change) if math.isfinite(change) else math.inf
     if not worst <= allowed:
-        print(
-            f"warning: cached and online margins differ by {worst:.3g}, expected at most "
-            f"{allowed:.3g}: the reference is computed otherwise here than where the cache was "
-            "filled; delete the cache's folder, or name another reference_cache, and run the same "
-            "command again",
-            file=sys.stderr,
+        warn(
+            f"cached and online margins differ by {worst:.3g}, expected at most {allowed:.3g}: the "
+            "reference is computed otherwise here than where the cache was filled; delete the "
+            "cache's folder, or name another reference_cache, and run the same command again"
         )
     return worst, allowed

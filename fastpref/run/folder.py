@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..files import differences, locked, mark
-from ..progress import printable
+from ..progress import printable, warn
 from . import artifact, checkpoint
 from .config import FREE_FIELDS, Config
 from .parsing import safe_load
@@ -65,8 +65,7 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
         if result["global_step"] >= config.max_train_steps:
             if artifact.whole(exported):
                 return None, result | {"output_dir": str(folder), "artifact": str(exported)}
-            said = f"{exported} is missing or damaged: writing it again from the last checkpoint"
-            print(printable(f"warning: {said}"), file=sys.stderr)
+            warn(f"{exported} is missing or damaged: writing it again from the last checkpoint")
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest"):
         own = [path.resolve() for path in checkpoint.folders(folder)]
@@ -82,8 +81,7 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
         return Path(wanted), None
     found, broken = checkpoint.newest(folder)
     for line in broken:
-        said = f"warning: {line}; falling back to {found or 'the start'}"
-        print(printable(said), file=sys.stderr)
+        warn(f"{line}; falling back to {found or 'the start'}")
     if found is None and result is not None:
         raise ValueError(
             f"{folder} is trained to step {result['global_step']}, and no checkpoint is left "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import sys
 import time
 from dataclasses import fields
 from itertools import islice
@@ -22,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..loss import native
 from ..loss.functional import Draws
 from ..pairs.dataset import PairDataset, batches_per_epoch, epoch_batches
+from ..progress import warn
 from .reference import PairMode
 
 SECONDS = 10  # between two writes: what a killed process computes again
@@ -165,7 +164,7 @@ class ErrorCache:
             self._read_others()
         except (OSError, ValueError) as error:
             if not self.failed:
-                tqdm.write(f"warning: {error}", file=sys.stderr)
+                warn(str(error))
             self.failed = True
         else:
             self.failed = False
