@@ -327,7 +327,10 @@ def test_other_memory_is_not_a_steps(pairs, tmp_path, monkeypatch, capsys):
     assert "fastpref train: out of memory for the validation clips: another run may have" in said
     monkeypatch.setattr("fastpref.run.assemble.load_model", full)
     assert main(["train", *arguments(options(pairs, tmp_path / "other"))]) == 1
-    assert "fastpref train: out of memory (CUDA out of memory): try --pair_mode deferred" in capsys.readouterr().err
+    assert (
+        "fastpref train: out of memory (CUDA out of memory): try --pair_mode deferred"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob("*/memory.json"))
 
 
