@@ -63,6 +63,7 @@ class Clip:
     source_width: int
     seconds: float
     composited: bool
+    repeated: int  # frames that are there again, since no other was shown by then
 
 
 def load(media: Path | bytes) -> bytes:
@@ -98,7 +99,9 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
             reason = f"{len(picks)} frames of {shape[1]}x{shape[0]} exceed {MAX_PIXELS} pixels"
             raise MediaError("too_large", f"{reason}: pass --num_frames, --height, --width")
     frames = torch.stack([kept[i] for i in picks])
-    return Clip(frames, shown.frames, *shape, float(shown.seconds), composited)
+    return Clip(
+        frames, shown.frames, *shape, float(shown.seconds), composited, len(picks) - len(kept)
+    )
 
 
 def choose(times: list[Fraction], duration: Fraction, sampling: Sampling) -> list[int]:

@@ -10,7 +10,7 @@ from .rows import Row
 
 NOTES = {
     "cut_prompts": "prompts cut, longer than the text encoder reads",
-    "slower": "clips of a lower rate than --fps, frames taken again",
+    "slower": "clips of a lower rate than --fps",
     "resized": "media resized",
     "cropped": "media cropped",
     "composited": "media with alpha, composited on white",
@@ -28,10 +28,11 @@ class Note(NamedTuple):
 def clip_notes(field: str, clip: Clip, fps: float | None) -> list[Note]:
     """What decoding did to a medium, by its own size and length."""
     notes = []
-    # A twentieth of a frame, as `media.choose`: containers round times. An image has no rate.
-    if fps and clip.source_frames > 1 and clip.source_frames + 0.05 < clip.seconds * fps:
-        rate = f"{clip.source_frames / clip.seconds:.4g} fps"
-        notes.append(Note("slower", field, f"{rate}, --fps {fps:g}"))
+    rate = clip.source_frames / clip.seconds
+    # 29.97 is as good as 30 until a frame is taken again. A picture has no rate.
+    if fps and clip.source_frames > 1 and (clip.repeated or rate < 0.99 * fps):
+        again = f", {clip.repeated} of {len(clip.frames)} frames taken again" * (clip.repeated > 0)
+        notes.append(Note("slower", field, f"{rate:.4g} fps, --fps {fps:g}{again}"))
     own, (height, width) = (clip.source_height, clip.source_width), clip.frames.shape[1:3]
     scale = max(height / own[0], width / own[1])
     sizes = f"{own[0]}x{own[1]} to {height}x{width}"

@@ -11,6 +11,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -81,16 +82,24 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
     )
     parser.add_class_arguments(Config, as_group=False)
     parser.set_defaults(defaults)
-    words = [word for a in arguments for word in (a.split("=", 1) if a[:9] == "--config=" else [a])]
-    for i, word in enumerate(words):
-        if word == "--config" and i + 1 < len(words):
-            words[i : i + 2] = [f"--config={yaml_text(Path(words[i + 1]))}"]
+    files, words, rest = [], [], iter(arguments)
+    for word in rest:
+        if word == "--config":
+            files.append(next(rest, None))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
         else:
-            name, _, value = word.partition("=") if word[:2] == "--" else (words[i - 1], "", word)
-            try:
-                check_text(value)
-            except Costly as error:
-                raise ValueError(f"{name}: {error}") from None
+            words.append(word)
+    if None in files:
+        raise ValueError("--config: expected a file")
+    for before, word in pairwise(["", *words]):
+        name, _, value = word.partition("=") if word[:2] == "--" else (before, "", word)
+        try:
+            check_text(value)
+        except Costly as error:
+            raise ValueError(f"{name}: {error}") from None
+    # Files in front, wherever they stood: flags win over them.
+    words = [f"--config={yaml_text(Path(file))}" for file in files] + words
     try:
         values = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:

@@ -52,7 +52,7 @@ def clips(tmp_path) -> Path:
     rows = [
         {"prompt": f"{long} at dawn", "chosen": clip("a.mp4"), "rejected": clip("b.mp4")},
         {"prompt": f"{long} at dusk", "chosen": clip("c.mp4"), "rejected": clip("d.mp4")},
-        {"prompt": "x", "chosen": clip("slow.mp4", fps=8), "rejected": clip("e.mp4", fps=15.9)},
+        {"prompt": "x", "chosen": clip("slow.mp4", fps=8), "rejected": clip("e.mp4", fps=15)},
         {"prompt": "y", "chosen": clip("f.mp4", fps=24, count=14), "rejected": "slow.mp4"},
         {"prompt": "x", "chosen": clip("wide.mp4", 32, 64), "rejected": clip("big.mp4", 64, 96)},
         {"prompt": "x", "chosen": "a.mp4", "rejected": "d.mp4", "score_chosen": 2},
@@ -72,8 +72,8 @@ SUMMARY = """\
 11 rows: 5 pairs, 2 ties dropped, 4 bad rows (1 identical, 1 identical_frames, 2 too_short)
   prompts cut, longer than the text encoder reads: 2; first: metadata.jsonl line 1, prompt: \
 N tokens, of which 512 are read
-  clips of a lower rate than --fps, frames taken again: 2; first: metadata.jsonl line 3, chosen: \
-slow.mp4 (8 fps, --fps 16)
+  clips of a lower rate than --fps: 2; first: metadata.jsonl line 3, chosen: \
+slow.mp4 (8 fps, --fps 16, 4 of 9 frames taken again)
   media resized: 1; first: metadata.jsonl line 5, rejected: big.mp4 (64x96 to 32x48)
   media cropped: 1; first: metadata.jsonl line 5, chosen: wide.mp4 (32x64 to 32x48)
   ties dropped: 2; first: metadata.jsonl line 6
@@ -299,7 +299,8 @@ def test_a_medium_of_many_pairs_is_counted_once(tmp_path):
         (16, 16, 9, False),
         (16, 16, 2, False),
         (24, 16, 9, False),
-        (23.976, 24, 240, True),
+        (23.976, 24, 48, False),  # each frame once
+        (23.976, 24, 600, True),
         (30000 / 1001, 29.97, 60, False),
         (12, 12.5, 12, True),
         (16, None, 9, False),

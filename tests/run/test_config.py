@@ -125,6 +125,21 @@ def test_every_number_has_a_range(name):
         assert FIELDS[name]["rules"]
 
 
+def test_flags_win_over_a_file_wherever_it_stands(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 5\nseed: 3\nlearning_rate: 0.1\n")
+    for words in (
+        ["--beta", "9", "--config", str(file), "--seed=7"],
+        [f"--config={file}", "--seed", "7", "--beta=9"],
+        ["--seed", "7", "--beta", "9", f"--config={file}"],
+    ):
+        required = ["--family", "toy", "--model", "m", "--data", "d", "--output_dir", "o"]
+        found = config_values([*required, *words], "fastpref train")
+        assert (found["beta"], found["seed"], found["learning_rate"]) == (9, 7, 0.1)
+    with pytest.raises(ValueError, match=r"^--config: expected a file$"):
+        config_values(["--beta", "9", "--config"], "fastpref train")
+
+
 def config_file(tmp_path, text):
     """The values of a YAML file, with the flags that are required."""
     file = tmp_path / "run.yaml"
