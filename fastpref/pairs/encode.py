@@ -37,7 +37,7 @@ from .media import Sampling
 from .notes import Note
 from .prepare import Counts, Prepared, finish, prepared, stored_shapes
 from .rows import BadRow, Rows
-from .shards import pair_file
+from .shards import pair_file, read_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")
@@ -130,8 +130,14 @@ def encode(
 
     with locked(mark(folder, "encode")):
         claim(folder, now, rows.root)
+        older = "digests" not in read_fingerprint(folder)
         with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
             for item in prepared(rows, sampling, folder, num_workers, sizes):
+                if older and is_new(item):  # half of them read so, half otherwise
+                    raise ValueError(
+                        f"output_dir {folder}: is not finished, by an older fastpref that read "
+                        "media otherwise; delete it, or choose another output_dir"
+                    )
                 waiting.append(item)
                 new += is_new(item)
                 if new in (0, batch_size):

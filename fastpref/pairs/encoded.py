@@ -73,7 +73,7 @@ def check(folder: Path, now: dict[str, Any], data: Path | None) -> bool:
                 "choose another output_dir"
             )
         return False
-    # Sets from before these were written; without digests they go on without.
+    # Sets from before these were written; without digests they are read, and never added to.
     before = {"posterior": "mode", "digests": now["digests"]} | read_fingerprint(folder)
     hidden = {"data"} if data else set()  # of files: two digests say nothing
     listed = differences(before, now, hidden)

@@ -278,6 +278,15 @@ def test_which_pairs_there_are_is_no_part_of_what_a_pair_is():
     assert encoding_of(said) != encoding_of(said | {"fps": 8.0})
 
 
+def test_nothing_is_added_to_a_set_from_before_digests(sets, copy):
+    """Which was encoded by other rules."""
+    pair_file(undigested(copy), PairDataset(copy).pair_ids[1]).unlink()
+    before = content(copy)
+    with pytest.raises(ValueError, match=r"copy.*: is not finished, by an older fastpref that rea"):
+        encoded(sets[0], copy)
+    assert content(copy) == before
+
+
 def test_a_set_from_before_digests_is_read(copy):
     """Of a pair that changed its shapes are seen."""
     before = [pair.latents_w.clone() for pair in PairDataset(copy)]
