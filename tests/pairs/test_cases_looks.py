@@ -29,8 +29,8 @@ from fastpref.pairs.media import Sampling, decode
 def matrixed(data: bytes, *matrix: int) -> bytes:
     """With another display matrix a b c d: x' = a x + c y, y' = b x + d y."""
     at = data.index(b"tkhd") + 4 + 40  # version and flags, times, id, duration, layer, volume
-    a, b, c, d = (value << 16 for value in matrix)
-    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+    a, b, c, d, *moved = (value << 16 for value in (*matrix, 32, 0))  # as phones move it
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, *moved, 1 << 30) + data[at + 36 :]
 
 
 @pytest.mark.parametrize(

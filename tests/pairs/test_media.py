@@ -291,18 +291,6 @@ def test_pictures_too_thin_to_scale_are_refused(tmp_path):
     assert e.value.kind == "too_large"
 
 
-def test_rotated_phone_clips_are_decoded_upright(tmp_path):
-    """The mp4 header's matrix says: turn a quarter clockwise for display."""
-    write_clip(tmp_path / "c.mp4", gradient(3))
-    data = (tmp_path / "c.mp4").read_bytes()
-    at = data.index(b"tkhd") + 4 + 40  # version and flags, times, id, duration, layer, volume
-    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    assert data[at : at + 36] == upright
-    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
-    clip = decode(data[:at] + turned + data[at + 36 :], ALL)
-    assert torch.equal(clip.frames, torch.rot90(gradient(3), -1, (1, 2)))
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_pictures_are_turned_and_mirrored_as_exif_says(kind, orientation):

@@ -217,13 +217,6 @@ def test_no_pattern_of_a_file_is_matched(name, plain, tmp_path):
     assert len(applied(load_lora(path, toy.load(BASE)))) == 2
 
 
-def test_an_alpha_by_pattern_is_refused(plain, tmp_path):
-    said = {"r": 4, "lora_alpha": 8, "alpha_pattern": {ENDLESS: 4}}
-    path = saying(plain, tmp_path / "a.safetensors", said)
-    with pytest.raises(ValueError, match=r"alpha_pattern '.*': expected names of layers"):
-        load_lora(path, toy.load(BASE))
-
-
 @pytest.mark.parametrize(
     ("pattern", "alphas"),
     [
