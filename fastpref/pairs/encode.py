@@ -35,9 +35,9 @@ from .encoded import (
 )
 from .media import Sampling
 from .notes import Note
-from .prepare import Counts, Prepared, finish, prepared, stored_shapes
+from .prepare import Counts, Prepared, finish, prepared
 from .rows import BadRow, Rows
-from .shards import pair_file, read_fingerprint
+from .shards import pair_file, read_fingerprint, stored_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")

@@ -16,9 +16,17 @@ from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..models.folder import encoders_of
 from .media import Sampling
 from .notes import Note
-from .prepare import Prepared, stored_shapes
+from .prepare import Prepared
 from .rows import Row, Rows
-from .shards import digest, encoding_of, index_digest, pair_file, read_fingerprint, written_digest
+from .shards import (
+    digest,
+    encoding_of,
+    index_digest,
+    pair_file,
+    read_fingerprint,
+    stored_shapes,
+    written_digest,
+)
 
 # Beginnings of what a folder may hold that is not encoded yet: a lock, a write that was cut off,
 # what was found of data whose rows were all bad.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..files import write_atomic
@@ -197,16 +196,6 @@ def prepared(
         else:
             seen[item.pair_id] = item.row.where
             yield item
-
-
-def stored_shapes(path: Path) -> str | None:
-    """The shapes of a pair's tensors in one line, from the file's header; None: no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-    except (OSError, SafetensorError):
-        return None
-    return " ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def stored_notes(path: Path) -> list[Note] | None:

@@ -48,6 +48,18 @@ def index_digest(columns: dict[str, list[Any]]) -> str:
     return found.hexdigest()
 
 
+def stored_shapes(path: Path) -> str | None:
+    """The shapes of a file's tensors in one line, from its header; None: no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+    except (OSError, SafetensorError):
+        return None
+    return " ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
 def written(path: Path) -> dict[str, Any] | None:
     """What the header of a file says of it: its `digest` and a pair's `notes`; nothing in sets from
     before them; None: no such file, or a damaged one.
