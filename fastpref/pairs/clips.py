@@ -179,6 +179,6 @@ def _errors(data: bytes) -> Iterator[None]:
         yield
     except av.error.FFmpegError as error:
         _check_end(data, last_element(data)[1])
-        known = "mp4, webm, mkv, avi, gif, png, jpg, webp, avif or bmp"
+        known = "mp4, mov, webm, mkv, avi, gif, png, jpg, webp, avif or bmp"
         reason = f"cannot be decoded ({error.strerror}); expected {known}"
         raise MediaError("unreadable", reason) from None
