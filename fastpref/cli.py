@@ -120,6 +120,8 @@ def encode(rest: list[str]) -> None:
 
 def survey(options: dict) -> None:
     """`fastpref encode --dry_run`."""
+    from . import models
+    from .models.encoders import check_size
     from .pairs.encode import check_workers
     from .pairs.media import Sampling
     from .pairs.prepare import survey as run
@@ -127,6 +129,9 @@ def survey(options: dict) -> None:
     check_workers(options["num_workers"])
     names = ("num_frames", "height", "width", "fps")
     sampling = Sampling(**{name: options[name] for name in names})
+    if options["family"] and options["model"]:
+        size = (options[name] for name in names[:3])
+        check_size(models.family(options["family"]), options["model"], *size)
     shared = {name: options[name] for name in ("num_workers", "ranked", "split")}
     found = run(options["data"], sampling=sampling, **shared)
     for row in found["bad_rows"]:
@@ -218,6 +223,7 @@ def sample(rest: list[str]) -> None:
     from . import models
     from .look.sample import check_memory
     from .look.validation import Prompts
+    from .models.encoders import check_size
     from .pairs.media import write_clip
     from .run import tuned
     from .run.folder import claim
@@ -229,6 +235,7 @@ def sample(rest: list[str]) -> None:
     claim(folder, "sample")  # clips overwrite those of an earlier sample, never a user's own
     device, _ = place(options.device)
     family = models.family(options.family)
+    check_size(family, options.model, *size)
     model, tune, _ = tuned.opened(family, options.model, device, options.lora, options.tuned)
     if tune is not None:
         tune()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -225,6 +226,19 @@ def _quiet() -> Iterator[None]:
     finally:
         for library, level in zip(libraries, before, strict=True):
             library.set_verbosity(level)
+
+
+def check_size(
+    family: ModuleType,
+    path: str | Path,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+) -> None:
+    """ValueError: the model takes no such clips, by its configs; nothing is loaded."""
+    sizes = getattr(family.pipeline(path, torch.float32), "sizes", None)
+    if sizes is not None:
+        sizes.check(num_frames, height, width)
 
 
 def pixels(frames: Tensor, sizes: Sizes) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .weights import check_shards, quantised, remedy, variant
+from .weights import check_shards, pointer, quantised, remedy, variant
 
 # What of a VAE's and a text encoder's config tells two bases apart, however they were saved.
 VAE_FACTS = (
@@ -192,9 +192,13 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     what = "weights" if is_model else kind.__name__
     try:
         loaded = kind.from_pretrained(str(path), subfolder=part, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever a library does with a part that is damaged
         reason = " ".join(str(error).split()) or type(error).__name__
-        mend = remedy(error, method)
+        if "allocate memory" in reason:  # as a CPU's allocator says it
+            raise
+        mend = remedy(error, method) or pointer(Path(path) / part)
         raise ValueError(f"{where}: {what} cannot be read ({reason}){mend}") from None
     if not is_model:
         return loaded

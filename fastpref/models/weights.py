@@ -76,6 +76,16 @@ def quantised(kind: type, path: str | Path, part: str) -> str | None:
     return method
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # how git-lfs's stand-in of a file begins
+
+
+def pointer(folder: Path) -> str:
+    """What to do where git-lfs has left its pointers in place of a part's files; else nothing."""
+    files = (file for file in folder.glob("*") if file.is_file())
+    left = [file.name for file in files if file.open("rb").read(len(POINTER)) == POINTER]
+    return f": {min(left)} is a git-lfs pointer, run git lfs pull there" if left else ""
+
+
 def remedy(error: Exception, method: str | None) -> str:
     """What to do about a part that does not load, if that is known; method: of `quantised`."""
     absent = isinstance(error, ImportError)

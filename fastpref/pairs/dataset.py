@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .arrow import columns_of
 from .shards import (
+    Changed,
     conditions,
     digest,
     encoding_of,
@@ -94,6 +94,8 @@ class PairDataset:
 
         self.folder = Path(folder)
         index = self.folder / "index.parquet"
+        if not self.folder.exists():
+            raise ValueError(f"{folder}: no such folder; expected a set made by fastpref encode")
         if not index.is_file():
             raise ValueError(
                 f"{folder}: no index.parquet; expected a set made by fastpref encode "
@@ -158,7 +160,7 @@ class PairDataset:
     def _check_content(self, path: Path, tensors: dict[str, Tensor], wanted: str | None) -> None:
         # At every read, in the threads that read ahead: blake2b does 1.5 GB/s without the GIL.
         if self._digests and digest(path, tensors, self._encoding) != wanted:
-            raise ValueError(
+            raise Changed(
                 f"{path}: was changed after it was written; delete it and run the same fastpref "
                 "encode again"
             )
@@ -280,6 +282,18 @@ def batches_per_epoch(shapes: Iterable[str], batch_size: int) -> int:
     return total
 
 
+def left_out(shapes: Sequence[str], batch_size: int) -> str | None:
+    """Which pairs no epoch trains on, in words; None: each is in some."""
+    never = {shape: n for shape, n in Counter(shapes).items() if n < batch_size}
+    if not never:
+        return None
+    return (
+        f"{sum(never.values())} of {len(shapes)} pairs never train: fewer than train_batch_size = "
+        f"{batch_size} pairs have their shape ({'; '.join(never)}); encode with --num_frames, "
+        "--height and --width, or lower --train_batch_size"
+    )
+
+
 def batches(
     dataset: Any,
     batch_size: int,
@@ -300,13 +314,6 @@ def batches(
     """
     shapes = getattr(dataset, "shapes", None) or [""] * len(dataset)
     per_epoch = batches_per_epoch(shapes, batch_size)
-    never = {shape: n for shape, n in Counter(shapes).items() if n < batch_size}
-    if never:
-        warnings.warn(
-            f"{sum(never.values())} of {len(shapes)} pairs never train: fewer than "
-            f"train_batch_size = {batch_size} pairs have their shape ({'; '.join(never)})",
-            stacklevel=2,
-        )
 
     def load(planned: tuple[int, tuple[int, ...]]) -> tuple[int, Batch]:
         epoch, rows = planned

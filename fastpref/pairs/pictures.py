@@ -36,7 +36,7 @@ def is_picture(data: bytes) -> bool:
 def timeline(data: bytes, until: float) -> Timeline:
     """When each frame is shown by its own duration; MediaError: truncated, damaged, too large."""
     times, now = [], Fraction(0)
-    for image in _shown(data):
+    for image in _shown(data, timing=True):
         times.append(now)
         milliseconds = Fraction(image.info.get("duration", 0)).limit_denominator(1000)
         # As browsers do: animations that ask for no time at all were never shown that fast.
@@ -54,8 +54,10 @@ def frames(data: bytes, wanted: set[int]) -> Iterator[tuple[int, Frame]]:
             yield i, Frame(pixels, pixels.shape[:2], composited)
 
 
-def _shown(data: bytes) -> Iterator[Any]:
-    """The frames in order, each a Pillow image that changes with the next one."""
+def _shown(data: bytes, timing: bool = False) -> Iterator[Any]:
+    """The frames in order, each a Pillow image that changes with the next one; timing: a still is
+    not decoded.
+    """
     from PIL import Image
 
     try:
@@ -69,7 +71,8 @@ def _shown(data: bytes) -> Iterator[Any]:
             except EOFError:
                 break
             check_cost(i + 1, image.height, image.width, MAX_ANIMATED)
-            image.load()
+            if not (timing and image.format in STILL):
+                image.load()
             if i >= hidden:
                 yield image
             if image.format in STILL:

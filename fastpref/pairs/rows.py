@@ -204,7 +204,7 @@ class Reader:
         if value is None or (isinstance(value, str) and blank(value)):
             if optional:
                 return None
-            what = "is blank" if value else "is empty"
+            what = "is blank" if value else "is empty" if field in self.record else "is missing"
             raise self.bad("missing_value", field, f"{what}; expected a text")
         return self.checked(field, value)
 
@@ -263,7 +263,8 @@ class Reader:
         if isinstance(value, bytes):
             return value
         if value is None or value == "":
-            raise self.bad("missing_value", field, "is empty; expected a path or bytes")
+            state = "empty" if field in self.record else "missing"
+            raise self.bad("missing_value", field, f"is {state}; expected a path or bytes")
         name = self.checked(field, value)
         if self.folder is None:
             raise self.bad("outside", field, "a hub dataset must carry its media as bytes")

@@ -15,6 +15,10 @@ from torch import Tensor
 OF_ROWS = ("data", "data_version", "split", "ranked")  # of a fingerprint: which pairs there are
 
 
+class Changed(ValueError):
+    """A file of a set is not as it was written: nothing that a run has done is wrong by it."""
+
+
 def pair_file(folder: Path, pair_id: int) -> Path:
     """Where a pair's tensors stand in an encoded set: 256 folders, named by the id in hex."""
     # One folder of a million files would be slow to list.

@@ -73,6 +73,10 @@ def find(data: str | Path) -> Path | None:
         unfinished = not (path / "index.parquet").exists()
         state = "unfinished: run its fastpref encode again" if unfinished else "finished"
         raise ValueError(f"{path}: is an encoded set ({state}); expected a folder of media")
+    if (path / "model_index.json").exists():
+        raise ValueError(f"{path}: is a model's folder; expected a folder of media")
+    if (path / "encoded" / "fingerprint.json").is_file():
+        raise ValueError(f"{path}: is a run's folder; its pairs are in {path / 'encoded'}")
     found = [path / f"metadata{suffix}" for suffix in SUFFIXES]
     found = [file for file in found if file.is_file()]
     if len(found) > 1:

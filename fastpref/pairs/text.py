@@ -11,10 +11,11 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..models.weights import POINTER
+
 MAX_BYTES = 1 << 30  # of a text file
 MAX_LINE = 1 << 24  # characters of one line: JSON of 16 MiB may take 20 times that in memory
 MAX_ROWS = 1 << 23  # of any source, and lines of a text file: each may be a bad row in memory
-POINTER = b"version https://git-lfs.github.com/spec/"
 SIGNLESS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and one sign that are shown as nothing
 
 

@@ -61,6 +61,8 @@ def find(path: Path) -> Path:
     """The adapter file of a folder, or the file itself; ValueError: there is none, or it is of a
     whole model.
     """
+    if (path / "model_index.json").is_file():
+        raise ValueError(f"{path}: is a model's folder, not an adapter")
     for run in (path, path.parent, path.parent.parent):
         whole = [run / name for name in COMPONENTS if (run / name / "config.json").is_file()]
         inside = path == run or path in whole or path.parent in whole

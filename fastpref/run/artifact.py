@@ -95,8 +95,10 @@ def convert(lora: str | None, family: str, model: str, format: str, output: str)
     path = Path(output)
     if not lora:
         raise ValueError("--lora is required: the run's folder, or its adapter file")
-    if path.suffix != ".safetensors" or path.exists():
-        raise ValueError(f"--output {path}: expected a new file that ends in .safetensors")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--output {path}: expected a name that ends in .safetensors")
+    if path.exists():
+        raise ValueError(f"--output {path}: is there already; choose another name")
     with shapes_alone():  # the model's config says what layers there are
         made = models.family(family).load(model)
     adapters.write(path, made, adapters.read(lora, made), format)

@@ -17,7 +17,8 @@ from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
 from ..pairs import dataset
-from ..pairs.dataset import Batch
+from ..pairs.dataset import Batch, left_out
+from ..pairs.shards import Changed
 from ..progress import announced, printable, steps_bar, warn
 from ..step import reference
 from ..step.graphs import StepGraph
@@ -71,6 +72,8 @@ def announce(run: Run) -> None:
     model = printable(f"{config.family} {config.model}")
     print(f"model      {model}: {trained:,} of {total:,} parameters train")
     print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
+    if lost := left_out(run.dataset.shapes, config.train_batch_size):
+        warn(lost)
     print(f"objective  {run.objective or 'sft on the chosen clips'}")
     print(f"reference  {mode}{noise}")
     print(
@@ -106,7 +109,7 @@ def at_work(run: Run) -> Iterator[None]:
     Raises:
         ValueError: out of memory, and the line says what to change.
         OSError: a file that cannot be read or written, or BrokenPipeError: nobody reads any more
-            what is printed. What was done before any of these is saved.
+            what is printed; Changed: a file of the set. What was done before any of these is saved.
     """
     config = run.config
     config.save(run.folder / "config.yaml")
@@ -120,13 +123,13 @@ def at_work(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or out_of_memory(error)):
+        if not (isinstance(error, OSError | Changed) or out_of_memory(error)):
             raise
         run.meter.forget()
         if run.step > run.saved:
             with suppress(OSError):  # the disk may be what is full
                 save(run)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | Changed):
             raise
         raise exhausted(error, run.folder, **config.only(*MENDS)) from None
     finally:

@@ -52,6 +52,8 @@ def files(run: Path, model: nn.Module) -> dict[str, Path]:
     """
     component = adapters.component_of(model)
     folder = run / component
+    if (run / "model_index.json").is_file():
+        raise ValueError(f"--tuned {run}: is a model's folder, expected a run's; see --model")
     if not folder.is_dir():
         said = "pass --lora in place of --tuned" if any(run.glob("*.safetensors")) else "see --lora"
         raise ValueError(
