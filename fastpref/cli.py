@@ -84,8 +84,10 @@ def train(rest: list[str]) -> None:
 
 
 def encode(rest: list[str]) -> None:
+    from . import models
     from .pairs.encode import DTYPES, POSTERIORS
     from .pairs.encode import encode as run
+    from .run import belong
     from .run.parts import device_of
 
     options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
@@ -115,6 +117,7 @@ def encode(rest: list[str]) -> None:
         raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
     if found["device"]:
         device_of(found["device"])
+    belong.check(models.family(found["family"]), found["model"])
     run(**found)
 
 

@@ -157,6 +157,8 @@ def locked(marked: Path) -> Iterator[None]:
                 f"output_dir {marked.parent}: another fastpref is writing there; wait for it, or "
                 "choose another one"
             ) from None
+        except OSError:  # a file system without locks: nobody can be asked
+            pass
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -116,3 +117,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     ):
         write_atomic(tmp_path / "file", b"1")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.locked(mark(tmp_path / "run", "train")):
+        write_atomic(tmp_path / "run" / "file", b"whole")
+    assert names(tmp_path / "run") == [".fastpref", "file"]

@@ -94,11 +94,10 @@ class PairDataset:
 
         self.folder = Path(folder)
         index = self.folder / "index.parquet"
-        if not self.folder.exists():
-            raise ValueError(f"{folder}: no such folder; expected a set made by fastpref encode")
         if not index.is_file():
+            lost = "no index.parquet" if self.folder.is_dir() else "no such folder"
             raise ValueError(
-                f"{folder}: no index.parquet; expected a set made by fastpref encode "
+                f"{folder}: {lost}; expected a set made by fastpref encode "
                 "(if its encoding was interrupted, run the same command again)"
             )
         try:
@@ -285,13 +284,11 @@ def batches_per_epoch(shapes: Iterable[str], batch_size: int) -> int:
 def left_out(shapes: Sequence[str], batch_size: int) -> str | None:
     """Which pairs no epoch trains on, in words; None: each is in some."""
     never = {shape: n for shape, n in Counter(shapes).items() if n < batch_size}
-    if not never:
-        return None
-    return (
+    said = (
         f"{sum(never.values())} of {len(shapes)} pairs never train: fewer than train_batch_size = "
-        f"{batch_size} pairs have their shape ({'; '.join(never)}); encode with --num_frames, "
-        "--height and --width, or lower --train_batch_size"
+        f"{batch_size} pairs have their shape ({'; '.join(never)}); encode them all at one size"
     )
+    return said if never else None
 
 
 def batches(

@@ -92,7 +92,7 @@ def twice(names: Iterable[str]) -> list[str]:
 
 def check_columns(columns: list[str], where: str) -> None:
     """ValueError: a column stands there twice."""
-    for name in twice(columns):
+    for name in twice(filter(None, columns)):  # a spreadsheet's empty columns
         raise ValueError(
             f"{where}: column {name!r} expected once, got it twice; rename or remove one"
         )
@@ -152,7 +152,8 @@ class Csv:
         before = 0 if said is None else 1
         header = next(text, "") if said else header
         mark = said[1] if said else delimiter(header)
-        reader = csv.reader(itertools.chain([header], text), strict=True, delimiter=mark)
+        how = {"delimiter": mark, "skipinitialspace": f"{mark} " in header}
+        reader = csv.reader(itertools.chain([header], text), strict=True, **how)
         columns: list[str] | None = None
         line = before + 1
         try:

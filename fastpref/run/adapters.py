@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomic
 from ..models import names
+from ..pairs.text import check_pointer
 
 FORMATS = ("diffusers", "comfyui")
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
@@ -88,6 +89,7 @@ def read(path: str | Path, model: nn.Module) -> dict[str, Lora]:
             that are not finite or do not fit each other, the layer or the metadata.
     """
     path = find(Path(path))
+    check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
             said = _settings(path, file.metadata() or {}, component_of(model))
@@ -122,7 +124,7 @@ def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str,
         if name.startswith("use_") and value and name != "use_rslora":
             raise ValueError(f"{name}: only plain LoRA is supported")
     start = said.get("init_lora_weights")
-    if str(start).lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if str(start).lower() not in ("none", "true", "false", "gaussian", "eva", "orthogonal"):
         raise ValueError(f"init_lora_weights {start!r:.40}: fits a base whose weights it changed")
     return said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ def opened(
     """
     if lora and tuned:
         raise ValueError("--lora and --tuned: expected one of them")
+    if tuned and Path(tuned).resolve() == Path(path).resolve():
+        raise ValueError(f"--tuned {tuned}: is the base itself, expected the folder of a run")
     if lora:
         adapters.find(Path(lora))  # before weights are loaded
     dataset = PairDataset(data) if data else None
@@ -44,6 +47,9 @@ def opened(
     return model, found and partial(load, found, model), dataset
 
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
 def files(run: Path, model: nn.Module) -> dict[str, Path]:
     """Where each tensor of the model stands in what a run with tuning full wrote.
 
@@ -52,8 +58,6 @@ def files(run: Path, model: nn.Module) -> dict[str, Path]:
     """
     component = adapters.component_of(model)
     folder = run / component
-    if (run / "model_index.json").is_file():
-        raise ValueError(f"--tuned {run}: is a model's folder, expected a run's; see --model")
     if not folder.is_dir():
         said = "pass --lora in place of --tuned" if any(run.glob("*.safetensors")) else "see --lora"
         raise ValueError(
@@ -64,7 +68,9 @@ def files(run: Path, model: nn.Module) -> dict[str, Path]:
         raise ValueError(f"{folder} is not whole: run the same fastpref train again")
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    index = folder / f"{WEIGHTS}.index.json"  # as diffusers: of a model in several files
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else [WEIGHTS]
+    for file in sorted(folder / name for name in set(names)):
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118

@@ -66,7 +66,7 @@ def test_cases_of_a_fully_tuned_run_as_an_adapter(full, encoded_pairs, tmp_path,
     assert main(sampled(tmp_path / "a", tuned=full)) == 0
 
 
-def test_eval_compares_a_fully_tuned_model_with_its_base(full, encoded_pairs, capsys):
+def test_eval_compares_a_fully_tuned_model_with_its_base(full, encoded_pairs, tmp_path, capsys):
     capsys.readouterr()
     assert main(evaluated(encoded_pairs, tuned=full)) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -78,7 +78,8 @@ def test_eval_compares_a_fully_tuned_model_with_its_base(full, encoded_pairs, ca
     changes = found["chosen_error_change"], found["rejected_error_change"]
     assert changes == relative_errors(policy, base) and changes[0] != 0
     # The base itself as the tuned model: nothing has changed.
-    assert main(evaluated(encoded_pairs, tuned=BASE)) == 0
+    same = shutil.copytree(BASE, tmp_path / "base")
+    assert main(evaluated(encoded_pairs, tuned=same)) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["implicit_acc"] == 0.5 and found["chosen_error_change"] == 0
 
@@ -153,3 +154,24 @@ def test_a_run_without_weights_is_neither(tmp_path, encoded_pairs, capsys):
     )
     said = fails(capsys, *evaluated(encoded_pairs))
     assert "--lora is required: the run's folder, or its adapter file; or --tuned" in said
+
+
+def test_other_files_beside_the_weights_are_not_read(full, encoded_pairs, tmp_path, capsys):
+    """As diffusers does: a copy of an earlier state, or an average, is not the model."""
+    run = shutil.copytree(full, tmp_path / "run")
+    capsys.readouterr()
+    assert main(evaluated(encoded_pairs, tuned=run)) == 0
+    before = capsys.readouterr().out
+    base = load_file(BASE / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("diffusion_pytorch_model_ema.safetensors", "a.safetensors"):
+        save_file(base, run / "transformer" / name)
+    assert main(evaluated(encoded_pairs, tuned=run)) == 0
+    assert capsys.readouterr().out == before
+
+
+def test_a_base_is_neither_adapter_nor_run(encoded_pairs, tmp_path, capsys):
+    line = fails(capsys, *evaluated(encoded_pairs, tuned=BASE))
+    assert f"--tuned {BASE}: is the base itself, expected the folder of a run" in line
+    (tmp_path / "model_index.json").touch()
+    line = fails(capsys, *evaluated(encoded_pairs, lora=tmp_path))
+    assert f"{tmp_path}: is a model's folder, not an adapter" in line

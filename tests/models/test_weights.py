@@ -161,3 +161,26 @@ def test_an_index_that_is_none(text, tmp_path, capsys):
     assert f"{index.name} is damaged, expected a weight_map" in fails(
         capsys, "sample", *arguments(given)
     )
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_cases_of_git_lfs_pointers_in_a_model(part, tmp_path):
+    """DALI#1872: a folder that was cloned without git-lfs."""
+    path = shutil.copytree(tiny("wan").path, tmp_path / "model")
+    (*_, file) = sorted(p for p in (path / part).iterdir() if p.suffix in (".safetensors", ".json"))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{file.name} is a git-lfs pointer, run git lfs pull"):
+        part_of(tiny("wan"), "text_encoder" if part == "tokenizer" else part, path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_a_part_that_fits_no_memory_is_not_a_damaged_one(error, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", full)
+    with pytest.raises(type(error)) as raised:
+        part_of(tiny("wan"), "text_encoder", tiny("wan").path)
+    assert raised.value is error

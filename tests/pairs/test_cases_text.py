@@ -496,3 +496,10 @@ def test_bad_rows_keep_no_media(folder):
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(bad) == 4 and kept < MIB
+
+
+def test_a_header_with_spaces_and_a_spreadsheets_empty_columns(folder):
+    text = 'prompt, chosen, rejected,,\n"a fox, red", a.mp4, b.mp4,,\n'
+    (folder / "metadata.csv").write_text(text)
+    (row,) = read_rows(folder)
+    assert (row.prompt, row.chosen.name, row.rejected.name) == ("a fox, red", "a.mp4", "b.mp4")

@@ -43,7 +43,21 @@ def test_sizes_asked_for_are_refused_before_anything_loads(
     given = ["--family", case.family.name, "--model", str(case.path), *where, *flags]
     capsys.readouterr()
     assert says in fails(capsys, "encode", *given)
+    assert says in fails(capsys, "encode", "--dry_run", *given)
     assert not (tmp_path / "set").exists()
+    size = {"--num_frames": "1", "--height": "32", "--width": "48"}
+    size |= dict(zip(flags[::2], flags[1::2], strict=True))
+    clip = [*given[:4], "--prompts", "x", "--output_dir", str(tmp_path / "clips")]
+    assert says in fails(capsys, "sample", *clip, *(word for pair in size.items() for word in pair))
+
+
+def test_cases_of_a_model_of_another_family_at_encode_time(tmp_path, capsys):
+    """ComfyUI#7114: said before an hour of encoding, not by the training after it."""
+    case = tiny("wan")
+    media = write_media(case.family, tmp_path / "media")
+    where = ["--data", str(media), "--output_dir", str(tmp_path / "set")]
+    line = fails(capsys, "encode", "--family", "toy", "--model", str(case.path), *where)
+    assert "another family's model?" in line and not (tmp_path / "set").exists()
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:

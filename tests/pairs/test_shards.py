@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from fastpref.cli import main
 from fastpref.pairs.dataset import PairDataset, batches
 from fastpref.pairs.shards import digest, encoding_of, index_digest, pair_file
+from fastpref.run import bookkeeping
 
 CHANGED = r"{}: was changed after it was written; delete it and run the same fastpref encode again"
 
@@ -298,3 +299,20 @@ def test_a_set_from_before_digests_is_read(copy):
     path.write_bytes(save({name: value[:1] for name, value in tensors.items()}))
     with pytest.raises(ValueError, match=f"{path.name}: expected cond.text:8x32 .* as the index s"):
         dataset[0]
+
+
+def test_what_was_trained_before_a_pair_changed_is_saved(sets, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(PairDataset(sets[1]).folder, tmp_path / "set")
+    run = options(folder, tmp_path / "run", max_train_steps=40, checkpointing_steps=40)
+    path, real = pair_file(folder, PairDataset(folder).pair_ids[3]), bookkeeping.update
+
+    def update(run, *given):
+        if run.step == 2:
+            path.write_bytes(flipped(path.read_bytes(), -9))
+        return real(run, *given)
+
+    monkeypatch.setattr(bookkeeping, "update", update)
+    assert main(["train", *arguments(run)]) == 1
+    assert capsys.readouterr().err.strip().endswith(CHANGED.format(path.name))
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert 3 <= int(saved.name.removeprefix("checkpoint-")) < 40

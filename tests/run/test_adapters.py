@@ -58,12 +58,20 @@ def test_rank_stabilised_scaling_is_kept(exported, tmp_path):
         ({"alpha_pattern": [1]}, "alpha_pattern: expected a JSON object, got [1]"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA': only plain LoRA is read"),
         ({"init_lora_weights": "pissa_niter_4"}, "fits a base whose weights it changed"),
+        ({"init_lora_weights": "lora_ga"}, "fits a base whose weights it changed"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(change, says, exported, tmp_path):
     with pytest.raises(ValueError, match="expected a LoRA file of WanTransformer3D") as error:
         adapters.load_lora(said(exported, tmp_path / "a", **change), toy.load(BASE))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_that_is_a_git_lfs_pointer(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"a.safetensors: is a git-lfs pointer, not the file"):
+        adapters.load_lora(path, toy.load(BASE))
 
 
 @pytest.mark.parametrize("name", ["", "nope", "nope.safetensors"])

@@ -224,8 +224,8 @@ def test_export_says_what_it_cannot(tmp_path, capsys):
     there = [*own[:-1], str(given)]
     for more, says in (
         (own[2:], "--lora is required: the run's folder, or its adapter file"),
-        ([*own[:-1], str(tmp_path / "x.pt")], "expected a new file that ends in .safetensors"),
-        (there, f"--output {given}: expected a new file"),
+        ([*own[:-1], str(tmp_path / "x.pt")], "expected a name that ends in .safetensors"),
+        (there, f"--output {given}: is there already"),
         (["--lora", str(tmp_path), *own[2:]], "no such file; expected a run's folder"),
     ):
         assert says in fails(capsys, "export", *flags, *more)
