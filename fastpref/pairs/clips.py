@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import math
 import struct
@@ -34,19 +35,46 @@ def timeline(data: bytes, until: float) -> Timeline:
     stamps, rate = _packets(data, until)
     times: list[Any] = []
     for frame, _ in _shown(data):
+        if frame.pts is None:
+            until = math.inf  # they are laid anew, which takes all
         times.append(None if frame.pts is None else frame.pts * frame.time_base)
-        if None not in (times[0], times[-1]) and times[-1] - times[0] > until:
+        # Two that are later: one may be a stamp that is out of order.
+        if until < math.inf and min(times[-2:]) - times[0] > until:
             break
     else:
         until = math.inf  # all are known
     if not times:
         raise MediaError("unreadable", "holds no frames that are shown")
-    if None in times or any(b <= a for a, b in pairwise(times)):
-        times = [i / rate for i in range(len(times))]
+    times = _in_order([i / rate for i in range(len(times))] if None in times else times, rate)
     times = [time - times[0] for time in times]
     if until < math.inf:
+        stamps = _in_order(stamps, rate)
         return Timeline(times, stamps[-1] - stamps[0] + 1 / rate, len(stamps))
     return Timeline(times, times[-1] + 1 / rate, len(times))
+
+
+def _in_order(times: list[Fraction], rate: Fraction) -> list[Fraction]:
+    """Each later than the one before: as many as can be are kept, the others stand evenly between.
+
+    A stamp that is there twice or goes back says nothing of its own frame, but of no other either.
+    """
+    if all(a < b for a, b in pairwise(times)):
+        return times
+    lengths, latest = [], []  # of the longest run that begins with each
+    for time in reversed(times):
+        at = bisect.bisect_left(latest, -time)
+        latest[at : at + 1] = [-time]
+        lengths.append(at + 1)
+    kept: list[int] = []
+    for i, length in enumerate(reversed(lengths)):
+        if length == len(latest) - len(kept) and (not kept or times[kept[-1]] < times[i]):
+            kept.append(i)
+    first, last = kept[0], kept[-1]
+    laid = [times[first] - (first - i) / rate for i in range(first)]
+    for a, b in pairwise(kept):
+        step = (times[b] - times[a]) / (b - a)
+        laid += [times[a] + i * step for i in range(b - a)]
+    return laid + [times[last] + i / rate for i in range(len(times) - last)]
 
 
 def _packets(data: bytes, until: float) -> tuple[list[Fraction], Fraction]:

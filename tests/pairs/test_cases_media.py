@@ -90,6 +90,42 @@ def test_frames_that_are_reordered_and_start_late(suffix):
     assert which(decode(data, Sampling(fps=4, num_frames=3))) == [0, 2, 4]
 
 
+def stamped(wrong: dict[int, int]) -> bytes:
+    """A frame each half second, then eight a second; some are stamped so many ms too late."""
+    times = [4 * i for i in range(10)] + [40 + i for i in range(15)]  # eighths of a second
+    data = bytearray(write(steps(25), "matroska", "ffv1", pixels="bgr0", times=times))
+    with av.open(io.BytesIO(data)) as container:
+        at = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for i, late in wrong.items():  # behind the track's number
+        stamp = slice(at[i] + 1, at[i] + 3)
+        data[stamp] = struct.pack(">h", struct.unpack(">h", data[stamp])[0] + late)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{3: -500}, {3: -500, 4: -1000}, {3: -1100}, {6: -3000}, {3: 3499}, {1: -500}, {24: -125}],
+    ids=["twice", "thrice", "back", "as the first", "ahead", "two first", "two last"],
+)
+def test_a_stamp_that_is_wrong_is_only_that_of_its_own_frame(wrong):
+    """Milliseconds cannot tell two frames apart, or a recorder's clock was set."""
+    sure, some = stamped({}), stamped(wrong)
+    assert sure != some
+    for rate in (1, 2, 4, 8):
+        whole, clip = decode(sure, Sampling(fps=rate)), decode(some, Sampling(fps=rate))
+        assert which(clip) == which(whole), rate
+        assert (clip.seconds, clip.source_frames) == (whole.seconds, whole.source_frames)
+        for count in (2, 4, 6):
+            few = decode(some, Sampling(fps=rate, num_frames=count))
+            assert which(few) == which(whole)[:count]
+            assert (few.seconds, few.source_frames) == (whole.seconds, 25)
+
+
+def test_a_stamp_far_ahead_is_not_yet_the_end_of_what_is_asked_for():
+    few = Sampling(fps=8, num_frames=4)
+    assert which(decode(stamped({1: 20000}), few)) == which(decode(stamped({}), few)) == [0, 0, 0, 1]
+
+
 def test_of_a_long_clip_only_the_beginning_is_decoded(monkeypatch):
     """Its number of frames and its length are then those that the container tells."""
     data = write(steps(24), gop=24)
