@@ -15,7 +15,7 @@ from ..files import write_atomic
 from ..models import published
 from ..models.folder import shapes_alone
 from ..pairs.dataset import PairDataset
-from ..progress import stage
+from ..progress import printable, stage
 from ..step import memory, simulate
 from . import belong, checkpoint
 from .config import Config
@@ -75,7 +75,8 @@ def pick_checkpointing(
     basis = {**decides, "card": on.name, "gib": on.gib, "shapes": shapes, "online": step.online}
     known = remembered(record)
     if known.get("basis") == basis:
-        print(f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})")
+        said = f"checkpointing {known['checkpointing']}: as {record} says ({known.get('why')})"
+        print(printable(said))
         return known["checkpointing"]
     with stage("checkpointing: memory, predicted from shapes"):
         found, why = memory.least(step, on, decides["pair_mode"], decides["compile"])

@@ -33,7 +33,8 @@ def train(config: Config) -> dict[str, Any]:
     device, dtype = place(config.device, config.mixed_precision)
     start, result = open_run(config)
     if result is not None:
-        print(f"{result['output_dir']} is already trained to step {result['global_step']}")
+        said = f"{result['output_dir']} is already trained to step {result['global_step']}"
+        print(printable(said))
         return result
     run = assemble(config, device, dtype, start)  # with start's state in it
     accumulate = config.gradient_accumulation_steps

@@ -123,7 +123,9 @@ def test_a_stamp_that_is_wrong_is_only_that_of_its_own_frame(wrong):
 
 def test_a_stamp_far_ahead_is_not_yet_the_end_of_what_is_asked_for():
     few = Sampling(fps=8, num_frames=4)
-    assert which(decode(stamped({1: 20000}), few)) == which(decode(stamped({}), few)) == [0, 0, 0, 1]
+    assert (
+        which(decode(stamped({1: 20000}), few)) == which(decode(stamped({}), few)) == [0, 0, 0, 1]
+    )
 
 
 def test_of_a_long_clip_only_the_beginning_is_decoded(monkeypatch):
