@@ -9,6 +9,7 @@ import torch
 
 from fastpref.loss.functional import Draws
 from fastpref.process import Times
+from fastpref.progress import printable
 from fastpref.run import bookkeeping as book
 from fastpref.run.assemble import assemble
 from fastpref.run.config import Config
