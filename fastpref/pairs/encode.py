@@ -150,20 +150,31 @@ def encode(
             flush()
             bar.update(rows.records - bar.n)
         refused = finish(folder, rows, counts, bad)
-        if refused:
-            if progress:
-                print(counts)
-            raise ValueError(refused)
-        empty = folder / "empty.safetensors"
-        if stored_shapes(empty) is None:
-            load(pipe, ["text"], progress)
-            with text_progress(pipe, "the empty prompt", progress):
-                cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
-            write_tensors(folder, empty, stored(cond, DTYPES[dtype]))
-        write_index(folder, index)
+        if not refused:
+            encode_empty(module, pipe, folder, DTYPES[dtype], batch_size, progress)
+            write_index(folder, index)
     if progress:
-        print(f"{printable(str(folder))}: {counts}")
+        print(counts if refused else f"{printable(str(folder))}: {counts}")
+    if refused:
+        raise ValueError(refused)
     return folder
+
+
+def encode_empty(
+    module: ModuleType,
+    pipe: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """empty.safetensors, the empty prompt's embeddings, unless it is there."""
+    path = folder / "empty.safetensors"
+    if stored_shapes(path) is None:
+        load(pipe, ["text"], progress)
+        with text_progress(pipe, "the empty prompt", progress):
+            cond = embeddings(module.encode_text(pipe, [""] * batch_size)[0])
+        write_tensors(folder, path, stored(cond, dtype))
 
 
 def is_new(item: Prepared | BadRow) -> bool:

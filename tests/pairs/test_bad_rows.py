@@ -10,6 +10,7 @@ from commands import BASE, encoded, write_pairs
 
 from fastpref.cli import main
 from fastpref.pairs import media
+from fastpref.pairs.encode import encode
 from fastpref.pairs.prepare import survey
 from fastpref.pairs.rows import BadRow
 
@@ -145,10 +146,6 @@ def user_error(capsys, *arguments: str) -> str:
         (["--seed", "0"], "seed has no effect with posterior mode; remove it, or pass posterior"),
         (["--posterior", "mean"], "argument --posterior: invalid choice: 'mean'"),
         (["--posterior", "sample"], "posterior sample: family fastpref.models.toy has none to sam"),
-        (
-            ["--posterior", "sample", "--seed", "-1", "--family", "wan"],
-            "seed: expected 0 <= seed < 2^63, got -1",
-        ),
         (["--num_workers", "257", "--dry_run"], "num_workers: expected 0 to 256, got 257"),
     ],
 )
@@ -157,6 +154,11 @@ def test_mistakes_are_one_line(flags, said, pairs, tmp_path, capsys):
     line = user_error(capsys, *given, "--output_dir", str(tmp_path / "set"), *flags)
     assert line.startswith(said)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_seed_out_of_range(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"^seed: expected 0 <= seed < 2\^63, got -1$"):
+        encode("wan", BASE, pairs, tmp_path / "set", posterior="sample", seed=-1)
 
 
 def test_mistakes_in_data_are_one_line(pairs, tmp_path, capsys):
