@@ -13,7 +13,12 @@ BOXES = b"ftyp styp moov moof mdat free skip wide udta uuid meta sidx mfra pdin 
 # Of Matroska: header, segment, what stands in a segment, what stands in a cluster, and filling.
 ELEMENTS = {0x1A45DFA3, 0x18538067, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B}
 ELEMENTS |= {0x1941A469, 0x1043A770, 0x1254C367, 0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0x5854, 0xEC, 0xBF}
-TABLES = re.compile(rb"stsz|trun|elst|cmov")  # of an mp4: those that claim what they do not list
+# Of an mp4: boxes that FFmpeg looks into, and tables that claim what they do not list.
+NESTS = b"moov trak mdia minf stbl edts dinf udta ilst tref moof traf mvex sinf schi wave iprp ipco"
+NESTS = frozenset(NESTS.split())
+TABLES = re.compile(rb"stsz|stz2|trun|elst|cmov")
+ENCODER = range(58, 90)  # where in the description of a video an encoder's name stands
+HANDLER = re.compile(rb"(?s:.{4})*?hdlr")  # what the boxes in a meta begin with
 MAX_SAMPLES = 1 << 25  # of sound that is not compressed: ten minutes
 MAX_LISTED = 1 << 22  # samples of fragments, or shown again by edits
 
@@ -33,26 +38,55 @@ def check_tables(data: bytes) -> None:
     """MediaError: an mp4 of a few bytes claims frames without end, all of which FFmpeg lists."""
     if data[:4] in (RIFF, EBML):
         return
-    heads, end = [], 0
-    for name, begin, end in _elements(data):
-        heads.append(b"" if name == "mdat" else data[begin:end])
-    head = b"".join(heads) + data[end:]
     samples, edits, fragments = 1, 0, 0
-    for table in TABLES.finditer(head):
-        at = table.end()
-        first, second, third = (int.from_bytes(head[at + i : at + i + 4]) for i in (0, 4, 8))
-        if table[0] == b"cmov":
+    for table, at, end in _tables(data):
+        first, second, third = (int.from_bytes(data[at + i : at + i + 4]) for i in (0, 4, 8))
+        if table == b"cmov":
             raise MediaError("unreadable", "has a compressed header; write it again with ffmpeg")
-        if table[0] == b"elst":
+        if table == b"elst":
             edits += second
-        elif table[0] == b"trun":
-            fragments += 0 if first & 0xF00 else second  # else it has a line for each
+        elif table == b"trun":  # with a line of 4 bytes or more for each, or none
+            fragments += second if not first & 0xF00 or 4 * second > end - at else 0
         else:
             samples = max(samples, third)
-            if second and third > min(MAX_SAMPLES, len(data) // second):
+            if table == b"stsz" and second and third > min(MAX_SAMPLES, len(data) // second):
                 raise MediaError("too_large", f"claims {third} frames of {second} bytes")
     if fragments > MAX_LISTED or (edits > 16 and edits * samples > MAX_LISTED):
         raise MediaError("too_large", f"claims more than {MAX_LISTED} frames")
+
+
+def _tables(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, begin and end of what is in each, wherever FFmpeg would find it.
+
+    As FFmpeg does: any box may stand in any other, and what runs past the end of its own is cut.
+    """
+    nests, count = [(0, len(data))], 0
+    while nests:
+        at, end = nests.pop()
+        while at + 8 <= end:
+            length, name, begin = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], at + 8
+            if length == 1:
+                length, begin = int.from_bytes(data[at + 8 : at + 16]), at + 16
+            last = min(at + length, end) if length else end
+            if last < begin:
+                break
+            at, count = last, count + 1
+            if count > MOST:
+                raise MediaError("too_large", f"has more than {MOST} boxes; write it again")
+            if TABLES.fullmatch(name):
+                yield name, begin, last
+            elif name == b"stsd":  # boxes behind heads of many lengths
+                for table in TABLES.finditer(data, begin, last):
+                    length = int.from_bytes(data[table.start() - 4 : table.start()])
+                    fits = length <= last - table.start() + 4
+                    if fits or table.start() - begin not in ENCODER:
+                        yield table[0], table.end() + 8 * (length == 1), last
+            elif name in (b"free", b"hoov") and data[begin + 4 : begin + 8] in (b"mvhd", b"cmov"):
+                nests.append((begin, last))  # a moov that was not ended
+            elif name == b"meta" and (handler := HANDLER.match(data, begin, last)):
+                nests.append((handler.end() - 8, last))
+            elif name in NESTS:
+                nests.append((begin, last))
 
 
 def _elements(data: bytes) -> Iterator[tuple[str, int, int]]:

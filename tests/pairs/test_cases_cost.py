@@ -20,7 +20,8 @@ from media_files import (
     write,
 )
 
-from fastpref.pairs.media import Sampling, decode
+from fastpref.pairs.containers import check_tables
+from fastpref.pairs.media import MediaError, Sampling, decode
 
 
 def blank(frames: int, suffix: str = "mp4") -> bytes:
@@ -95,6 +96,45 @@ def test_what_a_table_claims_is_bounded_before_it_is_listed(tables):
     error = refused(claiming(**tables))
     assert error.kind == "too_large" and "claims" in str(error)
     assert time.process_time() - begin < 0.5
+
+
+HANDLER = struct.pack(">I4s", 32, b"hdlr") + bytes(8) + b"mdir" + bytes(12)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31, None], ids=["open", "64 bits", "past", "plain"])
+@pytest.mark.parametrize(
+    "around",
+    [
+        [b"stsz"],
+        [b"moov", b"stsz"],
+        [b"udta", b"stsz"],
+        [b"udta", b"meta" + bytes(4) + HANDLER, b"ilst", b"stsz"],
+        [b"meta" + HANDLER, b"stsz"],
+        [b"hoov" + struct.pack(">I4s", 8, b"mvhd"), b"trak", b"mdia", b"minf", b"stbl", b"stsz"],
+        [b"stsd" + struct.pack(">III4s", 0, 1, 200, b"avc1") + bytes(78), b"stsz"],
+        [b"moof", b"traf", b"trun"],
+    ],
+    ids=lambda around: " ".join(name[:4].decode() for name in around),
+)
+def test_a_table_is_found_where_ffmpeg_finds_it(around, length):
+    """In any box that is looked into, of any length that is read."""
+    body = struct.pack(">III", *((0, 1, 1 << 26) if around[-1] == b"stsz" else (1, 1 << 26, 0)))
+    for name in reversed(around):
+        if length == 1:
+            body = struct.pack(">I4sQ", 1, name[:4], 16 + len(name[4:] + body)) + name[4:] + body
+        else:
+            told = 4 + len(name + body) if length is None else length
+            body = struct.pack(">I", told) + name + body
+    with pytest.raises(MediaError, match="claims") as error:
+        check_tables(write(noise(2, 16, 16)) + body)
+    assert error.value.kind == "too_large"
+
+
+def test_boxes_are_bounded(monkeypatch):
+    monkeypatch.setattr("fastpref.pairs.containers.MOST", 100)
+    nested = b"".join(struct.pack(">I4s", 8 * (99 - i), b"udta") for i in range(99))
+    for boxes in (struct.pack(">I4s", 8, b"free") * 99, nested):
+        assert "more than 100 boxes" in str(refused(write(noise(2, 16, 16)) + boxes))
 
 
 def test_a_large_canvas_of_many_frames_is_refused():

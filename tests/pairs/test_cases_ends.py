@@ -34,7 +34,13 @@ def whole() -> dict[str, bytes]:
     gif, avi, mp4 = animation(moving, "GIF"), write(moving, "avi", **mjpeg), write(moving)
     front, at = table_in_front(moving), mp4.index(b"mdat")
     long = struct.pack(">I4sQ", 1, b"mdat", struct.unpack(">I", mp4[at - 4 : at])[0] + 8)
+    text = b"Elephant trunks, travelstories, pixelstsz, stz2, a cmov;" * 2000
     return {
+        "mp4 of a title": titled("mp4", text.decode()),
+        "mov of a title": titled("mov", text.decode()),
+        "mov of an encoder": titled("mov", "", encoder="xtravelstories"),
+        "fragments of a title": titled("mp4", text.decode(), fragments),
+        "mp4 and text in boxes": b"".join([mp4, *(boxed(name, text) for name in TEXTS)]),
         "mp4 and a trailer": mp4 + TAIL,
         "mp4 of 64 bits": mp4[: at - 12] + long + mp4[at + 4 :],  # the space is left for that
         "mp4 with a claim in its frames": mp4.replace(b"x264 - core", b"stsz - core", 1),
@@ -61,6 +67,26 @@ def whole() -> dict[str, bytes]:
         "apng and more": animation(moving, "PNG") + TAIL,
         "avif and more": animation(moving, "AVIF") + TAIL,
     }
+
+
+TEXTS = b"free", b"uuid", b"skip", b"wide", b"meta", b"Xtra"
+
+
+def boxed(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(body), name) + body
+
+
+def titled(suffix: str, title: str, options=None, encoder="x") -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=suffix, options=options or {}) as container:
+        container.metadata.update(title=title, comment=title)
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.metadata.update(encoder=encoder, handler_name=title[:99])
+        for frame in noise(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def table_in_front(frames) -> bytes:
@@ -95,7 +121,10 @@ def mdat(data: bytes, length: int) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("name, data", whole().items(), ids=whole())
 def test_bytes_behind_the_end_and_ends_that_nobody_wrote(name, data):
-    """sview#138, whats-in-a-gif#3, image-gif#237, NAudio#688, MediaInfoLib#657."""
+    """sview#138, whats-in-a-gif#3, image-gif#237, NAudio#688, MediaInfoLib#657.
+
+    And what is only text is no table of frames.
+    """
     clip = decode(data, ALL)
     assert clip.source_frames == len(clip.frames) == 8
 
