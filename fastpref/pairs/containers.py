@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 
 from .frames import MediaError
@@ -16,11 +17,11 @@ ELEMENTS |= {0x1941A469, 0x1043A770, 0x1254C367, 0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0
 # Of an mp4: boxes that FFmpeg looks into, and tables that claim what they do not list.
 NESTS = b"moov trak mdia minf stbl edts dinf udta ilst tref moof traf mvex sinf schi wave iprp ipco"
 NESTS = frozenset(NESTS.split())
-TABLES = re.compile(rb"stsz|stz2|trun|elst|cmov")
+TABLES = re.compile(rb"stsz|stz2|ctts|sbgp|trun|elst|cmov")
 ENCODER = range(58, 90)  # where in the description of a video an encoder's name stands
-HANDLER = re.compile(rb"(?s:.{4})*?hdlr")  # what the boxes in a meta begin with
+HANDLER = re.compile(rb"hdlr")  # what the boxes in a meta begin with, behind words of 4 bytes
 MAX_SAMPLES = 1 << 25  # of sound that is not compressed: ten minutes
-MAX_LISTED = 1 << 22  # samples of fragments, or shown again by edits
+MAX_LISTED = 1 << 22  # samples of fragments or shown again by edits, lines of a table
 
 
 def last_element(data: bytes) -> tuple[str, int]:
@@ -38,7 +39,7 @@ def check_tables(data: bytes) -> None:
     """MediaError: an mp4 of a few bytes claims frames without end, all of which FFmpeg lists."""
     if data[:4] in (RIFF, EBML):
         return
-    samples, edits, fragments = 1, 0, 0
+    samples, edits, fragments, lines = 1, 0, 0, 0
     for table, at, end in _tables(data):
         first, second, third = (int.from_bytes(data[at + i : at + i + 4]) for i in (0, 4, 8))
         if table == b"cmov":
@@ -47,6 +48,15 @@ def check_tables(data: bytes) -> None:
             edits += second
         elif table == b"trun":  # with a line of 4 bytes or more for each, or none
             fragments += second if not first & 0xF00 or 4 * second > end - at else 0
+        elif table in (b"ctts", b"sbgp"):  # lines of 8 bytes, each for a number of frames
+            at += 8 if table == b"ctts" else 16 if first >> 24 else 12
+            number = int.from_bytes(data[at - 4 : at])
+            lines += number
+            if 8 * number > end - at or lines > MAX_LISTED:
+                raise MediaError("too_large", f"claims {number} changes of its times or groups")
+            listed = struct.iter_unpack(">II", data[at : at + 8 * number])
+            if sum(count for count, _ in listed) > MAX_SAMPLES:
+                raise MediaError("too_large", f"claims more than {MAX_SAMPLES} frames")
         else:
             samples = max(samples, third)
             if table == b"stsz" and second and third > min(MAX_SAMPLES, len(data) // second):
@@ -83,8 +93,10 @@ def _tables(data: bytes) -> Iterator[tuple[bytes, int, int]]:
                         yield table[0], table.end() + 8 * (length == 1), last
             elif name in (b"free", b"hoov") and data[begin + 4 : begin + 8] in (b"mvhd", b"cmov"):
                 nests.append((begin, last))  # a moov that was not ended
-            elif name == b"meta" and (handler := HANDLER.match(data, begin, last)):
-                nests.append((handler.end() - 8, last))
+            elif name == b"meta":
+                handlers = (found.start() for found in HANDLER.finditer(data, begin, last))
+                first = next((start for start in handlers if (start - begin) % 4 == 0), last)
+                nests.append((first - 4, last))
             elif name in NESTS:
                 nests.append((begin, last))
 

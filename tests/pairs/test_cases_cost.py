@@ -98,6 +98,27 @@ def test_what_a_table_claims_is_bounded_before_it_is_listed(tables):
     assert time.process_time() - begin < 0.5
 
 
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"ctts": (0, 1, 1 << 27, 0)},
+        {"ctts": (0, 2, 1, 0)},
+        {"sbgp": (0, 0, 1, 1 << 27, 1)},
+        {"sbgp": (1 << 24, 0, 0, 1, 1 << 27, 1)},
+        {"stz2": (0, 8, 60000), "elst": (0, 1000)},
+        {"trun": (0x200, 1 << 26, 99)},
+    ],
+    ids=["times", "unlisted times", "groups", "groups of today", "small samples", "lines"],
+)
+def test_what_rare_tables_claim_is_bounded(tables):
+    """A claim of 2^27 times cost FFmpeg half a gigabyte."""
+    data = write(noise(2, 16, 16))
+    for name, numbers in tables.items():
+        length = 8 + 4 * len(numbers)
+        data += struct.pack(f">I4s{len(numbers)}I", length, name.encode(), *numbers)
+    assert "claims" in str(refused(data))
+
+
 HANDLER = struct.pack(">I4s", 32, b"hdlr") + bytes(8) + b"mdir" + bytes(12)
 
 
