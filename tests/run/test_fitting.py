@@ -45,6 +45,7 @@ def predicted(family: str, on: memory.Card = H100, shape: str | None = None, **f
     return found, {row.name: row for row in found.rows}
 
 
+@pytest.mark.slow
 def test_wan_on_a_card_eager():
     """Against what was counted by hand: 30 activations of 100.6 MB a block, 2.84 GB of weights."""
     found, rows = predicted("wan", compile=False)
@@ -90,6 +91,7 @@ def test_the_choice_follows_the_card():
         assert f"--checkpointing {mode}" in found.flags
 
 
+@pytest.mark.slow
 def test_a_unet_compiled_is_predicted_at_most():
     _, rows = predicted("stable_diffusion", shape="1x256x256")
     for mode in memory.MODES:
@@ -139,6 +141,7 @@ def small(step: memory.Step, between: tuple[str, str]) -> memory.Card:
     return replace(H100, gib=gib)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_least_that_fits(pairs, tmp_path, monkeypatch, capsys):
     config = Config(**options(pairs, tmp_path, mixed_precision="bf16", pair_mode="deferred"))
     family, dataset = models.family("toy"), PairDataset(pairs)

@@ -171,6 +171,7 @@ def hung_up(parts: list[str], begun, ignored: bool) -> int:
         return process.wait(timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_closes(ignored, encoded_pairs, tmp_path):
     steps = 60 if ignored else 100_000

@@ -213,6 +213,7 @@ def test_a_backend_of_a_gpu_is_looked_at_like_pytorchs_own(name):
     assert (found.kept, found.peak) == (expected.kept, expected.peak)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_model_changes():
     c = case("wan")
     before = {n: (p.data_ptr(), p.grad) for n, p in c.model.named_parameters()}
