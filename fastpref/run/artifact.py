@@ -40,7 +40,7 @@ def whole(artifact: Path) -> bool:
             files += [artifact / n for n in json.loads(index.read_text())["weight_map"].values()]
         known = artifact.is_file() or (artifact / "config.json").exists()
         return known and bool(files) and all(map(_whole, set(files)))
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return False
 
 

@@ -116,7 +116,7 @@ def fault(checkpoint: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{error.strerror.lower()}: {error.filename}"
-    except (ValueError, AttributeError, TypeError):  # not JSON, or of another form
+    except (ValueError, AttributeError, TypeError, RecursionError):  # not JSON, or of another form
         return "manifest.json is not readable"
     return None
 
