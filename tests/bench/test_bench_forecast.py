@@ -38,6 +38,7 @@ def test_a_shared_prefix_is_ours_alone():
     assert found["B1"].seconds < every.seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", ["80", "141"])
 def test_the_plan_of_a_table(card, capsys):
     arguments = ["--variants", "B0", "B1", "deferred/attention", "deferred/none", "--family", "wan"]

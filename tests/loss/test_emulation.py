@@ -82,6 +82,7 @@ def test_right_and_the_same_bits_in_every_order(program: Path) -> None:
     assert re.search(r"^[6-9]\d cases, 0 differences$", result.stdout, re.M), result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "cases", "flags"), [(64, "all", SANITIZE), (512, "few", "")], ids=["64", "512"]
 )

@@ -381,6 +381,7 @@ def test_an_epoch_is_what_its_batches_hold(capsys):
         assert f"{steps * accumulate:.1f} epochs with draws_per_pair 2: later epochs repeat" in said
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_sigterm(pairs, tmp_path):
     long = options(pairs, tmp_path, max_train_steps=2000, checkpointing_steps=1000)
     parts = ("train", *arguments(long))

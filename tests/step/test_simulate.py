@@ -131,6 +131,7 @@ def test_what_a_compiled_graph_keeps(name, size):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_equal_blocks_are_looked_at_three_times(compiled, monkeypatch):
     c = case("wan")  # of four blocks
