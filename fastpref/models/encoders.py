@@ -236,9 +236,8 @@ def check_size(
     width: int | None,
 ) -> None:
     """ValueError: the model takes no such clips, by its configs; nothing is loaded."""
-    sizes = getattr(family.pipeline(path, torch.float32), "sizes", None)
-    if sizes is not None:
-        sizes.check(num_frames, height, width)
+    sizes = getattr(family.pipeline(path, torch.float32), "sizes", Sizes())
+    sizes.check(num_frames, height, width)
 
 
 def pixels(frames: Tensor, sizes: Sizes) -> Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import models
 from ..files import locked, mark
 from ..loss import oracle
-from ..models.encoders import Encoders
+from ..models.encoders import Sizes
 from ..models.folder import check_path
-from ..progress import printable, stage
+from ..progress import printable
 from .encoded import (
     check,
     claim,
@@ -35,6 +33,7 @@ from .encoded import (
 )
 from .media import Sampling
 from .notes import Note
+from .parts import PARTS, load, loaded, text_progress
 from .prepare import Counts, Prepared, finish, prepared
 from .rows import BadRow, Rows
 from .shards import pair_file, read_fingerprint, stored_shapes
@@ -89,21 +88,16 @@ def encode(
             or holding something else, an option out of range or without effect, a sample of a
             family without a posterior.
     """
-    check_workers(num_workers)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    check_options(num_workers, batch_size, dtype)
     sampling = Sampling(num_frames=num_frames, height=height, width=width, fps=fps)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
     module = models.family(family) if isinstance(family, str) else family
     seed = posterior_seed(module, posterior, seed)
     check_path(model)  # not every family reads it
     folder = Path(output_dir)
     rows = Rows(data, ranked=ranked, split=split)
     pipe = module.pipeline(model, DTYPES[dtype])
-    sizes = getattr(pipe, "sizes", None)
-    if sizes is not None:
-        sizes.check(num_frames, height, width)
+    sizes = getattr(pipe, "sizes", Sizes())
+    sizes.check(num_frames, height, width)
     now = fingerprint(module, model, rows, sampling, dtype, seed)
     check(folder, now, rows.root)  # before anything is written there
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,14 +124,8 @@ def encode(
 
     with locked(mark(folder, "encode")):
         claim(folder, now, rows.root)
-        older = "digests" not in read_fingerprint(folder)
         with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
-            for item in prepared(rows, sampling, folder, num_workers, sizes):
-                if older and is_new(item):  # half of them read so, half otherwise
-                    raise ValueError(
-                        f"output_dir {folder}: is not finished, by an older fastpref that read "
-                        "media otherwise; delete it, or choose another output_dir"
-                    )
+            for item in unmixed(prepared(rows, sampling, folder, num_workers, sizes), folder):
                 waiting.append(item)
                 new += is_new(item)
                 if new in (0, batch_size):
@@ -177,6 +165,20 @@ def encode_empty(
         write_tensors(folder, path, stored(cond, dtype))
 
 
+def unmixed(items: Iterable[Prepared | BadRow], folder: Path) -> Iterator[Prepared | BadRow]:
+    """`items` as they are. ValueError: one is to be encoded, and the set's others were by an older
+    fastpref, which read media otherwise.
+    """
+    older = "digests" not in read_fingerprint(folder)
+    for item in items:
+        if older and is_new(item):
+            raise ValueError(
+                f"output_dir {folder}: is not finished, by an older fastpref that read media "
+                "otherwise; delete it, or choose another output_dir"
+            )
+        yield item
+
+
 def is_new(item: Prepared | BadRow) -> bool:
     """Whether it is a pair to be encoded."""
     return isinstance(item, Prepared) and item.clips is not None
@@ -188,21 +190,13 @@ def refuse_sizes(bad: list[BadRow]) -> None:
         raise ValueError(f"the model takes none of the first {len(bad)} pairs; first: {bad[0]}")
 
 
-PARTS = {"media": "VAE", "text": "text encoder"}  # of a model, by the pipe's names
-
-
-def loaded(pipe: Any, part: str) -> bool:
-    """Whether a part that is loaded when it is first used has been; or there is no such part."""
-    return not hasattr(type(pipe), part) or part in vars(pipe)
-
-
-def load(pipe: Any, parts: Iterable[str], progress: bool) -> None:
-    """Loads parts before they are asked, since a fault of theirs is not the rows'; a line each."""
-    for part in parts:
-        if not loaded(pipe, part):
-            said = stage(f"loading the {PARTS[part]}") if progress else nullcontext()
-            with tqdm.external_write_mode(file=sys.stdout), said:
-                getattr(pipe, part)
+def check_options(num_workers: int, batch_size: int, dtype: str) -> None:
+    """ValueError: one is out of range."""
+    check_workers(num_workers)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
 
 
 def check_workers(num_workers: int) -> None:
@@ -312,30 +306,3 @@ def unusable(tensors: dict[str, Tensor], where: str, dtype: str) -> BadRow | Non
         reason = f"has the same latents as chosen in {dtype}, of other frames"
         return BadRow("identical_latents", where, "rejected", reason)
     return None
-
-
-@contextmanager
-def text_progress(pipe: Any, what: str, progress: bool) -> Iterator[None]:
-    """How far text encoders are, which take minutes on a CPU: a bar over their layers; without a
-    terminal a line. Nothing of a pipe that is no `Encoders`.
-    """
-    if not (progress and isinstance(pipe, Encoders)):
-        yield
-        return
-    layers: list[nn.Module] = []
-    for part in pipe.text.components.values():
-        modules = part.modules() if isinstance(part, nn.Module) else ()
-        layers += next((m for m in modules if isinstance(m, nn.ModuleList)), [])
-    how = {"desc": f"text encoder, {what}", "unit": "layer", "leave": False, "disable": None}
-    with tqdm(total=len(layers), **how) as bar:
-
-        def tick(*_: Any) -> None:
-            bar.update()
-
-        hooks = [layer.register_forward_hook(tick) for layer in layers]
-        try:
-            with stage(f"text encoder, {what}") if bar.disable else nullcontext():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()

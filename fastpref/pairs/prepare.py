@@ -111,12 +111,10 @@ def content_id(prompt: str, digests: tuple[bytes, bytes]) -> int:
     return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little") >> 1
 
 
-def prepare(
-    row: Row, sampling: Sampling, folder: Path | None, sizes: Sizes | None
-) -> Prepared | BadRow:
+def prepare(row: Row, sampling: Sampling, folder: Path | None, sizes: Sizes) -> Prepared | BadRow:
     """Reads, identifies and decodes a row's media; a pair that `folder` holds is not decoded.
 
-    sizes: of the clips that the model takes; None: not known.
+    sizes: of the clips that the model takes.
     """
     name = "chosen"
     try:
@@ -148,7 +146,7 @@ def prepare(
     return Prepared(named, pair_id, digests, notes, None if fault else (clip_w, clip_l), fault)
 
 
-def _fault(row: Row, chosen: Clip, rejected: Clip, sizes: Sizes | None) -> BadRow | None:
+def _fault(row: Row, chosen: Clip, rejected: Clip, sizes: Sizes) -> BadRow | None:
     """Clips that are of two shapes, or the same, or that the model does not take."""
     shape_w, shape_l = list(chosen.frames.shape[:3]), list(rejected.frames.shape[:3])
     if shape_w != shape_l:
@@ -160,11 +158,10 @@ def _fault(row: Row, chosen: Clip, rejected: Clip, sizes: Sizes | None) -> BadRo
         return BadRow("shape_mismatch", row.where, "rejected", reason)
     if torch.equal(chosen.frames, rejected.frames):
         return BadRow("identical_frames", row.where, "rejected", "has the same frames as chosen")
-    if sizes is not None:
-        try:
-            sizes.check(*shape_w)
-        except ValueError as error:
-            return BadRow("not_encodable", row.where, "chosen, rejected", str(error))
+    try:
+        sizes.check(*shape_w)
+    except ValueError as error:
+        return BadRow("not_encodable", row.where, "chosen, rejected", str(error))
     return None
 
 
@@ -179,7 +176,7 @@ def prepared(
     sampling: Sampling,
     folder: Path | None,
     num_workers: int,
-    sizes: Sizes | None = None,
+    sizes: Sizes = Sizes(),  # noqa: B008 (frozen): takes any
 ) -> Iterator[Prepared | BadRow]:
     """Every row prepared, in order, by `num_workers` threads (PyAV decodes without the GIL)."""
 

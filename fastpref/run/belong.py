@@ -88,7 +88,7 @@ def check_sizes(family: ModuleType, shaped: nn.Module, model: str, dataset: Pair
             said = family.predict(shaped, latents, torch.empty(1, device="meta"), cond)
             if said.shape != latents.shape:
                 reason = f"it predicts {'x'.join(map(str, said.shape[1:]))}"
-    except NotImplementedError:  # no shapes without values here: the first batch will tell
+    except NotImplementedError:  # a shape that follows from values (nonzero): a batch will tell
         return
     except ValueError as error:  # in the family's own words
         raise ValueError(f"data {dataset.folder}: {' '.join(str(error).split())}") from None

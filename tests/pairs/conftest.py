@@ -45,3 +45,13 @@ def slow(tmp_path, monkeypatch):
     yield log
     for name in ("house.slow", "house.drawn", "house"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of two clips that are none, for metadata to name."""
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (root / name).write_bytes(name.encode())
+    return root

@@ -31,7 +31,8 @@ def test_encoding_says_what_loads_and_how_far_the_text_is(
                 bars[self.desc.removesuffix(": ")] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr("fastpref.pairs.encode.tqdm", Bar)
+    for module in ("encode", "parts"):
+        monkeypatch.setattr(f"fastpref.pairs.{module}.tqdm", Bar)
     media = write_media(case.family, tmp_path / "media")
 
     def said(part: str, **options) -> list[str]:

@@ -249,6 +249,20 @@ def test_an_adapter_of_another_model_is_refused(sets, tmp_path, capsys):
         assert f"{tmp_path}/{ADAPTER}" in said
 
 
+def test_a_model_whose_shapes_follow_from_values_is_left_to_its_first_batch(sets, monkeypatch):
+    case, predict = tiny("wan"), tiny("wan").module.predict
+    dataset, asked = PairDataset(sets("wan")), []
+
+    def by_values(model, noisy, t, cond):
+        asked.append(noisy.is_meta)
+        noisy.nonzero()  # has no shape without values
+        return predict(model, noisy, t, cond)
+
+    monkeypatch.setattr(case.module, "predict", by_values)
+    belong.check(case.module, str(case.path), dataset)
+    assert asked == [True]
+
+
 def test_shapes_alone_leave_no_trace(sets):
     """Asked before a model is loaded: its values are what they are without."""
     case = tiny("cogvideox-5b")
