@@ -15,6 +15,8 @@ from torch import nn
 from ..pairs.dataset import PairDataset
 from . import adapters, artifact, belong
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 
 def opened(
     family: ModuleType,
@@ -45,9 +47,6 @@ def opened(
     found = files(Path(tuned), model) if tuned else None
     belong.warn_of_another_model(path, dataset, lora or tuned)
     return model, found and partial(load, found, model), dataset
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def files(run: Path, model: nn.Module) -> dict[str, Path]:
