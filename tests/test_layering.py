@@ -26,6 +26,7 @@ ORDER = (
     ("step",),
     ("look",),
     ("run",),
+    ("spo",),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -140,7 +141,7 @@ def test_every_module(module):
     else:
         assert not re.search(r"family\w* *==|== *[\"'](wan|cogvideox|toy|stable)", source)
     if {"diffusers", "transformers"} & found:
-        assert room in ("models", "demo")
+        assert room in ("models", "spo", "demo")
     late = HEAVY & imports(source, module, top_level=True)
     assert not late, f"{late} must be imported where they are used, not at the top"
     assert ast.get_docstring(ast.parse(source)), "every file opens with what lives there"

@@ -1,0 +1,1 @@
+"""The step-wise online method: preference model, scorers, resampler, loop."""
