@@ -14,7 +14,7 @@ import yaml
 from ..files import differences, locked, mark
 from ..progress import printable, warn
 from . import artifact, checkpoint
-from .config import FREE_FIELDS, Config
+from .options import Options
 from .parsing import safe_load
 
 # What is read of a result.json.
@@ -37,7 +37,7 @@ def alone(folder: Path, kind: str = "train") -> Iterator[None]:
         yield
 
 
-def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
+def open_run(config: Options) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
     after a check that the folder is this run's.
     """
@@ -47,7 +47,8 @@ def open_run(config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     if started and record.exists():
         before, now = read_record(record), config.to_dict()
         # A decaying schedule is a function of the last step: another one is another run.
-        free = FREE_FIELDS - ({"max_train_steps"} if config.lr_scheduler != "constant" else set())
+        free = {name for name, of in config.described().items() if of["free"]}
+        free -= {"max_train_steps"} if config.lr_scheduler != "constant" else set()
         listed = differences(before, now, free)
         if listed:
             raise ValueError(

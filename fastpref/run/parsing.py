@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ..pairs.text import encoding, is_text, not_utf8
-from .config import FIELDS, Config
+from .config import Config
+from .options import Options
 
 MAX_BYTES, MAX_DIGITS = 1 << 18, 40  # of a YAML file; of a whole number in it
 MAX_ITEMS = 1000  # of a list: what jsonargparse makes of one takes the square of it
@@ -64,10 +65,12 @@ def betas(flag: str, text: str) -> list[float]:
     return found
 
 
-def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> dict[str, Any]:
-    """`--config FILE --field value ...` to the fields of a Config, not yet checked together.
+def config_values(
+    arguments: Sequence[str], command: str, kind: type[Options] = Config, **defaults: Any
+) -> dict[str, Any]:
+    """`--config FILE --field value ...` to the fields of `kind`, not yet checked together.
 
-    defaults: of fields, in place of Config's own.
+    defaults: of fields, in place of its own.
     """
     import jsonargparse
 
@@ -75,12 +78,12 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
         allow_abbrev=False,
         prog=command,
         exit_on_error=False,
-        description=Config.__doc__.splitlines()[0],
+        description=kind.__doc__.splitlines()[0],
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of the same fields; flags win over it"
     )
-    parser.add_class_arguments(Config, as_group=False)
+    parser.add_class_arguments(kind, as_group=False)
     parser.set_defaults(defaults)
     files, words, rest = [], [], iter(arguments)
     for word in rest:
@@ -99,19 +102,19 @@ def config_values(arguments: Sequence[str], command: str, **defaults: Any) -> di
         except Costly as error:
             raise ValueError(f"{name}: {error}") from None
     # Files in front, wherever they stood: flags win over them.
-    words = [f"--config={yaml_text(Path(file))}" for file in files] + words
+    words = [f"--config={yaml_text(Path(file), command, kind)}" for file in files] + words
     try:
         values = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(plain(str(error))) from None
+        raise ValueError(plain(str(error), kind)) from None
     del values["config"]
     return vars(values)
 
 
-def plain(message: str) -> str:
+def plain(message: str, of: type[Options]) -> str:
     """What jsonargparse says, in one line; of a value's type in words."""
     found = re.fullmatch(r'Parser key "(\w+)":.*\b(?:Got|Given) value: (.*)', message, re.DOTALL)
-    kind = get_type_hints(Config).get(found[1]) if found else None
+    kind = get_type_hints(of).get(found[1]) if found else None
     if kind is None:
         return " ".join(message.split())
     if type(None) in get_args(kind):  # float | None
@@ -124,9 +127,11 @@ def plain(message: str) -> str:
     return f"{found[1]}: expected {expected}, got {' '.join(found[2].split()):.200}{hint}"
 
 
-def parse(arguments: Sequence[str], command: str = "fastpref train") -> Config:
-    """`--config FILE --field value ...` to a Config."""
-    return Config(**config_values(arguments, command))
+def parse(
+    arguments: Sequence[str], command: str = "fastpref train", kind: type[Options] = Config
+) -> Any:
+    """`--config FILE --field value ...` to the options of a run."""
+    return kind(**config_values(arguments, command, kind))
 
 
 class Costly(ValueError):
@@ -186,8 +191,8 @@ def texts(node: Any) -> Iterator[str]:
             yield from texts(child)
 
 
-def yaml_text(path: Path) -> str:
-    """A YAML file's text, all of it fields with values."""
+def yaml_text(path: Path, command: str, kind: type[Options]) -> str:
+    """A YAML file's text, all of it fields of `kind` with values."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -201,11 +206,14 @@ def yaml_text(path: Path) -> str:
         raise ValueError(f"--config {path}: {error.strerror.lower()}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
-    check_fields(node, text, f"--config {path}")
+    unknown = f"is no field; {command} --help lists them"
+    check_fields(node, text, f"--config {path}", kind.described(), unknown)
     return text
 
 
-def check_fields(node: yaml.Node | None, text: str, where: str) -> None:
+def check_fields(
+    node: yaml.Node | None, text: str, where: str, known: Container[str], unknown: str
+) -> None:
     """ValueError where a YAML node is no mapping of fields, or says one twice (the last would win);
     so must be what `<<` adds to it.
     """
@@ -215,13 +223,13 @@ def check_fields(node: yaml.Node | None, text: str, where: str) -> None:
     for key, value in node.value:
         line = f"{where}, line {key.start_mark.line + 1}"
         if key.tag.endswith(":merge"):
-            check_fields(value, text, where)
+            check_fields(value, text, where, known, unknown)
             continue
         got = " ".join(text[key.start_mark.index : key.end_mark.index].split())[:100]
         if not key.tag.endswith(":str"):
             raise ValueError(f"{line}: expected the name of a field before the colon, got {got}")
-        if key.value not in FIELDS:
-            raise ValueError(f"{line}: {got} is no field; fastpref train --help lists them")
+        if key.value not in known:
+            raise ValueError(f"{line}: {got} {unknown}")
         if key.value in seen:
             raise ValueError(f"{line}: {key.value} stands there twice")
         seen.add(key.value)
