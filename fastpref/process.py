@@ -121,6 +121,10 @@ class Process(ABC):
         return ((draws.index + offset) % self.strata + u) / self.strata
 
     @abstractmethod
+    def coefficients(self, t: Tensor) -> Tensor:
+        """a, s, p and q at times t [N] as the network is fed them: [4, N] float64."""
+
+    @abstractmethod
     def times(self, draws: Draws) -> Times:
         """The draws' times and what follows from them, on the draws' device."""
 
@@ -193,9 +197,9 @@ class FlowMatching(Process):
         )
 
     def _masked_below(self) -> float:
-        return self._shifted(LAST_STEP)
+        return self.shifted(LAST_STEP)
 
-    def _shifted(self, u: Any) -> Any:
+    def shifted(self, u: Any) -> Any:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def _window(self) -> tuple[float, float]:
@@ -214,6 +218,12 @@ class FlowMatching(Process):
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
         return u
 
+    def coefficients(self, t: Tensor) -> Tensor:
+        """1 - sigma, sigma, 1, -1 at sigma = t / num_train_timesteps."""
+        s = t.double() / self.num_train_timesteps
+        one = torch.ones_like(s)
+        return torch.stack((1 - s, s, one, -one))
+
     def times(self, draws: Draws) -> Times:
         """sigma of every draw, and t = num_train_timesteps sigma.
 
@@ -222,8 +232,8 @@ class FlowMatching(Process):
         log w = -g D e / 2 + noise for one reverse step.
         """
         u = self._unshifted(draws)
-        s = self._shifted(u)
-        r = self._shifted((u - 1 / self.importance_steps).clamp(min=LAST_STEP))
+        s = self.shifted(u)
+        r = self.shifted((u - 1 / self.importance_steps).clamp(min=LAST_STEP))
         gain = s.square() * (((1 - r) / r).square() - ((1 - s) / s).square())
         one = torch.ones_like(s)
         return Times(
@@ -336,6 +346,10 @@ class Diffusion(Process):
             tables = torch.stack((t.double() / len(abar), t.double(), a, s, p, q, gain))
             self._on_device[device] = tables.to(device)
         return self._on_device[device]
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        """Of the timesteps, integers: rows of the table."""
+        return self._tables(t.device)[2:6, t.long()]
 
     def times(self, draws: Draws) -> Times:
         """The timestep t of every draw, an integer.

@@ -37,11 +37,11 @@ def alone(folder: Path, kind: str = "train") -> Iterator[None]:
         yield
 
 
-def open_run(config: Options) -> tuple[Path | None, dict[str, Any] | None]:
+def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
     after a check that the folder is this run's.
     """
-    folder = claim(Path(config.output_dir)).parent
+    folder = claim(Path(config.output_dir), kind).parent
     record, done = folder / "config.yaml", folder / "result.json"
     started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
     if started and record.exists():
