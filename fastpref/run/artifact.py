@@ -57,16 +57,19 @@ def _whole(file: Path) -> bool:
     return size == 8 + length + max(ends)
 
 
-def model_card(config: dict[str, Any], artifact: str, data: str, pairs: int) -> str:
+def model_card(
+    config: dict[str, Any], artifact: str, data: str, count: int, unit: str = "pairs"
+) -> str:
     """README.md of what `export` wrote: base model, data, objective, beta with its convention."""
     lora = config["tuning"] == "lora"
-    beta = f"{config['beta']:g} ({config['beta_convention']})" if config["beta"] else "none"
+    convention = config.get("beta_convention", "its own scale")
+    beta = f"{config['beta']:g} ({convention})" if config["beta"] else "none"
     rows = {
         "base model": config["model"],
         "objective": config["objective"],
         "beta (convention)": beta,
-        "data": f"{config['data']} ({pairs} pairs, fingerprint {data})",
-        "timestep range": config["timestep_range"],
+        "data": f"{config['data']} ({count} {unit}, fingerprint {data})",
+        "timestep range": config.get("timestep_range", "the sampler's"),
         "steps": config["max_train_steps"],
         "pairs per step": config["train_batch_size"] * config["gradient_accumulation_steps"],
         "learning rate": config["learning_rate"],

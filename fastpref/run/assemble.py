@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,37 +15,31 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import models
-from ..files import differences, identity, model_identity, write_atomic
+from ..files import differences, identity, model_identity
 from ..look.validation import Prompts
 from ..loss.functional import Draws
 from ..loss.objectives import Objective
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..process import Diffusion, FlowMatching
-from ..progress import printable, stage
-from ..step import attention, cache, checkpointing, compiling, filling, memory, reference
+from ..progress import printable
+from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
-from . import belong, checkpoint, checks, optimisation
+from . import belong, checkpoint
 from .config import Config
-from .fitting import DECIDES, STEP, memory_step, pick_checkpointing
-from .folder import read_record
 from .guard import Guard, Signals
 from .parts import (
-    add_lora,
     elements,
     first_words,
     frozen_copy,
-    load_model,
     make_process,
     open_cache,
     open_data,
-    pick_attention,
     predictor,
     preparer,
-    tune_whole,
     weights_dtype,
 )
-from .telemetry import Clock, Log, Meter, check_trackers
+from .policy import adapt, attention_of, base_model, begin, recomputation, settle, trained
+from .telemetry import Clock, Log, Meter
 
 # Fields of a config that are options of what is built from them.
 DATA = ("family", "model", "device", "num_frames", "height", "width", "fps")
@@ -56,6 +48,10 @@ DRAWS = ("seed", "draws_per_pair", "prompt_dropout")
 
 # (epoch, batch, its draws) -> the reference's errors [2B] float64, or None: the reference is asked
 Known = Callable[[int, Batch, Draws], Tensor | None]
+
+
+def nothing_known(epoch: int, batch: Batch, draws: Draws) -> None:
+    """Without a cache."""
 
 
 @dataclass(kw_only=True)
@@ -74,9 +70,7 @@ class Run:
     predict: reference.Predict
     policy: reference.Policy
     reference: reference.Reference | None  # None: the cache knows all that it would say
-    cache: cache.ErrorCache | None
-    known: Known
-    prepare: filling.Prepare
+    sample_shape: Callable[[], torch.Size]  # of the latents of validation clips
     probe: Callable[[], Tensor]  # what the policy says of the first batch
     parameters: list[Tensor]
     optimizer: torch.optim.Optimizer
@@ -87,6 +81,9 @@ class Run:
     attention: attention.Choice
     checkpointing: str
     settings: ExitStack  # of the process, as long as the loop lasts
+    cache: cache.ErrorCache | None = None
+    known: Known = nothing_known
+    prepare: filling.Prepare | None = None  # None: its batches are the loop's own
 
     start: Path | None = None  # the checkpoint that it goes on from
     begin: int = 0  # its step
@@ -95,6 +92,7 @@ class Run:
     margin_noise: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last line of the log
     prompts: Prompts | None = None  # to validate with
+    own: dict[str, Any] = field(default_factory=dict)  # what a loop keeps in checkpoints for itself
 
     # As long as a loop is at work (`bookkeeping.at_work`).
     batches: Iterator[tuple[int, Batch, Draws]] = field(init=False)  # (epoch, batch, draws)
@@ -128,25 +126,22 @@ def assemble(
         ValueError: a mistake in the config or the data, in one line.
     """
     folder = Path(config.output_dir)
-    check_trackers(config.trackers)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
-    family = models.family(config.family)
+    family = begin(config)
     dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))
     process = make_process(family, config.model, **noising(config))
-    model = load_model(family, config.model, device, weights_dtype(config.tuning, dtype))
-    if config.tuning == "full":
-        tune_whole(model, config.model)
+    model = base_model(config, family, device, dtype)
     belong.warn_of_another_model(config.model, dataset)
     predict = predictor(family, device, dtype)
     prepare = preparer(dataset, device, dtype, **config.only(*DRAWS))
     first = next(batches(dataset, config.train_batch_size, config.seed))
     probe = partial(first_words, model, predict, process, prepare, first, config.pair_mode)
 
-    backend = attention_of(config, dataset, model, probe, device, start)
+    kept = None  # attention of the cached errors that a new run begins with
+    if config.reference == "cached" and start is None:
+        kept = cache.recorded(cache_folder(config.reference_cache, dataset))
+    backend = attention_of(config, model, probe, device, kept)
     settings = ExitStack()
     settings.enter_context(attention.use(model, backend.name))
 
@@ -156,35 +151,16 @@ def assemble(
     frozen = None
     if asked and frozen_copy(config.reference, config.tuning):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    if config.tuning == "lora":
-        targets = config.lora_targets or family.LORA_TARGETS
-        with stage("self-check: forwards of the first batch without adapters, with idle ones"):
-            base_says = probe()
-            checks.check_finite(base_says)
-            add_lora(model, targets, config.lora_rank, config.lora_alpha)
-            checks.check_off(model, probe, base_says)
-    else:
-        checks.check_finite(probe())
-    recomputed = recomputation(config, family, model, dataset, device, dtype, asked)
-    checkpointing.apply(model, family.BLOCKS, recomputed)
-    if config.compile:
-        print("compiling: each kind of block in the first forward and backward that reach it")
-        compiling.compile_blocks(model, family.BLOCKS)
-        if frozen is not None:
-            compiling.compile_blocks(frozen, family.BLOCKS)
+    adapt(config, family, model, probe)
+    recomputed = recomputation(config, family, model, dataset.largest(), device, dtype, asked)
+    settle(config, family, model, frozen, recomputed)
     policy, says = reference.of_run(model, frozen, predict, shared=store is None)
     known: Known = nothing_known
     if store:
         one = recorded_pass(says, device) if config.cuda_graphs and says else says
         known = partial(filling.look_up, store, one, process, prepare)
 
-    parameters = list(checkpoint.trainable(model).values())
-    graphs = config.cuda_graphs and device.type == "cuda"
-    adam = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-    recorded = device if graphs else None
-    optimizer = optimisation.adamw(parameters, recorded=recorded, **config.only(*adam))
-    guard = Guard(device, patience=min(20, config.max_train_steps))
-    take_step = partial(optimisation.update, optimizer, parameters, guard, config.max_grad_norm)
+    recorded = device if config.cuda_graphs and device.type == "cuda" else None
     made_of = {"data": identity(dataset.folder / "index.parquet")}
     made_of["model"] = model_identity(config.model)
     run = Run(
@@ -203,16 +179,14 @@ def assemble(
         cache=store,
         known=known,
         prepare=prepare,
+        sample_shape=lambda: dataset[0].latents_w.shape,
         probe=probe,
-        parameters=parameters,
-        optimizer=optimizer,
-        take_step=take_step,
-        guard=guard,
         meter=Meter(device),
         made_of=made_of,
         attention=backend,
         checkpointing=recomputed,
         settings=settings,
+        **trained(config, model, device, recorded),
     )
     if start is not None:
         restore(run, start)
@@ -229,30 +203,11 @@ def restore(run: Run, start: Path) -> None:
         )
     run.begin = run.step = run.saved = state["step"]
     run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
+    run.own = state.get("own", {})
     run.meter.restore(state["meter"], start)
     (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
     run.start = start
     print(printable(f"resumed from {start}"))
-
-
-def attention_of(
-    config: Config,
-    dataset: PairDataset,
-    model: nn.Module,
-    probe: Callable[[], Tensor],
-    device: torch.device,
-    start: Path | None,
-) -> attention.Choice:
-    """The run's attention backend, written to attention.json; auto keeps to what it was, or to what
-    the cached errors that a new run begins with were computed by.
-    """
-    record = Path(config.output_dir) / "attention.json"
-    earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
-    if config.reference == "cached" and start is None:
-        earlier = cache.recorded(cache_folder(config.reference_cache, dataset))
-    found = pick_attention(config.attention, model, probe, device, earlier)
-    write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
-    return found
 
 
 def cached(
@@ -270,25 +225,6 @@ def cached(
     folder = cache_folder(config.reference_cache, dataset)
     count = config.max_train_steps * config.gradient_accumulation_steps
     return open_cache(folder, mark, dataset, device, model=config.model, batches=count)
-
-
-def recomputation(
-    config: Config,
-    family: ModuleType,
-    model: nn.Module,
-    dataset: PairDataset,
-    device: torch.device,
-    dtype: torch.dtype,
-    online: bool,
-) -> memory.Mode:
-    """The run's checkpointing: the one that is asked for; auto: on a GPU what it needs to fit."""
-    if config.checkpointing != "auto":
-        return config.checkpointing
-    if device.type != "cuda":
-        return "none"
-    step = memory_step(family, model, dataset.largest(), dtype, online=online, **config.only(*STEP))
-    record, on = Path(config.output_dir) / "memory.json", memory.card_of(device)
-    return pick_checkpointing(step, on, record, config.only(*DECIDES))
 
 
 def cache_folder(reference_cache: str | None, dataset: PairDataset) -> Path:
@@ -335,7 +271,3 @@ def noising(config: Config) -> dict[str, Any]:
     masked = rule is not None and rule.has_importance and not rule.sft_weight
     masked = masked and config.reference != "cached"
     return {**config.only(*NOISE), "strata": config.draws_per_pair, "masked": masked}
-
-
-def nothing_known(epoch: int, batch: Batch, draws: Draws) -> None:
-    """Without a cache."""

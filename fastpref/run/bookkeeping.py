@@ -27,6 +27,7 @@ from .assemble import Run
 from .config import Config
 from .fitting import MENDS, exhausted
 from .guard import Diverged, Interrupted, Signals, within_memory
+from .options import Options
 from .telemetry import Clock, Log, pair_values, postfix
 
 # ---- Before the first step
@@ -51,39 +52,46 @@ def check(run: Run) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise exhausted(error, run.folder, **config.only(*MENDS)) from None
+        raise exhausted(error, run.folder, **mends(config)) from None
 
 
 def announce(run: Run) -> None:
     """Says what was picked, a line each."""
     config = run.config
     warn_of_repeats(config, run.dataset.shapes)
-    trained = sum(p.numel() for p in run.parameters)
-    total = sum(p.numel() for p in run.model.parameters())
-    where = (
-        torch.cuda.get_device_name(run.device)
-        if run.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
     auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
     mode = auto if config.reference == "auto" else config.reference
     noise = "" if run.margin_noise is None else f", margin noise {run.margin_noise:.2g}"
-    precision = str(run.dtype).removeprefix("torch.")
-    model = printable(f"{config.family} {config.model}")
-    print(f"model      {model}: {trained:,} of {total:,} parameters train")
+    announce_model(run)
     print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
     if lost := left_out(run.dataset.shapes, config.train_batch_size):
         warn(lost)
     print(f"objective  {run.objective or 'sft on the chosen clips'}")
     print(f"reference  {mode}{noise}")
-    print(
-        f"running    {where}, {precision}, {config.pair_mode}, checkpointing {run.checkpointing}"
-        + (", compiled blocks" if config.compile else "")
-        + (", CUDA graphs" if config.cuda_graphs else "")
-    )
-    print(f"attention  {run.attention}")
+    announce_running(run, config.pair_mode + (", CUDA graphs" if config.cuda_graphs else ""))
     if run.cache:
         print(printable(f"cache      {run.cache}"))
+
+
+def announce_model(run: Run) -> None:
+    trained = sum(p.numel() for p in run.parameters)
+    total = sum(p.numel() for p in run.model.parameters())
+    model = printable(f"{run.config.family} {run.config.model}")
+    print(f"model      {model}: {trained:,} of {total:,} parameters train")
+
+
+def announce_running(run: Run, mode: str) -> None:
+    where = (
+        torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    precision = str(run.dtype).removeprefix("torch.")
+    print(
+        f"running    {where}, {precision}, {mode}, checkpointing {run.checkpointing}"
+        + (", compiled blocks" if run.config.compile else "")
+    )
+    print(f"attention  {run.attention}")
 
 
 def warn_of_repeats(config: Config, shapes: list[str]) -> None:
@@ -104,7 +112,19 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
 
 @contextmanager
 def at_work(run: Run) -> Iterator[None]:
-    """Around a loop, once: its config.yaml, batches, log, bar, clock and signals.
+    """Around a loop over pairs, once: its batches, and all that `working` has."""
+    with working(run):
+        source = stream(run)
+        run.batches = iter(partial(prepared, run, source), None)  # endless: nothing is None
+        try:
+            yield
+        finally:
+            source.close()  # its threads
+
+
+@contextmanager
+def working(run: Run) -> Iterator[None]:
+    """Around a loop, once: its config.yaml, log, bar, clock and signals.
 
     Raises:
         ValueError: out of memory, and the line says what to change.
@@ -117,8 +137,6 @@ def at_work(run: Run) -> Iterator[None]:
     run.bar = steps_bar(config.max_train_steps, run.step)
     run.stop = Signals()
     run.clock = Clock(run.step)
-    source = stream(run)
-    run.batches = iter(partial(prepared, run, source), None)  # endless: nothing is None
     run.meter.begin()
     try:
         yield
@@ -131,15 +149,19 @@ def at_work(run: Run) -> Iterator[None]:
                 save(run)
         if isinstance(error, OSError | Changed):
             raise
-        raise exhausted(error, run.folder, **config.only(*MENDS)) from None
+        raise exhausted(error, run.folder, **mends(config)) from None
     finally:
-        source.close()  # its threads
         if run.cache:
             run.cache.flush()
         run.stop.restore()
         run.settings.close()
         run.bar.close()
         run.journal.close()
+
+
+def mends(config: Options) -> dict[str, Any]:
+    """Of a config what out of memory asks to change, as far as it has it."""
+    return {name: getattr(config, name, None) for name in MENDS}
 
 
 def stream(run: Run) -> Generator[tuple[int, Batch], None, None]:
@@ -207,11 +229,14 @@ def self_check(run: Run, out: PairLoss) -> None:
         checks.check_step(out.err, out.ref_err)
 
 
-def log(run: Run, epoch: int, grad_norm: Tensor) -> None:
-    """A line of metrics: means since the last one, to the log, the bar and the guard."""
+def log(run: Run, epoch: int, grad_norm: Tensor, **more: Any) -> None:
+    """A line of metrics: means since the last one, to the log, the bar and the guard. more: a
+    loop's own.
+    """
     run.metrics = run.meter.flush(by_level=("rewards/margins", "importance/weight"))
     run.meter.begin()
     run.metrics |= {"grad_norm": grad_norm.item(), "learning_rate": run.learning_rate}
+    run.metrics |= more
     run.metrics |= run.clock.lap(run.step, run.pairs_per_step)
     if run.cache:
         run.metrics["perf/reference_cached"] = run.cache.share()
@@ -233,7 +258,7 @@ def save(run: Run) -> None:
     if run.cache:
         run.cache.flush()
     state = {"margin_noise": run.margin_noise, "made_of": run.made_of}
-    state |= {"meter": run.meter.state(), "metrics": run.metrics}
+    state |= {"meter": run.meter.state(), "metrics": run.metrics, "own": run.own}
     keep = run.config.checkpoints_total_limit
     checkpoint.save(run.folder, run.step, run.model, run.optimizer, state, keep)
     run.saved = run.step
@@ -248,7 +273,7 @@ def validate(run: Run) -> None:
     there = run.step == run.begin and (folder / f"step-{run.step:06d}.png").exists()
     if not run.prompts or run.step % config.validation_steps or there:
         return
-    shape, steps = run.dataset[0].latents_w.shape, config.validation_sampling_steps
+    shape, steps = run.sample_shape(), config.validation_sampling_steps
     what = (
         "the validation clips: another run may have fewer validation_prompts, this one later "
         "validation_steps"
@@ -277,8 +302,9 @@ def finish(run: Run) -> dict[str, Any]:
     if not all(p.isfinite().all() for p in run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
     exported = artifact.export(folder, run.model)
-    values, pairs = run.config.to_dict(), len(run.dataset)
-    card = artifact.model_card(values, exported.name, run.made_of["data"], pairs)
+    name = run.objective.name if run.objective else "sft"
+    values, data = {"objective": name} | run.config.to_dict(), run.made_of["data"]
+    card = artifact.model_card(values, exported.name, data, len(run.dataset))
     write_atomic(folder / "README.md", card.encode())
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
     result = {

@@ -103,8 +103,8 @@ def exhausted(
     folder: Path,
     *,
     checkpointing: str,
-    pair_mode: str,
-    reference: str,
+    pair_mode: str | None,
+    reference: str | None,
 ) -> ValueError:
     """Out of memory in a training step, in a line that names the next choice. With checkpointing
     auto the memory.json of the run's folder is told too, so that the same command goes on with it.
@@ -120,6 +120,8 @@ def exhausted(
         advice = f"run the same command again: it goes on with checkpointing {more[0]}"
     elif more:
         advice = f"run it again with --checkpointing {more[0]}"
+    elif pair_mode is None:
+        advice = "run it again with a smaller --train_batch_size, --sample_rows or --decode_batch"
     elif pair_mode == "joint":
         advice = "run it again with --pair_mode deferred"
         if reference == "cached":
@@ -129,10 +131,8 @@ def exhausted(
     last, _ = checkpoint.newest(folder)
     kept = f"{last.name} is kept" if last else "no step was done yet"
     reason = " ".join(str(error).split())
-    return ValueError(
-        f"out of memory with checkpointing {used}, pair_mode {pair_mode}; {kept}; "
-        f"{advice} ({reason})"
-    )
+    how = f", pair_mode {pair_mode}" if pair_mode else ""
+    return ValueError(f"out of memory with checkpointing {used}{how}; {kept}; {advice} ({reason})")
 
 
 def card_for(name: str | None, device: str | None) -> memory.Card:

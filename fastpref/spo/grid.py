@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ def steps(
     first, end = window or (0, len(times))
     mixes = process.coefficients(torch.tensor(times, dtype=torch.float64)).T.tolist()
     found = []
-    for i, (here, there) in enumerate(zip(mixes, mixes[1:], strict=False)):
+    for i, (here, there) in enumerate(pairwise(mixes)):
         (a, s, p, q), (a_r, s_r, *_) = here, there
         kappa = min(1.0, a * s_r / (a_r * s))
         sigma = eta * s_r * math.sqrt(1 - kappa**2) if first <= i < end else 0.0

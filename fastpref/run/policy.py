@@ -1,0 +1,131 @@
+"""What trains: the model with its adapters, made ready, and its optimiser; of any kind of run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..files import write_atomic
+from ..progress import stage
+from ..step import attention, checkpointing, compiling, memory
+from . import checkpoint, checks, optimisation
+from .fitting import DECIDES, STEP, memory_step, pick_checkpointing
+from .folder import read_record
+from .guard import Guard
+from .options import Adapters, Optimiser, Options, Speed
+from .parts import add_lora, load_model, pick_attention, tune_whole, weights_dtype
+from .telemetry import check_trackers
+
+ADAM = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+# What a run's step is where its options do not say.
+STEP_ALONE = {"pair_mode": "joint", "reference": "auto", "cuda_graphs": False}
+
+
+def begin(config: Options) -> ModuleType:
+    """What a process of any run begins with; the family."""
+    check_trackers(config.trackers)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+    return models.family(config.family)
+
+
+def base_model(
+    config: Adapters, family: ModuleType, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    model = load_model(family, config.model, device, weights_dtype(config.tuning, dtype))
+    if config.tuning == "full":
+        tune_whole(model, config.model)
+    return model
+
+
+def attention_of(
+    config: Speed,
+    model: nn.Module,
+    probe: Callable[[], Tensor],
+    device: torch.device,
+    earlier: dict[str, Any] | None = None,
+) -> attention.Choice:
+    """The run's attention backend, written to attention.json; auto keeps to what it was, or to
+    `earlier`, where that is given.
+    """
+    record = Path(config.output_dir) / "attention.json"
+    if earlier is None:
+        earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
+    found = pick_attention(config.attention, model, probe, device, earlier)
+    write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
+    return found
+
+
+def adapt(
+    config: Adapters, family: ModuleType, model: nn.Module, probe: Callable[[], Tensor]
+) -> None:
+    """Puts the adapters in, if it is they that train; what the model says is checked."""
+    if config.tuning == "full":
+        checks.check_finite(probe())
+        return
+    targets = config.lora_targets or family.LORA_TARGETS
+    with stage("self-check: forwards of the first batch without adapters, with idle ones"):
+        base_says = probe()
+        checks.check_finite(base_says)
+        add_lora(model, targets, config.lora_rank, config.lora_alpha)
+        checks.check_off(model, probe, base_says)
+
+
+def recomputation(
+    config: Speed,
+    family: ModuleType,
+    model: nn.Module,
+    largest: tuple[Tensor, dict[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    online: bool,
+) -> memory.Mode:
+    """The run's checkpointing: the one that is asked for; auto: on a GPU what it needs to fit."""
+    if config.checkpointing != "auto":
+        return config.checkpointing
+    if device.type != "cuda":
+        return "none"
+    asked = STEP_ALONE | config.to_dict()
+    step = {name: asked[name] for name in STEP}
+    step = memory_step(family, model, largest, dtype, online=online, **step)
+    record, on = Path(config.output_dir) / "memory.json", memory.card_of(device)
+    return pick_checkpointing(step, on, record, {name: asked[name] for name in DECIDES})
+
+
+def settle(
+    config: Speed, family: ModuleType, model: nn.Module, frozen: nn.Module | None, mode: memory.Mode
+) -> None:
+    """Blocks checkpointed in `mode`, and compiled where that is asked for."""
+    checkpointing.apply(model, family.BLOCKS, mode)
+    if config.compile:
+        print("compiling: each kind of block in the first forward and backward that reach it")
+        compiling.compile_blocks(model, family.BLOCKS)
+        if frozen is not None:
+            compiling.compile_blocks(frozen, family.BLOCKS)
+
+
+def trained(
+    config: Optimiser, model: nn.Module, device: torch.device, recorded: torch.device | None = None
+) -> dict[str, Any]:
+    """The fields of a Run that take its optimiser's steps. recorded: the device of a CUDA graph."""
+    parameters = list(checkpoint.trainable(model).values())
+    optimizer = optimisation.adamw(parameters, recorded=recorded, **config.only(*ADAM))
+    guard = Guard(device, patience=min(20, config.max_train_steps))
+    update = partial(optimisation.update, optimizer, parameters, guard, config.max_grad_norm)
+    return {
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "guard": guard,
+        "take_step": update,
+    }
