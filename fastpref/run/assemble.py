@@ -63,7 +63,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     family: ModuleType
-    dataset: PairDataset
+    dataset: Any  # PairDataset, or prompts of a loop that samples: it has a length
     process: FlowMatching | Diffusion
     objective: Objective | None  # None: sft
     model: nn.Module

@@ -328,7 +328,7 @@ def test_other_memory_is_not_a_steps(pairs, tmp_path, monkeypatch, capsys):
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
     assert "fastpref train: out of memory for the validation clips: another run may have" in said
-    monkeypatch.setattr("fastpref.run.assemble.load_model", full)
+    monkeypatch.setattr("fastpref.run.policy.load_model", full)
     assert main(["train", *arguments(options(pairs, tmp_path / "other"))]) == 1
     assert (
         "fastpref train: out of memory (CUDA out of memory): try --pair_mode deferred"
