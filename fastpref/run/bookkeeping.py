@@ -292,8 +292,9 @@ def leave_if_asked(run: Run) -> None:
 # ---- After the last step
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """Writes the adapter or the model with its card, and result.json; the final metrics.
+def finish(run: Run, **more: Any) -> dict[str, Any]:
+    """Writes the adapter or the model with its card, and result.json; the final metrics. more: a
+    loop's own.
 
     Raises:
         Diverged: a parameter is not finite.
@@ -314,6 +315,7 @@ def finish(run: Run) -> dict[str, Any]:
         "artifact": str(exported),
         "output_dir": str(folder),
         "metrics": run.metrics,
+        **more,
     }
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     return result

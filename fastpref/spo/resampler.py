@@ -43,8 +43,8 @@ class Transition(NamedTuple):
 class Rolled:
     """What one batch of prompts gave.
 
-    kept, judged: of each step how many groups of candidates were. network: rows that it was asked
-    for; decodes: samples that were judged; scores: of all of them, their mean.
+    kept: of each step how many groups of candidates were; judged: of all steps. network: rows that
+    it was asked for; decodes: samples that were judged; scores: their sum; seconds: of it all.
     """
 
     transitions: list[Transition] = field(default_factory=list)
@@ -53,6 +53,7 @@ class Rolled:
     network: int = 0
     decodes: int = 0
     scores: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,36 +99,36 @@ class Resampler:
         shape: Sequence[int],
         ids: Tensor,
         cond: dict[str, Tensor],
-        epoch: int,
+        epochs: Tensor,
     ) -> Rolled:
-        """Trajectories of the prompts `ids` [P] int64, on the device of their cond [P, ...], from
-        noise to the end; every draw is a function of (seed, id, epoch) and its place alone.
+        """Trajectories of prompts from noise to the end, on the device of their cond [P, ...].
 
-        shape: of one sample's latents.
+        Every draw is a function of (seed, id, epoch) and of its place in the trajectory alone.
+        ids, epochs: [P] int64. shape: of one sample's latents.
         Raises ValueError after more epochs than there are draws, FloatingPointError where a
         candidate is not finite.
         """
         out, steps, k, count = Rolled(), self.steps, self.candidates, len(ids)
-        if (epoch + 1) * self.draws > MOST_DRAWS:
-            raise ValueError(f"epoch {epoch}: more draws than {MOST_DRAWS} of a prompt")
-        ids = ids.to(next(iter(cond.values())).device)
+        if (int(epochs.max()) + 1) * self.draws > MOST_DRAWS:
+            raise ValueError(f"epoch {int(epochs.max())}: a prompt has {MOST_DRAWS} draws in all")
+        device = next(iter(cond.values())).device
+        ids, first = ids.to(device), epochs.to(device) * self.draws
         elements = torch.Size(shape).numel()
 
         def normals(rows: Tensor, slot: Tensor | int) -> Tensor:
-            index = torch.zeros_like(rows) + epoch * self.draws + slot
-            return normal(self.seed, ids[rows], index, elements, SPO).view(-1, *shape)
+            return normal(self.seed, ids[rows], first[rows] + slot, elements, SPO).view(-1, *shape)
 
         def ask(x: Tensor, i: int, rows: Tensor) -> Tensor:
             out.network += len(rows)
             said = []
-            for part in torch.arange(len(rows), device=ids.device).split(self.rows or len(rows)):
+            for part in torch.arange(len(rows), device=device).split(self.rows or len(rows)):
                 t = torch.full_like(rows[part], steps[i].t, dtype=torch.float32)
                 of = {name: value[rows[part]] for name, value in cond.items()}
                 said.append(predict(x[part], t, of).float())
             return torch.cat(said)
 
-        alone = torch.arange(count, device=ids.device)
-        every, member = alone.repeat_interleave(k), torch.arange(k, device=ids.device).repeat(count)
+        alone = torch.arange(count, device=device)
+        every, member = alone.repeat_interleave(k), torch.arange(k, device=device).repeat(count)
         x = normals(alone, 0)
         pred, i = ask(x, 0, alone), 0
         while i < len(steps):
@@ -146,22 +147,20 @@ class Resampler:
                 if i + 1 < len(steps):
                     pred = ask(x, i + 1, every)
             i += 1
-            if not x.isfinite().all():
-                raise FloatingPointError(f"step {i} of {len(steps)}: a candidate is not finite")
             end = i == len(steps)
             clean, t = (x, 0.0) if end else (steps[i].clean(x, pred), steps[i].t)
+            if not clean.isfinite().all():
+                raise FloatingPointError(f"step {i} of {len(steps)}: a candidate is not finite")
             scores = score(clean, every.tolist(), t).cpu().view(count, k)
             self._keep(out, path, scores, begin)
-            u = uniform(self.seed, ids, torch.zeros_like(ids) + self._choice(epoch, begin), SPO)
+            u = uniform(self.seed, ids, first + self._slot(begin) + k, SPO)
             chosen = k * alone + (u * k).long().clamp(max=k - 1)
             x, pred = x[chosen], pred[chosen]
         return out
 
     def _slot(self, i: int) -> int:
+        """The first draw of step i."""
         return 1 + i * (self.candidates + 1)
-
-    def _choice(self, epoch: int, i: int) -> int:
-        return epoch * self.draws + self._slot(i) + self.candidates
 
     def _length(self, i: int) -> int:
         """How many steps candidates made at step i are rolled."""

@@ -1,0 +1,169 @@
+"""The Run of `fastpref spo`, and what it samples with, from its config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import model_identity
+from ..models.encoders import check_size
+from ..models.folder import scheduler_config
+from ..progress import stage
+from ..run import belong
+from ..run.assemble import Run, restore
+from ..run.parts import frozen_copy, make_process, predictor
+from ..run.policy import adapt, attention_of, base_model, begin, recomputation, settle, trained
+from ..run.telemetry import Meter
+from ..step import attention, compiling, reference
+from ..step.guidance import guided
+from .config import SPOConfig
+from .grid import network_times, steps
+from .prompts import PromptSet, read_prompts
+from .resampler import Resampler
+from .scorers import Scorer, open_scorer
+
+@dataclass(kw_only=True)
+class Online:
+    """What a run samples with, beside its policy.
+
+    rows: of the prompts that train; held_out: of those that the win rate is of.
+    """
+
+    prompts: PromptSet
+    rows: list[int]
+    held_out: list[int]
+    resampler: Resampler
+    scorer: Scorer
+    pipe: Any
+    shape: torch.Size
+
+    def score(self, run: Run, clean: Tensor, rows: list[int], t: float) -> Tensor:
+        """Scores [N] of samples or their x0-hat [N, ...], decoded a few at once."""
+        config, found = run.config, []
+        clean = clean if config.decode_frames is None else clean[:, :, : config.decode_frames]
+        for part in torch.arange(len(rows)).split(config.decode_batch):
+            frames = [run.family.decode(self.pipe, latent).cpu() for latent in clean[part]]
+            texts = [self.prompts.prompts[rows[i]] for i in part.tolist()]
+            times = torch.full((len(part),), t, dtype=torch.float64)
+            found.append(self.scorer(frames, texts, times))
+        return torch.cat(found)
+
+
+def split(prompts: PromptSet, held_out: int) -> tuple[list[int], list[int]]:
+    """(rows that train, rows that are held out): those of the least ids are held out."""
+    order = sorted(range(len(prompts)), key=lambda row: int(prompts.ids[row]))
+    if held_out >= len(prompts):
+        raise ValueError(
+            f"win_rate_prompts {held_out} leaves none of {len(prompts)} prompts to train on: "
+            "lower it, or give more prompts"
+        )
+    return sorted(order[held_out:]), order[:held_out]
+
+
+def assemble(
+    config: SPOConfig, device: torch.device, dtype: torch.dtype, start: Path | None = None
+) -> tuple[Run, Online]:
+    """Reads and embeds the prompts, opens the scorer, loads the model, puts in adapters.
+
+    start: a checkpoint to go on from.
+
+    Raises:
+        ValueError: a mistake in the config or the data, in one line.
+    """
+    folder = Path(config.output_dir)
+    family = begin(config)
+    size = (config.num_frames, config.height, config.width)
+    check_size(family, config.model, *size)
+    belong.check(family, config.model)
+    process = make_process(family, config.model)
+    scheduler = scheduler_config(config.model)
+    times = network_times(process, scheduler, config.sampling_steps, config.timestep_spacing)
+    resampler = Resampler(
+        steps=steps(process, times, eta=config.eta, window=config.sde_window),
+        rows=config.sample_rows,
+        **config.only("candidates", "first_step", "rollout_steps", "threshold", "seed"),
+    )
+    how = {"device": device, "dtype": dtype, "timeout": config.scorer_timeout}
+    with stage("opening the scorer"):
+        scorer = open_scorer(config.scorer, **how)
+    texts = read_prompts(config.data)
+    prompts = PromptSet(texts, folder / "prompts", family, config.model, dtype, device)
+    rows, held_out = split(prompts, config.win_rate_prompts)
+    pipe = family.pipeline(config.model, dtype)
+    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
+    with stage("the decoder, and the shape of its latents"):
+        blank = torch.zeros(*size, 3, dtype=torch.uint8)
+        shape = family.encode_media(pipe, blank).shape
+
+    torch.manual_seed(config.seed)
+    model = base_model(config, family, device, dtype)
+    empty = {name: value.to(device) for name, value in prompts.empty_cond.items()}
+    predict = guided(predictor(family, device, dtype), empty, config.guidance_scale)
+    first = prompts.cond(rows[: config.train_batch_size], device)
+    start_at = torch.full((len(next(iter(first.values()))),), times[0], device=device)
+    noise = torch.randn(len(start_at), *shape, generator=torch.Generator().manual_seed(config.seed))
+
+    @torch.no_grad()
+    def probe() -> Tensor:
+        with compiling.eagerly():
+            return predict(model, noisy, start_at, first)
+
+    noisy = noise.to(device, dtype)
+    backend = attention_of(config, model, probe, device)
+    settings = ExitStack()
+    settings.enter_context(attention.use(model, backend.name))
+    frozen = None
+    if frozen_copy("auto", config.tuning):
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    adapt(config, family, model, probe)
+    largest = (
+        torch.empty(1, *shape, device="meta"),
+        {k: v[:1].to("meta") for k, v in first.items()},
+    )
+    mode = recomputation(config, family, model, largest, device, dtype, True)
+    settle(config, family, model, frozen, mode)
+    policy, says = reference.of_run(model, frozen, predict, shared=True)
+    made_of = {"data": prompts.identity, "model": model_identity(config.model)}
+    made_of["scorer"] = model_identity(config.scorer)
+    run = Run(
+        config=config,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        family=family,
+        dataset=prompts,
+        process=process,
+        objective=config.objective,
+        model=model,
+        predict=predict,
+        policy=policy,
+        reference=says,
+        sample_shape=lambda: shape,
+        probe=probe,
+        meter=Meter(device),
+        made_of=made_of,
+        attention=backend,
+        checkpointing=mode,
+        settings=settings,
+        **trained(config, model, device),
+    )
+    if start is not None:
+        restore(run, start)
+    online = Online(
+        prompts=prompts,
+        rows=rows,
+        held_out=held_out,
+        resampler=resampler,
+        scorer=scorer,
+        pipe=pipe,
+        shape=shape,
+    )
+    return run, online
+

@@ -1,0 +1,151 @@
+"""The online loop, read top to bottom: sample a round, train once on its pairs, the next round."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from fastpref.progress import printable
+from fastpref.run import bookkeeping as book
+from fastpref.run.assemble import Run
+from fastpref.run.folder import open_run
+from fastpref.run.guard import Diverged
+from fastpref.run.parts import place
+from fastpref.spo import rounds, telemetry
+from fastpref.spo.assemble import Online, assemble
+from fastpref.spo.config import SPOConfig
+from fastpref.spo.resampler import Rolled, Transition
+from fastpref.spo.step import collate, step_loss
+from fastpref.spo.win_rate import win_rate
+
+MOST_EMPTY = 20  # rounds in a row that keep no pair
+
+
+def spo(config: SPOConfig) -> dict[str, Any]:
+    """Trains a policy on pairs of its own steps as `config` says; returns the final metrics.
+
+    Step-aware preference optimisation, arXiv 2406.04314. Written to config.output_dir: what `train`
+    writes, the prompts' embeddings and the pairs of the rounds that it may go on from. Called again
+    with the same config it goes on from the last checkpoint, sampling or training, with the same
+    draws, to bit-equal parameters on a CPU.
+
+    Raises:
+        ValueError: a mistake in the config or the data, in one line.
+        Interrupted: a signal stopped the run after a save.
+        Diverged: too many steps in a row were not finite, or a sample or parameter is not.
+    """
+    device, dtype = place(config.device, config.mixed_precision)
+    start, result = open_run(config, "spo")
+    if result is not None:
+        said = f"{result['output_dir']} is already trained to step {result['global_step']}"
+        print(printable(said))
+        return result
+    run, online = assemble(config, device, dtype, start)  # with start's state in it
+    own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0}
+    rounds.clear(run.folder / "rounds", since=own["since"], number=own["round"] if start else None)
+    telemetry.announce(run, online)
+    book.validate(run)
+
+    with book.working(run):
+        while not run.done:
+            if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
+                win_rate(run, online)
+            pairs = sampled_pairs(run, online)
+            updates = rounds.updates_of(
+                pairs,
+                config.train_batch_size,
+                config.gradient_accumulation_steps,
+                config.seed,
+                own["round"],
+            )
+            for batches in updates[own["updates"] :]:
+                total = sum(map(len, batches))
+                for some in batches:
+                    cond = online.prompts.cond([pair.row for pair in some], device)
+                    batch = collate(some, online.resampler.steps, cond, device, dtype)
+                    out = step_loss(run.policy, run.reference, batch, run.objective)
+                    (out.loss * (len(some) / total)).backward()
+                    run.meter.add(telemetry.values(out, batch, run.objective), batch.level)
+                telemetry.note_margin_noise(run, out)
+                grad_norm = book.update(run)
+                own["updates"] += 1
+                if own["updates"] == len(updates):
+                    next_round(run)
+                book.self_check(run, out)
+                if run.due(config.logging_steps):
+                    book.log(run, own["round"], grad_norm, **telemetry.online(run))
+                with run.clock.paused():
+                    if run.due(config.checkpointing_steps) or run.stop:
+                        book.save(run)
+                        rounds.prune(run.folder / "rounds", run.folder, own["round"])
+                    book.validate(run)
+                book.leave_if_asked(run)
+                if run.done:
+                    break
+            if not updates:
+                next_round(run, empty=own["empty"] + 1)
+        if config.win_rate_prompts:
+            win_rate(run, online)
+    return book.finish(run, online=run.own["total"])
+
+
+def next_round(run: Run, empty: int = 0) -> None:
+    """empty: rounds in a row that kept no pair."""
+    run.own |= {"round": run.own["round"] + 1, "since": run.step, "updates": 0, "empty": empty}
+    if empty == MOST_EMPTY:
+        raise ValueError(
+            f"{empty} rounds in a row kept no pair: the scorer tells no candidates apart by more "
+            f"than threshold {run.config.threshold}: lower it, or look at the scorer"
+        )
+
+
+def sampled_pairs(run: Run, online: Online) -> list[Transition]:
+    """The transitions of the round that the run is in: those on the disk, and those that are
+    lacking sampled by the policy as it is. Once the round trains all must be there.
+    """
+    config, own, folder = run.config, run.own, run.folder / "rounds"
+    size, seed = config.prompts_per_round, config.seed
+    chosen = rounds.prompts_of(own["round"], size, online.rows, seed)
+    found: list[Transition] = []
+    counts: dict[str, Any] = {}
+    for part, (epochs, rows) in enumerate(rounds.batches_of(chosen, config.sample_batch_size)):
+        path = rounds.part_file(folder, own["round"], part)
+        rolled = rounds.read_part(path, own["since"])
+        if rolled is None and own["updates"]:
+            raise ValueError(
+                f"{path}: is missing or damaged, and its round has begun to train: put it back, or "
+                "move the newest checkpoint away to go on from an older one"
+            )
+        if rolled is None:
+            began = time.perf_counter()
+            rolled = roll(run, online, rows, epochs)
+            seconds = time.perf_counter() - began
+            rounds.write_part(path, own["since"], rows, rolled, seconds)
+            rolled = rounds.read_part(path, own["since"])  # as a run that goes on reads it
+        found += rolled.transitions
+        rounds.add(counts, rolled)
+        if run.stop and not own["updates"]:
+            book.save(run)
+            book.leave_if_asked(run)
+    if not own["updates"]:
+        for name in ("counts", "total"):  # since the last line of the log, and in all
+            rounds.merge(own.setdefault(name, {}), counts)
+    return found
+
+
+def roll(run: Run, online: Online, rows: list[int], epochs: Tensor) -> Rolled:
+    """One batch of prompts through the sampler."""
+
+    def score(clean: Tensor, every: list[int], t: float) -> Tensor:
+        return online.score(run, clean, [rows[i] for i in every], t)
+
+    def predict(x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return run.policy(x.to(run.dtype), t, cond)
+
+    ids, cond = online.prompts.ids[rows], online.prompts.cond(rows, run.device)
+    try:
+        return online.resampler.roll(predict, score, online.shape, ids, cond, epochs)
+    except FloatingPointError as error:
+        raise Diverged(f"round {run.own['round']}: {error}: try a lower learning_rate") from None

@@ -1,0 +1,102 @@
+"""What an online run says of itself: before its first round, of each step, of its sampling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss.functional import PairLoss
+from ..loss.objectives import SPO
+from ..progress import warn
+from ..run import bookkeeping
+from ..run.assemble import Run
+from .assemble import Online
+from .step import Batch
+
+MOST_NOISE = 0.05
+
+
+def announce(run: Run, online: Online) -> None:
+    """Says what was picked, a line each."""
+    config, sampler = run.config, online.resampler
+    trains = [i for i in range(len(sampler.steps)) if sampler.trains(i)]
+    kept = f", {len(online.held_out)} kept for the win rate" if online.held_out else ""
+    bookkeeping.announce_model(run)
+    print(f"prompts    {len(online.rows)} train{kept}; {config.prompts_per_round} a round")
+    print(
+        f"sampling   {len(sampler.steps)} steps, guidance {config.guidance_scale:g}; pairs of "
+        f"{sampler.candidates} candidates on steps {trains[0]} to {trains[-1]}"
+        + (f", rolled {sampler.rollout_steps} steps" if sampler.rollout_steps > 1 else "")
+    )
+    print(f"scorer     {config.scorer}, threshold {config.threshold:g}")
+    print(f"objective  {run.objective}")
+    bookkeeping.announce_running(run, "one prediction for both members")
+
+
+def note_margin_noise(run: Run, out: PairLoss) -> None:
+    """Before the first update policy and reference are one model: the largest margin of its pairs
+    is what rounding makes of it.
+    """
+    if run.step or run.margin_noise is not None:
+        return
+    worst = out.margin.abs().max().item()
+    run.margin_noise = worst if math.isfinite(worst) else None
+    if not worst <= MOST_NOISE:
+        warn(f"margin noise {worst:.3g} is above {MOST_NOISE}: rounding moves the loss")
+
+
+def values(out: PairLoss, batch: Batch, objective: SPO) -> dict[str, Tensor]:
+    """What one batch adds to the metrics, each [B]: rewards are beta rho, before the clamp."""
+    (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
+    rho_w, rho_l = (-0.5 * batch.gain * d for d in (err_w - ref_w, err_l - ref_l))
+    margin = objective.beta * (rho_w - rho_l)
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    right = right.masked_fill(margin.isnan(), math.nan)
+    low, high = math.log1p(-objective.clip), math.log1p(objective.clip)
+    clamped = torch.stack([(rho < low) | (rho > high) for rho in (rho_w, rho_l)])
+    return {
+        "loss": out.loss.expand_as(err_w),
+        "errors/policy_w": err_w,
+        "errors/policy_l": err_l,
+        "errors/reference_w": ref_w,
+        "errors/reference_l": ref_l,
+        "zero_gradient": (out.coef.view(2, -1) == 0).all(0).double(),
+        "spo/clamped": clamped.double().mean(0),
+        "rewards/chosen": objective.beta * rho_w,
+        "rewards/rejected": objective.beta * rho_l,
+        "rewards/margins": margin,
+        "rewards/accuracies": right,
+        "implicit_acc": right,
+    }
+
+
+def online(run: Run) -> dict[str, Any]:
+    """Of the rounds since the last line of the log: what was kept, scored and spent."""
+    counts = run.own.pop("counts", {})
+    said: dict[str, Any] = {}
+    if counts:
+        steps = range(run.config.sampling_steps)
+        judged = [counts.get(f"judged/{i}", 0) for i in steps]
+        said["online/kept"] = counts["pairs"] / counts["judged"]
+        said["online/kept_by_step"] = [
+            counts[f"kept/{i}"] / n if n else None for i, n in zip(steps, judged, strict=True)
+        ]
+        said["online/score"] = counts["scores"] / counts["decodes"]
+        said["online/seconds"] = counts["seconds"]
+        said |= per_pair(counts, run.config.guidance_scale != 1)
+    if "win_rate" in run.own:
+        said |= run.own["win_rate"]
+    return said
+
+
+def per_pair(counts: dict[str, Any], guided: bool) -> dict[str, float]:
+    """Rows of the network (guidance takes two a sample) and decodes of a kept pair's sampling."""
+    pairs = max(1, counts["pairs"])
+    rows = counts["network"] * (2 if guided else 1)
+    return {
+        "online/network_rows_per_pair": rows / pairs,
+        "online/decodes_per_pair": counts["decodes"] / pairs,
+    }

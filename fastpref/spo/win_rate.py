@@ -1,0 +1,90 @@
+"""The win rate over the base on prompts that do not train, at fixed seeds, by the run's scorer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_atomic
+from ..look.evaluate import gain
+from ..look.evaluate import win_rate as rate
+from ..look.sample import sample
+from ..models.folder import scheduler_of
+from ..progress import printable, stage, warn
+from ..run.assemble import Run
+from ..run.folder import read_record
+from ..step import compiling
+from ..step.reference import adapter_layers, disabled
+from .assemble import Online
+
+
+def win_rate(run: Run, online: Online) -> None:
+    """Samples the held-out prompts as the model's pipeline does, scores them at t = 0 and compares
+    with the base's clips from the same noise. Kept in win_rate.json, once a step; what a policy
+    cannot make is left out with a warning.
+    """
+    path = run.folder / "win_rate.json"
+    record: dict[str, Any] = read_record(path, {"rounds": list}) if path.exists() else {}
+    record.setdefault("rounds", [])
+    record["rounds"] = [row for row in record["rounds"] if row["global_step"] <= run.step]
+    done = [row for row in record["rounds"] if row["global_step"] == run.step]
+    if not online.held_out or done:
+        run.own |= {"win_rate": logged(done[0])} if done else {}
+        return
+    if "base" not in record:
+        if run.step and not adapter_layers(run.model):
+            warn(f"{path}: the base's scores are lost, and it is not there any more: no win rate")
+            return
+        with stage("win rate: clips of the base"), disabled(adapter_layers(run.model)):
+            record["base"] = scores(run, online).tolist()
+        write_atomic(path, json.dumps(record).encode())
+    base = torch.tensor(record["base"], dtype=torch.float64)
+    try:
+        tuned = scores(run, online) if run.step else base
+    except ValueError as error:
+        warn(f"step {run.step}: no win rate: {error}")
+        return
+    won, gained = rate(tuned, base), gain(tuned, base)
+    row = {"global_step": run.step, "round": run.own["round"], "win_rate": list(won)}
+    row |= {"score_gain": list(gained), "scores": tuned.tolist()}
+    record["rounds"].append(row)
+    write_atomic(path, json.dumps(record).encode())
+    run.own["win_rate"] = logged(row)
+    if run.step:
+        said = f"step {run.step}: win rate over the base {won}, score gain {gained}"
+        run.bar.write(printable(said))
+
+
+def logged(row: dict[str, Any]) -> dict[str, float]:
+    return {"online/win_rate": row["win_rate"][0], "online/score_gain": row["score_gain"][0]}
+
+
+def scores(run: Run, online: Online) -> Tensor:
+    """[held out] float64 of the model as it is."""
+    rows, config = online.held_out, run.config
+    cond = online.prompts.cond(rows, run.device)
+    negative = None
+    if config.guidance_scale != 1:
+        empty = online.prompts.empty_cond
+        negative = {name: torch.stack([value] * len(rows)) for name, value in empty.items()}
+    found = []
+    for some in torch.arange(len(rows)).split(config.sample_batch_size):
+        take = slice(int(some[0]), int(some[-1]) + 1)
+        with compiling.eagerly():
+            latents = sample(
+                run.model,
+                run.family,
+                scheduler_of(online.pipe, config.model),
+                {name: value[take] for name, value in cond.items()},
+                online.shape,
+                steps=config.sampling_steps,
+                seeds=some.tolist(),
+                guidance_scale=config.guidance_scale,
+                negative=negative and {name: value[take] for name, value in negative.items()},
+                names=[online.prompts.prompts[row] for row in rows[take]],
+            )
+        found.append(online.score(run, latents, rows[take], 0.0).cpu())
+    return torch.cat(found)
