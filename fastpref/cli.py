@@ -105,6 +105,7 @@ def encode(rest: list[str]) -> None:
     add("--batch_size", type=int, default=8, help="prompts per call of the text encoder; 8")
     add("--ranked", default="all", choices=("all", "best_worst"), help="pairs of ranked candidates")
     add("--split", default="train", help="of a Hugging Face dataset")
+    add("--ties", default="drop", choices=("drop", "keep"), help="keep: for fastpref spm")
     add("--posterior", default="mode", choices=POSTERIORS, help="of the VAE: mode, or keyed sample")
     add("--seed", type=int, help="of --posterior sample; default: 0")
     add("--device", help="default: cuda where there is one")
@@ -135,7 +136,7 @@ def survey(options: dict) -> None:
     if options["family"] and options["model"]:
         size = (options[name] for name in names[:3])
         check_size(models.family(options["family"]), options["model"], *size)
-    shared = {name: options[name] for name in ("num_workers", "ranked", "split")}
+    shared = {name: options[name] for name in ("num_workers", "ranked", "split", "ties")}
     found = run(options["data"], sampling=sampling, **shared)
     for row in found["bad_rows"]:
         print(printable(str(row)))

@@ -81,7 +81,7 @@ class PairDataset:
     Attributes:
         fingerprint: what the set was encoded with (family, model, frames, size, rate, dtype, data).
         shapes: per pair, a text equal for pairs that fit in one batch.
-        pair_ids, prompts, weights: the index's columns.
+        pair_ids, prompts, weights, ties: the index's columns.
         empty_cond: embeddings of the empty prompt (no batch dimension), for prompt dropout.
 
     Raises:
@@ -106,6 +106,7 @@ class PairDataset:
             self.prompts: list[str] = columns["prompt"]
             self.weights: list[float] = columns["weight"]
             self.shapes: list[str] = columns["shapes"]
+            self.ties: list[bool] = columns.get("tie") or [False] * len(self.pair_ids)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:160]
             raise self._damaged(f"is damaged ({reason})") from None
@@ -193,8 +194,7 @@ class PairDataset:
                     f"{path}: {name} of pair {self.pair_ids[i]} expected floating-point latents, "
                     f"got {got}; delete it and run the same fastpref encode again"
                 )
-        shapes = {name: "x".join(map(str, tensors[name].shape)) for name in sorted(tensors)}
-        got = " ".join(f"{name}:{shape}" for name, shape in shapes.items())
+        got = " ".join(f"{n}:{'x'.join(map(str, tensors[n].shape))}" for n in sorted(tensors))
         if got != self.shapes[i]:
             raise ValueError(
                 f"{path}: expected {self.shapes[i]} as the index says, got {got}; delete it and "

@@ -60,6 +60,7 @@ def encode(
     batch_size: int = 8,
     ranked: str = "all",
     split: str = "train",
+    ties: str = "drop",
     posterior: str = "mode",
     seed: int | None = None,
     device: str | torch.device | None = None,
@@ -94,7 +95,7 @@ def encode(
     seed = posterior_seed(module, posterior, seed)
     check_path(model)  # not every family reads it
     folder = Path(output_dir)
-    rows = Rows(data, ranked=ranked, split=split)
+    rows = Rows(data, ranked=ranked, split=split, ties=ties)
     pipe = module.pipeline(model, DTYPES[dtype])
     sizes = getattr(pipe, "sizes", Sizes())
     sizes.check(num_frames, height, width)
@@ -119,7 +120,7 @@ def encode(
             if fault is not None:
                 bad.append(fault)
             else:
-                index.append(entry(item))
+                index.append(entry(item, rows.keep_ties))
         waiting.clear()
 
     with locked(mark(folder, "encode")):

@@ -56,6 +56,7 @@ def fingerprint(
         **({"posterior": "mode"} if seed is None else {"posterior": "sample", "seed": seed}),
         "digests": "blake2b",
         "ranked": rows.ranked if rows.layout == "candidates" else None,
+        **({"ties": "keep"} if rows.keep_ties else {}),
         "data": identity(rows.path) if rows.path else rows.name,
         **rows.version,
     }
@@ -108,9 +109,10 @@ def claim(folder: Path, now: dict[str, Any], data: Path | None) -> None:
         write_atomic(folder / "fingerprint.json", (json.dumps(now, indent=1) + "\n").encode())
 
 
-def entry(item: Prepared) -> dict[str, Any]:
-    """A pair's line of the index: everything but the media."""
-    names = [f.name for f in fields(Row) if f.name not in ("chosen", "rejected")]
+def entry(item: Prepared, ties: bool) -> dict[str, Any]:
+    """A pair's line of the index: everything but the media; ties: whether it says what is one."""
+    left = ("chosen", "rejected") if ties else ("chosen", "rejected", "tie")
+    names = [f.name for f in fields(Row) if f.name not in left]
     return {"pair_id": item.pair_id} | {name: getattr(item.row, name) for name in names}
 
 
@@ -158,7 +160,7 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     if "digests" in fingerprint:
         columns["digest"] = [written_digest(file) for file in files]
     numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
-    numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64()}
+    numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64(), "tie": pa.bool_()}
     schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
     table = pa.table(columns, schema=schema)
     if "digests" in fingerprint:

@@ -233,6 +233,7 @@ def survey(
     num_workers: int = 2,
     ranked: str = "all",
     split: str = "train",
+    ties: str = "drop",
     progress: bool = True,
 ) -> dict[str, Any]:
     """What `encode` would find in `data`, without a model: `fastpref encode --dry_run`.
@@ -241,7 +242,7 @@ def survey(
     the usable pairs' media, the number per frame size and the least, median and greatest number of
     frames and of seconds. Raises like `encode`.
     """
-    rows = Rows(data, ranked=ranked, split=split)
+    rows = Rows(data, ranked=ranked, split=split, ties=ties)
     counts = Counts()
     bad: list[BadRow] = []
     clips: list[Clip] = []

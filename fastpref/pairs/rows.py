@@ -58,6 +58,7 @@ class Row:
     weight: float = 1.0
     negative_prompt: str | None = None
     where: str = ""
+    tie: bool = False  # neither is preferred: chosen is the first
 
 
 class Rows:
@@ -68,16 +69,21 @@ class Rows:
             (saved folder, folder of parquet shards, or the name of one on the hub).
         ranked: of records with more than two candidates: `all` ordered pairs, or `best_worst`.
         split: split of a Hugging Face dataset.
+        ties: `drop` pairs without a winner, or `keep` them as such.
 
-    `ties` counts the pairs without a winner met so far (they are dropped; `first_tie`: where the
-    first stands), `records` the records;
+    `ties` counts those that were dropped so far (`first_tie`: where the first stands), `records`
+    the records;
     `total` is the number of records where it is known. ValueError: nothing there, a column missing.
     """
 
-    def __init__(self, data: str | Path, *, ranked: str = "all", split: str = "train") -> None:
+    def __init__(
+        self, data: str | Path, *, ranked: str = "all", split: str = "train", ties: str = "drop"
+    ) -> None:
         if ranked not in ("all", "best_worst"):
             raise ValueError(f"ranked: expected all or best_worst, got {ranked!r}")
-        self.ranked = ranked
+        if ties not in ("drop", "keep"):
+            raise ValueError(f"ties: expected drop or keep, got {ties!r}")
+        self.ranked, self.keep_ties = ranked, ties == "keep"
         self.ties = self.records = 0
         self.first_tie: str | None = None
         self._source = open_source(data, split, FIELDS)
@@ -136,13 +142,15 @@ class Rows:
         else:
             names = ("jpg_0", "jpg_1") if self.layout == "jpg_0" else ("video_a", "video_b")
             first = read.label() if self.layout == "jpg_0" else read.winner()
-            if first == 0.5:
+            if first == 0.5 and not self.keep_ties:
                 self._tie(read)
                 return
-            chosen, rejected = names if first == 1 else names[::-1]
-            pairs = iter([((math.inf, read.media(chosen)), (-math.inf, read.media(rejected)))])
+            chosen, rejected = names[::-1] if first == 0 else names
+            worse = math.inf if first == 0.5 else -math.inf
+            pairs = iter([((math.inf, read.media(chosen)), (worse, read.media(rejected)))])
         for (score_chosen, chosen), (score_rejected, rejected) in pairs:
-            if score_chosen == score_rejected:
+            tie = score_chosen == score_rejected
+            if tie and not self.keep_ties:
                 self._tie(read)
                 continue
             known = math.isfinite(score_chosen)
@@ -151,12 +159,13 @@ class Rows:
                 rejected=rejected,
                 score_chosen=score_chosen if known else None,
                 score_rejected=score_rejected if known else None,
+                tie=tie,
                 **shared,
             )
 
 
 def read_rows(data: str | Path, **options: Any) -> list[Row]:
-    """All pairs of `data` (options of `Rows`), without ties; ValueError: a bad row, or no pair."""
+    """All pairs of `data` (options of `Rows`); ValueError: a bad row, or no pair."""
     rows = Rows(data, **options)
     pairs = []
     for row in rows:

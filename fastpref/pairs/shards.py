@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OF_ROWS = ("data", "data_version", "split", "ranked")  # of a fingerprint: which pairs there are
+OF_ROWS = (
+    "data",
+    "data_version",
+    "split",
+    "ranked",
+    "ties",
+)  # of a fingerprint: which pairs there are
 
 
 class Changed(ValueError):

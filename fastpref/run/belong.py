@@ -18,9 +18,16 @@ from ..progress import warn
 from . import checkpoint
 
 
-def check(family: ModuleType, model: str | None, dataset: PairDataset | None = None) -> None:
+def check(
+    family: ModuleType,
+    model: str | None,
+    dataset: PairDataset | None = None,
+    *,
+    ties: bool = False,
+) -> None:
     """Refuses what no run could be made of. Read are configs and shapes alone, so this comes before
-    weights are loaded and media encoded. model: a folder or hub id; None: not known yet.
+    weights are loaded and media encoded. model: a folder or hub id; None: not known yet. ties: the
+    set's pairs may be without a winner.
 
     Raises:
         ValueError: a model of another family, or one that takes more than text; its scheduler is
@@ -33,6 +40,11 @@ def check(family: ModuleType, model: str | None, dataset: PairDataset | None = N
         if made != family.__name__:
             raise ValueError(
                 f"data {dataset.folder}: encoded with family {made}, got family {family.__name__}"
+            )
+        if any(dataset.ties) and not ties:
+            raise ValueError(
+                f"data {dataset.folder}: {sum(dataset.ties)} of its pairs are ties, which fastpref "
+                "spm alone trains on: encode the data without --ties keep"
             )
     if model is None:
         return

@@ -50,11 +50,13 @@ def open_data(
     model: str,
     dtype: torch.dtype,
     device: str | None,
+    ties: bool = False,
     **sampling: float | None,
 ) -> PairDataset:
     """The encoded pairs: `path` itself, or what encoding its media gives, kept in the run's folder.
 
-    sampling: num_frames, height, width and fps of the clips, where media are encoded.
+    ties: pairs without a winner are kept. sampling: num_frames, height, width and fps of the clips,
+    where media are encoded.
     """
     data, module = Path(path), models.family(family)
     if (data / "index.parquet").exists():
@@ -64,10 +66,11 @@ def open_data(
     else:
         belong.check(module, model)  # before hours of encoding
         how = {"dtype": str(dtype).removeprefix("torch."), "device": device}
+        how |= {"ties": "keep"} if ties else {}
         data = encode.encode(family, model, path, str(folder / "encoded"), **sampling, **how)
     with stage("reading the data, and whether the model is one for it"):
         dataset = PairDataset(data)
-        belong.check(module, model, dataset)
+        belong.check(module, model, dataset, ties=ties)
     return dataset
 
 
