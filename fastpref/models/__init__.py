@@ -63,16 +63,18 @@ def load_module(name: str) -> ModuleType:
             f"is neither installed nor in {Path.cwd()}"
         ) from None
     except Exception as error:  # whatever its code raises
-        if isinstance(error, SyntaxError):
-            file, line, said = error.filename, error.lineno, error.msg
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            last = [f for f in frames if not f.filename.startswith("<frozen importlib")][-1]
-            file, line, said = last.filename, last.lineno, error
-        raise ValueError(
-            f"family {name}: {target} cannot be imported: {file}, line {line}: "
-            f"{type(error).__name__}: {said}"
-        ) from error
+        raise ValueError(f"family {name}: {target} cannot be imported: {origin(error)}") from error
+
+
+def origin(error: Exception) -> str:
+    """Where a user's code failed and how: `FILE, line N: TYPE: what it says`."""
+    if isinstance(error, SyntaxError):
+        file, line, said = error.filename, error.lineno, error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = [f for f in frames if not f.filename.startswith("<frozen importlib")][-1]
+        file, line, said = last.filename, last.lineno, error
+    return f"{file}, line {line}: {type(error).__name__}: {said}"
 
 
 def search(target: str) -> ModuleType:
