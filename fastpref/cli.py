@@ -21,6 +21,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
   demo      make preference pairs with a tiny video model, train on them, print who wins
   train     train on your own pairs:   fastpref train --config FILE [--field value ...]
   encode    media and prompts to latents and embeddings, once
+  spo       train on pairs of the model's own steps: fastpref spo --config FILE [--field value ...]
   cache-reference   what the reference says of every pair and draw, once: same flags as train
   sweep     several objectives and betas on the same pairs and draws: same flags as train
   sample    clips from a model, with or without an adapter
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(name: str, rest: list[str]) -> None:
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
-    commands |= {"cache-reference": cache_reference, "sweep": sweep}
+    commands |= {"spo": spo, "cache-reference": cache_reference, "sweep": sweep}
     commands |= {"eval": evaluate, "export": export, "report": report, "doctor": doctor}
     if name in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -81,6 +82,25 @@ def train(rest: list[str]) -> None:
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))
+
+
+def spo(rest: list[str]) -> None:
+    from .run.folder import alone
+    from .run.parsing import parse
+    from .spo.config import SPOConfig
+    from .spo.loop import spo as run
+
+    config = parse(rest, "fastpref spo", SPOConfig)
+    with alone(Path(config.output_dir), "spo"):
+        result = run(config)
+    spent = result["online"]
+    rows = spent["network"] * (1 if config.guidance_scale == 1 else 2) / max(1, spent["pairs"])
+    decodes = spent["decodes"] / max(1, spent["pairs"])
+    print(printable(f"{result['artifact']}: step {result['global_step']}"))
+    print(
+        f"{spent['pairs']} pairs kept of {spent['judged']} judged; of each {rows:.1f} rows of the "
+        f"network and {decodes:.1f} decodes in sampling, {spent['seconds']:.0f} s in all"
+    )
 
 
 def encode(rest: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from .grid import network_times, steps
 from .prompts import PromptSet, read_prompts
 from .resampler import Resampler
 from .scorers import Scorer, open_scorer
+
 
 @dataclass(kw_only=True)
 class Online:
@@ -166,4 +166,3 @@ def assemble(
         shape=shape,
     )
     return run, online
-

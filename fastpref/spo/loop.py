@@ -86,9 +86,8 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                     break
             if not updates:
                 next_round(run, empty=own["empty"] + 1)
-        if config.win_rate_prompts:
-            win_rate(run, online)
-    return book.finish(run, online=run.own["total"])
+        win_rate(run, online)
+    return book.finish(run, online=run.own["total"] | run.own.get("win_rate", {}))
 
 
 def next_round(run: Run, empty: int = 0) -> None:
