@@ -187,10 +187,15 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     return [{"text": row} for row in embeddings]
 
 
-@torch.no_grad()
 def decode(pipe: Encoders, latents: Tensor) -> Tensor:
     """`[C, f, h, w]` -> pixels `uint8 [4(f-1)+1, 8h, 8w, 3]`."""
+    return decode_many(pipe, latents[None])[0]
+
+
+@torch.no_grad()
+def decode_many(pipe: Encoders, latents: Tensor) -> list[Tensor]:
+    """`[N, C, f, h, w]` -> N clips as of `decode`, in one call of the VAE."""
     media = pipe.media
     # In the order of CogVideoXPipeline, to the same bits.
-    x = 1 / media.vae_scaling_factor_image * latents[None].to(pipe.device, media.vae.dtype)
-    return to_frames(media.vae.decode(x).sample[0])
+    x = 1 / media.vae_scaling_factor_image * latents.to(pipe.device, media.vae.dtype)
+    return [to_frames(clip) for clip in media.vae.decode(x).sample]

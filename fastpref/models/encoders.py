@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folder import arguments, load_part, part_class, read_config
+from .folder import VAE_FACTS, arguments, config_of, load_part, part_class, read_config
 
 # Beginnings of the names of the parts that encoders have.
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
@@ -115,6 +116,7 @@ class Encoders:
         index: the folder's model_index.json.
         device: where `to` moved what is loaded, and where the rest will be.
         sizes: of the clips that the model takes.
+        given: parts that stand in place of the folder's.
         tokens: of a prompt that the text encoders read; None: as many as each tokenizer says.
         clean: what the pipeline does to a prompt before its tokenizer sees it.
     """
@@ -139,6 +141,7 @@ class Encoders:
             if part.startswith(PARTS) and isinstance(entry, list | tuple) and any(entry):
                 part_class(path, part, entry)
         self.device = torch.device("cpu")
+        self.given: dict[str, Any] = {}
 
     def to(self, device: str | torch.device) -> Encoders:
         """Moves what is loaded and, once it is loaded, the rest to `device`; returns itself."""
@@ -188,7 +191,7 @@ class Encoders:
     def _load(self, wanted: tuple[str, ...], dtype: torch.dtype) -> Any:
         parts = [name for name, value in self.index.items() if isinstance(value, list | tuple)]
         kept = [name for name in parts if name.startswith(wanted) and self.index[name][0]]
-        missing = [name for name in kept if Path(self.path).is_dir() and not self._has(name)]
+        missing = [name for name in kept if name not in self.given and not self._has(name)]
         if missing or not kept:
             raise ValueError(
                 f"model {self.path}: expected {' and '.join(missing or wanted)} beside "
@@ -197,7 +200,7 @@ class Encoders:
         # The scheduler is a small JSON file, and constructors look into it.
         kept += [name for name in parts if name == "scheduler"]
         settings = {n: v for n, v in self.index.items() if n in signature(self.kind).parameters}
-        loaded = {name: self._part(name, dtype) for name in kept}
+        loaded = {n: self.given[n] if n in self.given else self._part(n, dtype) for n in kept}
         settings |= {**dict.fromkeys(parts), **loaded, **self.extra}
         return self.kind(**settings).to(self.device)
 
@@ -208,7 +211,8 @@ class Encoders:
         return load_part(kind, self.path, name, **options)
 
     def _has(self, part: str) -> bool:
-        return (Path(self.path) / part).is_dir()
+        """A hub id: not known before it is asked for."""
+        return (Path(self.path) / part).is_dir() or not Path(self.path).is_dir()
 
 
 @contextmanager
@@ -263,6 +267,53 @@ def drawn(posterior: Any, normal: Normal | None) -> Tensor:
     if normal is None:
         return posterior.mode()
     return posterior.mean + posterior.std * normal(posterior.mean.shape).to(posterior.mean)
+
+
+def decoded(family: ModuleType, pipe: Any, latents: Tensor, batch_size: int) -> list[Tensor]:
+    """Latents `[N, C, f, h, w]` -> N clips `uint8 [F, H, W, 3]` on the CPU; `batch_size` in one
+    call where the family has `decode_many(pipe, latents [n, ...]) -> n clips`.
+    """
+    many = getattr(family, "decode_many", None)
+    if many is None:
+        return [family.decode(pipe, row).cpu() for row in latents]
+    return [clip.cpu() for rows in latents.split(batch_size) for clip in many(pipe, rows)]
+
+
+def with_decoder(pipe: Any, path: str | Path) -> Any:
+    """A pipe that decodes with the VAE of another folder or hub id, and encodes prompts as before;
+    no media.
+
+    It is of the class of the model's own VAE (a pruned one, say) or, for images, an AutoencoderTiny
+    (TAESD), which takes latents as the model makes them, over its own scaling_factor, mostly 1.
+
+    Raises:
+        ValueError: another class, or latents that are not the model's as far as configs say.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if not isinstance(pipe, Encoders):
+        raise ValueError(f"decoder {path}: the model's family decodes with no VAE of diffusers")
+    own = part_class(pipe.path, "vae", pipe.index.get("vae", ()))
+    kinds = {k.__name__: k for k in ([own, AutoencoderTiny] if own is AutoencoderKL else [own])}
+    name = read_config(own, path, any_class=True).get("_class_name")
+    if name not in kinds:
+        raise ValueError(
+            f"decoder {path}: config.json expected _class_name {' or '.join(kinds)}, got {name}"
+        )
+    config, known = config_of(kinds[name], path, ""), config_of(own, pipe.path, "vae")
+    for fact in VAE_FACTS:
+        want, got = (c.get(fact) or None for c in (known, config))
+        if want != got and (fact, name) != ("scaling_factor", AutoencoderTiny.__name__):
+            raise ValueError(
+                f"decoder {path}: {fact} expected {want}, as of the VAE of {pipe.path}, got {got}: "
+                "it is made for other latents"
+            )
+    dtype = pipe.dtype if config.get("force_upcast") is False else pipe.vae_dtype
+    vae = load_part(kinds[name], path, "", **arguments(kinds[name], path, "", dtype))
+    result = copy(pipe)
+    result.given = {"vae": vae}
+    result.__dict__.pop("media", None)
+    return result
 
 
 def to_frames(decoded: Tensor) -> Tensor:

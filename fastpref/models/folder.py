@@ -183,7 +183,7 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     Raises:
         ValueError: it cannot be read, or weights that do not fill its config.
     """
-    is_model, where = issubclass(kind, nn.Module), f"model {path}/{part}"
+    is_model, where = issubclass(kind, nn.Module), f"model {path}/{part}".rstrip("/")
     method = None
     if is_model:
         check_shards(Path(path) / part)

@@ -157,14 +157,19 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     return rows
 
 
-@torch.no_grad()
 def decode(pipe: Encoders, latents: Tensor) -> Tensor:
     """`[C, 1, h, w]` -> pixels `uint8 [1, 8h, 8w, 3]`."""
+    return decode_many(pipe, latents[None])[0]
+
+
+@torch.no_grad()
+def decode_many(pipe: Encoders, latents: Tensor) -> list[Tensor]:
+    """`[N, C, 1, h, w]` -> N images `uint8 [1, 8h, 8w, 3]`, in one call of the VAE."""
     vae = pipe.media.vae
-    x = latents.permute(1, 0, 2, 3).to(pipe.device, vae.dtype)
+    x = latents.squeeze(2).to(pipe.device, vae.dtype)
     mean, std = statistics(pipe, x)
     x = x * std / vae.config.scaling_factor + mean
-    return to_frames(vae.decode(x, return_dict=False)[0].permute(1, 0, 2, 3))
+    return [to_frames(image[:, None]) for image in vae.decode(x, return_dict=False)[0]]
 
 
 def statistics(pipe: Encoders, like: Tensor) -> tuple[Tensor, Tensor]:

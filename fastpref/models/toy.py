@@ -163,8 +163,13 @@ def encode_text(pipe: Pipeline, prompts: list[str]) -> list[dict[str, Tensor]]:
 
 def decode(pipe: Pipeline, latents: Tensor) -> Tensor:
     """`[3, F, H, W]` in [-1, 1] -> pixels `uint8 [F, H, W, 3]`."""
+    return decode_many(pipe, latents[None])[0]
+
+
+def decode_many(pipe: Pipeline, latents: Tensor) -> list[Tensor]:
+    """`[N, 3, F, H, W]` -> N clips as of `decode`."""
     pixels = ((latents.float() + 1) * 127.5).round().clamp(0, 255)
-    return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    return [clip.permute(1, 2, 3, 0).contiguous() for clip in pixels.to(torch.uint8)]
 
 
 def save(model: nn.Module, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:

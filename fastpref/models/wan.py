@@ -114,13 +114,18 @@ def encode_text(pipe: Encoders, prompts: list[str]) -> list[dict[str, Tensor]]:
     return [{"text": row} for row in embeddings]
 
 
-@torch.no_grad()
 def decode(pipe: Encoders, latents: Tensor) -> Tensor:
     """`[C, f, h, w]` -> pixels `uint8 [4(f-1)+1, 8h, 8w, 3]`."""
+    return decode_many(pipe, latents[None])[0]
+
+
+@torch.no_grad()
+def decode_many(pipe: Encoders, latents: Tensor) -> list[Tensor]:
+    """`[N, C, f, h, w]` -> N clips as of `decode`, in one call of the VAE."""
     vae = pipe.media.vae
     mean, std = statistics(vae, latents)
-    x = (latents.float() * std + mean)[None].to(pipe.device, vae.dtype)
-    return to_frames(vae.decode(x, return_dict=False)[0][0])
+    x = (latents.float() * std + mean).to(pipe.device, vae.dtype)
+    return [to_frames(clip) for clip in vae.decode(x, return_dict=False)[0]]
 
 
 def statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
