@@ -201,8 +201,8 @@ def _patiently(
         # Where a server hangs every try takes `timeout`, and not all of them are made.
         if asked > retries or waited > sum(pauses):
             raise ValueError(
-                f"{said}; asked {asked} times in {waited:.0f} s: start its server again, then run "
-                "the same command to go on"
+                f"{said}; asked {asked} times in {waited:.0f} s: mend or start its server, then "
+                "run the same command to go on"
             )
         if asked == 1:
             warn(f"{said}; waiting for it, {sum(pauses):.0f} s at most")

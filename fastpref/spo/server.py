@@ -1,5 +1,5 @@
 """A scorer in a process of its own: an example server in one file, to copy into an environment that
-has what the scorer needs. It needs Python and numpy alone.
+has what the scorer needs; this file needs Python 3.10 and numpy alone.
 
     python server.py --scorer my_module:function --port 8765
     python -m fastpref.spo.server --scorer my_module:function
@@ -52,12 +52,16 @@ class Handler(BaseHTTPRequestHandler):
         self.clock.daemon = True
         self.clock.start()
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client is gone
+            super().handle()
+
     def finish(self) -> None:
         self.clock.cancel()
         super().finish()
 
     def stop_reading(self) -> None:
-        with contextlib.suppress(OSError):  # the client is gone
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
 
     def do_GET(self) -> None:
@@ -116,12 +120,8 @@ def parse(body: np.ndarray) -> tuple[list[np.ndarray], list[str], list[float]]:
     if not all(isinstance(of, list) and 0 < len(of) == len(shapes) for of in lists):
         raise ValueError("clips, prompts and t expected lists of one length, at least 1")
     for shape, prompt, time in zip(*lists, strict=True):
-        sizes = shape if isinstance(shape, list) else []
-        if (
-            len(sizes) != 4
-            or any(type(n) is not int or not 0 < n <= MOST_BYTES for n in sizes)
-            or sizes[3] != 3
-        ):
+        sizes = shape if isinstance(shape, list) and len(shape) == 4 else [0]
+        if sizes[-1] != 3 or any(type(n) is not int or not 0 < n <= MOST_BYTES for n in sizes):
             raise ValueError(f"clips expected [F, H, W, 3] each, got {shape!r:.80}")
         if not isinstance(prompt, str):
             raise ValueError(f"prompts expected texts, got {prompt!r:.80}")
@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765, help="0: any that is free")
     options = parser.parse_args()
     module, _, name = options.scorer.partition(":")
+    if not module or not name:
+        parser.error(f"--scorer expected my_module:function, got {options.scorer!r}")
     sys.path.append(os.getcwd())
     function = getattr(importlib.import_module(module), name)
     with ThreadingHTTPServer((options.host, options.port), Handler) as server:

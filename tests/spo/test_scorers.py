@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from clips import clip_folder
 from scoring import HOW, PROMPTS, TIMES, clips
 
 from fastpref.spo import scorers
+from fastpref.spo.preference_model import StepAwarePreferenceModel
 
 FUNCTIONS = """
 import torch
@@ -122,6 +124,35 @@ def test_memory_that_runs_out_stays_what_it_is(module):
     """`fastpref` has a line of its own for that."""
     with pytest.raises(torch.OutOfMemoryError):
         scorers.open_scorer(f"{module}:memory", **HOW)(clips(), PROMPTS, TIMES)
+
+
+def test_the_folder_of_a_clip_or_of_a_trained_model(tmp_path):
+    """A trained one scores by t, a plain one does not; the same as the model itself."""
+    model = StepAwarePreferenceModel.from_pretrained(clip_folder())
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.pooled.parameters():
+            value.copy_(torch.randn(value.shape, generator=random))
+    model.save_pretrained(tmp_path / "a:b")  # no function: a folder
+    frames, zero = clips(), torch.zeros(5, dtype=torch.float64)
+    plain = scorers.open_scorer(str(clip_folder()), **HOW)
+    trained = scorers.open_scorer(str(tmp_path / "a:b"), **HOW)
+    assert torch.equal(plain(frames, PROMPTS, TIMES), plain(frames, PROMPTS, zero))
+    found = trained(frames, PROMPTS, TIMES)
+    assert torch.equal(found, model(frames, PROMPTS, TIMES).detach())
+    assert found.dtype == torch.float64 and not found.requires_grad
+    assert not torch.equal(found, trained(frames, PROMPTS, zero))
+    half = scorers.open_scorer(str(clip_folder()), device="cpu", dtype=torch.bfloat16)
+    assert not torch.equal(half(frames, PROMPTS, zero), plain(frames, PROMPTS, zero))
+
+
+@pytest.mark.parametrize("name", ["absent", "/absent/folder", "my_scores.py", "a/b/c", "-", "a b"])
+def test_a_name_of_nothing(name):
+    """Nothing is asked of a hub whose names it cannot be."""
+    said = "no such folder; expected one, a hub id .owner/name., package.module:function or http:"
+    with pytest.raises(ValueError, match=said) as caught:
+        scorers.open_scorer(name, **HOW)
+    assert str(caught.value).startswith(f"scorer {name}: ")
 
 
 def test_numbers_of_any_kind_become_float64():

@@ -96,7 +96,7 @@ def test_a_server_that_stays_away_is_one_error(tmp_path, quick):
     assert 0.35 <= time.monotonic() - begin < 2  # 0.05 + 0.1 + 0.2
     assert re.fullmatch(
         rf"scorer {running.url}: no answer \(.*[Cc]onnection refused\); asked 4 times in 0 s: "
-        "start its server again, then run the same command to go on",
+        "mend or start its server, then run the same command to go on",
         str(caught.value),
     )
 
@@ -229,7 +229,7 @@ def test_what_does_not_pass_is_an_error_in_the_end(quick, case, reason):
     begin = time.monotonic()
     with pytest.raises(ValueError, match=f"{reason}.*; asked [23] times in ") as caught:
         ask(PASSING[case], timeout=0.2)
-    assert "start its server again" in str(caught.value)
+    assert "mend or start its server" in str(caught.value)
     assert time.monotonic() - begin < 2
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -236,6 +237,21 @@ def test_noise_never_ends_it(running):
     assert 400 in statuses and 200 in statuses and 500 not in statuses, statuses
     alive(running)
     assert running.process.poll() is None
+
+
+def test_a_client_that_leaves_is_no_error(running):
+    """In the middle of a call of its function and of its body, reset each time."""
+    log = running.folder / "server.log"
+    before = log.read_text()
+    for data in (request(HEAD | {"prompts": ["wait"]}, b"abc"), request(HEAD, length=10**6)):
+        line = socket.create_connection(("127.0.0.1", running.port))
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line.sendall(data)
+        time.sleep(0.1)
+        line.close()
+    time.sleep(0.4)
+    alive(running)
+    assert log.read_text() == before
 
 
 def test_its_parser_gives_back_what_was_sent():
