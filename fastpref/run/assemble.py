@@ -27,6 +27,7 @@ from ..step.graphs import recorded_pass
 from . import belong, checkpoint
 from .config import Config
 from .guard import Guard, Signals
+from .options import Options
 from .parts import (
     elements,
     first_words,
@@ -55,34 +56,23 @@ def nothing_known(epoch: int, batch: Batch, draws: Draws) -> None:
 
 
 @dataclass(kw_only=True)
-class Run:
-    """What a loop needs. `bookkeeping` has what every loop does with it beside its own step."""
+class Loop:
+    """What any loop needs of what `bookkeeping` does with it beside its own step."""
 
-    config: Config
+    config: Options
     folder: Path
     device: torch.device
     dtype: torch.dtype
-    family: ModuleType
-    dataset: Any  # PairDataset, or prompts of a loop that samples: it has a length
-    process: FlowMatching | Diffusion
-    objective: Objective | None  # None: sft
-    model: nn.Module
-    predict: reference.Predict
-    policy: reference.Policy
-    reference: reference.Reference | None  # None: the cache knows all that it would say
-    sample_shape: Callable[[], torch.Size]  # of the latents of validation clips
-    probe: Callable[[], Tensor]  # what the policy says of the first batch
+    dataset: PairDataset
+    model: nn.Module  # what trains
     parameters: list[Tensor]
     optimizer: torch.optim.Optimizer
     take_step: Callable[[], Tensor]  # clip, guard, optimiser; the gradients' norm
     guard: Guard
     meter: Meter
     made_of: dict[str, str]  # identities of data and model
-    attention: attention.Choice
-    checkpointing: str
     settings: ExitStack  # of the process, as long as the loop lasts
     cache: cache.ErrorCache | None = None
-    known: Known = nothing_known
     prepare: filling.Prepare | None = None  # None: its batches are the loop's own
 
     start: Path | None = None  # the checkpoint that it goes on from
@@ -91,7 +81,6 @@ class Run:
     saved: int = 0
     margin_noise: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last line of the log
-    prompts: Prompts | None = None  # to validate with
     own: dict[str, Any] = field(default_factory=dict)  # what a loop keeps in checkpoints for itself
 
     # As long as a loop is at work (`bookkeeping.at_work`).
@@ -113,6 +102,25 @@ class Run:
     def due(self, every: int) -> bool:
         """Each so many steps, and after the last one."""
         return self.step % every == 0 or self.done
+
+
+@dataclass(kw_only=True)
+class Run(Loop):
+    """What a loop needs that trains a policy."""
+
+    config: Config
+    family: ModuleType
+    process: FlowMatching | Diffusion
+    objective: Objective | None  # None: sft
+    predict: reference.Predict
+    policy: reference.Policy
+    reference: reference.Reference | None  # None: the cache knows all that it would say
+    sample_shape: Callable[[], torch.Size]  # of the latents of validation clips
+    probe: Callable[[], Tensor]  # what the policy says of the first batch
+    attention: attention.Choice
+    checkpointing: str
+    known: Known = nothing_known
+    prompts: Prompts | None = None  # to validate with
 
 
 def assemble(
@@ -193,7 +201,7 @@ def assemble(
     return run
 
 
-def restore(run: Run, start: Path) -> None:
+def restore(run: Loop, start: Path) -> None:
     """Takes over the state of the checkpoint that the run goes on from."""
     state = checkpoint.load(start, run.model, run.optimizer)
     changed = differences(state["made_of"], run.made_of)

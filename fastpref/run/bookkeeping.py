@@ -23,7 +23,7 @@ from ..progress import announced, printable, steps_bar, warn
 from ..step import reference
 from ..step.graphs import StepGraph
 from . import artifact, checkpoint, checks, optimisation
-from .assemble import Run
+from .assemble import Loop, Run
 from .config import Config
 from .fitting import MENDS, exhausted
 from .guard import Diverged, Interrupted, Signals, within_memory
@@ -111,7 +111,7 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
 
 
 @contextmanager
-def at_work(run: Run) -> Iterator[None]:
+def at_work(run: Loop) -> Iterator[None]:
     """Around a loop over pairs, once: its batches, and all that `working` has."""
     with working(run):
         source = stream(run)
@@ -123,7 +123,7 @@ def at_work(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def working(run: Run) -> Iterator[None]:
+def working(run: Loop) -> Iterator[None]:
     """Around a loop, once: its config.yaml, log, bar, clock and signals.
 
     Raises:
@@ -164,7 +164,7 @@ def mends(config: Options) -> dict[str, Any]:
     return {name: getattr(config, name, None) for name in MENDS}
 
 
-def stream(run: Run) -> Generator[tuple[int, Batch], None, None]:
+def stream(run: Loop) -> Generator[tuple[int, Batch], None, None]:
     """(epoch, batch) from the step that the run is at, read ahead until it is closed."""
     config = run.config
     return dataset.batches(
@@ -177,7 +177,7 @@ def stream(run: Run) -> Generator[tuple[int, Batch], None, None]:
     )
 
 
-def prepared(run: Run, source: Iterator[tuple[int, Batch]]) -> tuple[int, Batch, Draws]:
+def prepared(run: Loop, source: Iterator[tuple[int, Batch]]) -> tuple[int, Batch, Draws]:
     """(epoch, the next batch on the device, its draws)"""
     with run.clock.waiting():
         epoch, batch = next(source)
@@ -203,7 +203,7 @@ def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[Pai
     return announced("first batch, forward and backward", whole)
 
 
-def update(run: Run) -> Tensor:
+def update(run: Loop) -> Tensor:
     """One step of the optimiser at its learning rate; the gradients' norm, left on the device."""
     config, plan = run.config, ("lr_scheduler", "lr_warmup_steps", "max_train_steps")
     factor = optimisation.schedule(run.step, **config.only(*plan))
@@ -229,7 +229,7 @@ def self_check(run: Run, out: PairLoss) -> None:
         checks.check_step(out.err, out.ref_err)
 
 
-def log(run: Run, epoch: int, grad_norm: Tensor, **more: Any) -> None:
+def log(run: Loop, epoch: int, grad_norm: Tensor, **more: Any) -> None:
     """A line of metrics: means since the last one, to the log, the bar and the guard. more: a
     loop's own.
     """
@@ -253,7 +253,7 @@ def log(run: Run, epoch: int, grad_norm: Tensor, **more: Any) -> None:
         warn(warning)
 
 
-def save(run: Run) -> None:
+def save(run: Loop) -> None:
     """A checkpoint that the run goes on from."""
     if run.cache:
         run.cache.flush()
@@ -282,7 +282,7 @@ def validate(run: Run) -> None:
         draw_sheet(folder, run.step, run.prompts, run.model, shape, steps)
 
 
-def leave_if_asked(run: Run) -> None:
+def leave_if_asked(run: Loop) -> None:
     """Interrupted: a signal has arrived, the step is saved, and there are more left."""
     if run.stop and run.saved == run.step and not run.done:
         where = f"saved at step {run.step} in {run.folder}"
