@@ -21,9 +21,10 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
   demo      make preference pairs with a tiny video model, train on them, print who wins
   train     train on your own pairs:   fastpref train --config FILE [--field value ...]
   encode    media and prompts to latents and embeddings, once
-  spo       train on pairs of the model's own steps: fastpref spo --config FILE [--field value ...]
   cache-reference   what the reference says of every pair and draw, once: same flags as train
   sweep     several objectives and betas on the same pairs and draws: same flags as train
+  spm       a step-aware preference model from pairs and a CLIP, to score what spo samples
+  spo       train on the model's own steps: fastpref spo --config FILE [--field value ...]
   sample    clips from a model, with or without an adapter
   eval      errors and implicit accuracy of a tuned model on encoded pairs
   export    an adapter file for diffusers or ComfyUI, from a run's or any other tool's
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(name: str, rest: list[str]) -> None:
     commands = {"demo": demo, "train": train, "encode": encode, "sample": sample}
-    commands |= {"spo": spo, "cache-reference": cache_reference, "sweep": sweep}
+    commands |= {"spm": spm, "spo": spo, "cache-reference": cache_reference, "sweep": sweep}
     commands |= {"eval": evaluate, "export": export, "report": report, "doctor": doctor}
     if name in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -79,6 +80,19 @@ def train(rest: list[str]) -> None:
 
     config = parse(rest)
     with alone(Path(config.output_dir)):
+        result = run(config)
+    speed = f"{result['seconds_per_pair']:.3g} s/pair"
+    print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))
+
+
+def spm(rest: list[str]) -> None:
+    from .run.folder import alone
+    from .run.parsing import parse
+    from .spo.spm import train as run
+    from .spo.spm_config import SPMConfig
+
+    config = parse(rest, "fastpref spm", SPMConfig)
+    with alone(Path(config.output_dir), "spm"):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))

@@ -41,6 +41,7 @@ SMALLER = {
     "train": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
     "sweep": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
     "cache-reference": "--pair_mode deferred or a smaller --train_batch_size, here and in training",
+    "spm": "a smaller --train_batch_size, or --tune modulation",
     "encode": "a smaller --batch_size, --num_frames, --height and --width, or --dtype bfloat16",
     "sample": "smaller --num_frames, --height and --width, or one prompt at a time",
     "eval": "a set of fewer or smaller frames, or --device cpu",

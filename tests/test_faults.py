@@ -341,7 +341,9 @@ def test_what_is_said_of_a_librarys_exception():
     assert len(long) < MOST + 200 and "what 0123" in long and "then this; FASTPREF" in long
     with pytest.raises(AttributeError) as caught:
         Config.only(None, "beta")  # of ours, and meant by nobody
-    assert re.search(r"AttributeError: .* \(fastpref/run/options.py:\d+\); ", told(caught.value, ""))
+    assert re.search(
+        r"AttributeError: .* \(fastpref/run/options.py:\d+\); ", told(caught.value, "")
+    )
     with pytest.raises(ValueError) as caught:
         Parser().error("it was meant")
     assert told(caught.value, "train") == "it was meant"

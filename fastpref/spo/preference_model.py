@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import flush, share, writing
-from ..models.folder import arguments, load_part
+from ..models.folder import arguments, check_path, load_part
 from .pixels import PREPROCESSOR, json_object, preprocess, read_preprocessor, tiled
 
 Frames = Literal["mean", "tile"]
@@ -194,8 +194,7 @@ class StepAwarePreferenceModel(nn.Module):
         """
         from transformers import AutoTokenizer, CLIPModel
 
-        if Path(path).exists() or Path(path).is_absolute():  # else a hub id
-            _check_folder(Path(path))
+        check_folder(path)
         clip = load_part(CLIPModel, path, "", **arguments(CLIPModel, path, "", dtype))
         tokenizer = load_part(AutoTokenizer, path, "")
         record = Path(path) / RECORD
@@ -230,10 +229,12 @@ def _unit(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.double(), dim=1)
 
 
-def _check_folder(path: Path) -> None:
-    """ValueError: no folder of a CLIP."""
+def check_folder(path: str | Path) -> None:
+    """ValueError: no folder of a CLIP (nor a hub id, of which nothing is asked)."""
+    check_path(path)
+    path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"model {path}: no such folder; expected one of a CLIP, or a hub id")
+        return
     config = path / "config.json"
     kind = json_object(config, f"model {path}").get("model_type") if config.exists() else None
     if kind != "clip":
