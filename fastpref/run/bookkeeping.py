@@ -305,7 +305,8 @@ def finish(run: Run, **more: Any) -> dict[str, Any]:
     exported = artifact.export(folder, run.model)
     name = run.objective.name if run.objective else "sft"
     values, data = {"objective": name} | run.config.to_dict(), run.made_of["data"]
-    card = artifact.model_card(values, exported.name, data, len(run.dataset))
+    unit = getattr(run.dataset, "unit", "pairs")
+    card = artifact.model_card(values, exported.name, data, len(run.dataset), unit)
     write_atomic(folder / "README.md", card.encode())
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
     result = {

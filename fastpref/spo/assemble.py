@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import model_identity
-from ..models.encoders import check_size
+from ..models.encoders import check_size, decoded, with_decoder
 from ..models.folder import scheduler_config
 from ..progress import stage
 from ..run import belong
@@ -48,11 +48,12 @@ class Online:
         """Scores [N] of samples or their x0-hat [N, ...], decoded a few at once."""
         config, found = run.config, []
         clean = clean if config.decode_frames is None else clean[:, :, : config.decode_frames]
-        for part in torch.arange(len(rows)).split(config.decode_batch):
-            frames = [run.family.decode(self.pipe, latent).cpu() for latent in clean[part]]
-            texts = [self.prompts.prompts[rows[i]] for i in part.tolist()]
-            times = torch.full((len(part),), t, dtype=torch.float64)
-            found.append(self.scorer(frames, texts, times))
+        texts = [self.prompts.prompts[row] for row in rows]
+        for i in range(0, len(rows), config.decode_batch):
+            some = slice(i, i + config.decode_batch)
+            frames = decoded(run.family, self.pipe, clean[some], config.decode_batch)
+            times = torch.full((len(frames),), t, dtype=torch.float64)
+            found.append(self.scorer(frames, texts[some], times))
         return torch.cat(found)
 
 
@@ -101,6 +102,8 @@ def assemble(
     with stage("the decoder, and the shape of its latents"):
         blank = torch.zeros(*size, 3, dtype=torch.uint8)
         shape = family.encode_media(pipe, blank).shape
+        if config.decoder:
+            pipe = with_decoder(pipe, config.decoder)
 
     torch.manual_seed(config.seed)
     model = base_model(config, family, device, dtype)

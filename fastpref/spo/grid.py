@@ -69,13 +69,15 @@ def network_times(
     config (spacing: otherwise than that says); the last step ends at timestep 0 with its own abar.
 
     Raises:
-        ValueError: more steps than there are timesteps, or fewer than 1.
+        ValueError: more steps than there are timesteps, or fewer than 1; a spacing without effect.
     """
     total = len(process.alphas_cumprod) if isinstance(process, Diffusion) else None
     most = total or process.num_train_timesteps
     if not 1 <= count <= most:
         raise ValueError(f"sampling_steps: expected 1 to {most}, got {count}")
     if total is None:
+        if spacing:
+            raise ValueError("timestep_spacing has no effect on FlowMatching: remove it")
         u = torch.linspace(1, 1 / most, count + 1, dtype=torch.float64)[:-1]
         return [*(most * process.shifted(u)).tolist(), 0.0]
     from diffusers import DDIMScheduler

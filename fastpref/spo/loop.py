@@ -52,14 +52,9 @@ def spo(config: SPOConfig) -> dict[str, Any]:
         while not run.done:
             if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
                 win_rate(run, online)
-            pairs = sampled_pairs(run, online)
-            updates = rounds.updates_of(
-                pairs,
-                config.train_batch_size,
-                config.gradient_accumulation_steps,
-                config.seed,
-                own["round"],
-            )
+            number, pairs = own["round"], sampled_pairs(run, online)
+            size, accumulate = config.train_batch_size, config.gradient_accumulation_steps
+            updates = rounds.updates_of(pairs, size, accumulate, config.seed, number)
             for batches in updates[own["updates"] :]:
                 total = sum(map(len, batches))
                 for some in batches:
@@ -75,7 +70,7 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                     next_round(run)
                 book.self_check(run, out)
                 if run.due(config.logging_steps):
-                    book.log(run, own["round"], grad_norm, **telemetry.online(run))
+                    book.log(run, number, grad_norm, **telemetry.online(run))
                 with run.clock.paused():
                     if run.due(config.checkpointing_steps) or run.stop:
                         book.save(run)

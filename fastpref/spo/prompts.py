@@ -84,6 +84,8 @@ class PromptSet:
     Raises ValueError: the folder's were embedded otherwise, or a file changed on disk.
     """
 
+    unit = "prompts"
+
     def __init__(
         self,
         prompts: Sequence[str],

@@ -147,7 +147,7 @@ def test_the_loss_is_cross_entropy_with_ties_of_a_half():
 
 def test_an_example_counts_by_its_prompt(pairs):
     data = PairDataset(pairs)
-    rows = list(range(0, 48, 2)) + [1]
+    rows = [*range(0, 48, 2), 1]
     weights = labels.example_weights(data, rows)
     counts = Counter(data.prompts[i] for i in rows)
     assert len(set(counts.values())) > 1 and len(weights) == len(rows)

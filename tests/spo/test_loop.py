@@ -1,0 +1,260 @@
+"""`fastpref spo` on the demo's base: rounds, resume in either phase, what it says and refuses."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import judges
+import pytest
+import torch
+from commands import BASE, arguments, command, fails
+from safetensors.torch import load_file
+
+from fastpref.cli import main
+from fastpref.demo import clips
+from fastpref.run.guard import Diverged, Interrupted
+from fastpref.spo import loop
+from fastpref.spo.config import SPOConfig
+from fastpref.spo.loop import spo
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.txt"
+    path.write_text("\n".join(clips.PAIR_PROMPTS[:8]) + "\n")
+    return path
+
+
+def options(prompts: Path, folder: Path, **changes) -> dict:
+    return {
+        **{"family": "toy", "model": str(BASE), "data": str(prompts), "output_dir": str(folder)},
+        **{"num_frames": 8, "height": 12, "width": 12, "scorer": "judges:judge"},
+        **{"guidance_scale": 1.0, "sampling_steps": 5, "first_step": 1, "candidates": 2},
+        **{"prompts_per_round": 4, "sample_batch_size": 2, "train_batch_size": 4},
+        **{"threshold": 0.1, "max_train_steps": 6, "learning_rate": 1e-3, "lora_rank": 4},
+        **{"logging_steps": 1, "checkpointing_steps": 2, "win_rate_prompts": 2},
+        **{"win_rate_rounds": 2, "report_to": "none", "device": "cpu"},
+        **changes,
+    }
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without what a clock says."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("perf/seconds_per_pair", "perf/data_wait_fraction", "online/seconds")
+    return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+
+def same(a: Path, b: Path) -> None:
+    one, other = adapter(a), adapter(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert any(value.any() for name, value in one.items() if "lora_B" in name)
+    assert rows(a) == rows(b)
+    one, other = (json.loads((f / "win_rate.json").read_text()) for f in (a, b))
+    assert one == other
+
+
+@pytest.fixture(scope="module")
+def whole(prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, spo(SPOConfig(**options(prompts, folder)))
+
+
+def stop() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_it_trains_and_says_what_it_did(whole, prompts):
+    folder, result = whole
+    assert result["global_step"] == 6 and result["margin_noise"] == 0
+    log, spent = rows(folder), result["online"]
+    assert [row["global_step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and log[0]["spo/clamped"] == 0
+    sampled = [row for row in log if "online/kept" in row]
+    assert sampled[0] == log[0] and [row["epoch"] for row in sampled] == list(range(len(sampled)))
+    for row in sampled:
+        by_step = row["online/kept_by_step"]
+        assert len(by_step) == 5 and by_step[0] is None and by_step[4] is None
+        assert row["online/kept"] == pytest.approx(sum(by_step[1:4]) / 3)
+        assert row["online/decodes_per_pair"] == pytest.approx(2 / row["online/kept"])
+        # Of a prompt: one row each for start and the first step's end, two for each of 3 steps.
+        assert row["online/network_rows_per_pair"] == pytest.approx(8 / 3 / row["online/kept"])
+    assert spent["judged"] == 12 * (1 + log[-1]["epoch"]) == 12 * len(sampled)
+    record = json.loads((folder / "win_rate.json").read_text())
+    assert len(record["base"]) == 2 and record["rounds"][0]["win_rate"][0] == 0.5
+    last = record["rounds"][-1]
+    assert last["global_step"] == 6 and result["online"]["online/win_rate"] == last["win_rate"][0]
+    card = (folder / "README.md").read_text()
+    assert "| objective | spo |" in card and "(8 prompts, " in card
+    assert spo(SPOConfig(**options(prompts, folder))) == result, "already done"
+
+
+@pytest.mark.parametrize("call", [3, 5, 10])
+def test_stopped_while_it_samples_it_goes_on(call, whole, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "calls", {"count": 0, "at": call, "then": stop})
+    config = SPOConfig(**options(prompts, tmp_path / "run"))
+    with pytest.raises(Interrupted, match=r"saved at step \d in .*; run the same command"):
+        spo(config)
+    before = judges.calls["count"]
+    assert before < call + 12 and not (tmp_path / "run" / "result.json").exists()
+    spo(config)
+    same(tmp_path / "run", whole[0])
+
+
+@pytest.mark.parametrize("update", [1, 4])
+def test_stopped_while_it_trains_it_goes_on(update, whole, prompts, tmp_path, monkeypatch):
+    seen, real = [], loop.step_loss
+
+    def step_loss(*args, **kwargs):
+        seen.append(None)
+        if len(seen) == update:
+            stop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "step_loss", step_loss)
+    config = SPOConfig(**options(prompts, tmp_path / "run"))
+    with pytest.raises(Interrupted, match=f"saved at step {update}"):
+        spo(config)
+    spo(config)
+    same(tmp_path / "run", whole[0])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(whole, prompts, tmp_path):
+    """SIGKILL after more and more time, so that it falls into every phase."""
+    flags = arguments(options(prompts, tmp_path / "run"))
+    here = {"cwd": Path(judges.__file__).parent}
+    process = command("spo", *flags, **here)
+    while not (tmp_path / "run" / "config.yaml").exists():
+        time.sleep(0.01)
+    for moment in range(40):
+        time.sleep(0.1 + 0.05 * moment)
+        process.kill()
+        process.communicate()
+        if (tmp_path / "run" / "result.json").exists():
+            break
+        process = command("spo", *flags, **here)
+        time.sleep(1.5)  # it loads
+    assert moment > 2
+    assert command("spo", *flags, **here).wait() == 0
+    same(tmp_path / "run", whole[0])
+
+
+def test_a_lost_part_of_a_round_is_named(prompts, tmp_path, monkeypatch):
+    seen, real = [], loop.step_loss
+
+    def step_loss(*args, **kwargs):
+        seen.append(None)
+        if len(seen) == 2:
+            stop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "step_loss", step_loss)
+    config = SPOConfig(**options(prompts, tmp_path / "run", train_batch_size=2))
+    with pytest.raises(Interrupted, match="saved at step 2"):
+        spo(config)
+    part = tmp_path / "run" / "rounds" / "round-000000-001.safetensors"
+    kept = part.read_bytes()
+    part.write_bytes(kept[:-3] + b"abc")
+    with pytest.raises(ValueError, match=r"round-000000-001.safetensors: is missing or damaged"):
+        spo(config)
+    part.write_bytes(kept)
+    assert spo(config)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout_steps": 3, "sampling_steps": 6},
+        {"sde_window": [1, 3], "eta": 0.7, "gradient_accumulation_steps": 2},
+        {"guidance_scale": 2.0, "sample_rows": 3, "decode_batch": 3},
+        {"tuning": "full", "lora_rank": None, "learning_rate": 1e-5},
+        {"mixed_precision": "bf16", "decode_frames": 3, "checkpointing": "full"},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_other_ways(change, prompts, tmp_path):
+    change |= {"scorer": "judges:brightness", "max_train_steps": 3, "win_rate_rounds": 1}
+    result = spo(SPOConfig(**options(prompts, tmp_path / "run", **change)))
+    assert result["global_step"] == 3 and result["metrics"]["loss"] < 0.75
+    record = json.loads((tmp_path / "run" / "win_rate.json").read_text())
+    assert record["rounds"][-1]["scores"] != record["base"], "it has moved"
+
+
+def test_the_policy_learns_what_the_scorer_likes(prompts, tmp_path):
+    change = {"scorer": "judges:brightness", "max_train_steps": 24, "prompts_per_round": 8}
+    change |= {"sample_batch_size": 8, "train_batch_size": 8, "win_rate_rounds": 100}
+    change |= {"candidates": 4, "learning_rate": 3e-3, "logging_steps": 8}
+    result = spo(SPOConfig(**options(prompts, tmp_path / "run", **change)))
+    assert result["online"]["online/win_rate"] == 1 and result["online"]["online/score_gain"] > 1
+
+
+def test_a_scorer_that_tells_nothing_apart_is_said(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_EMPTY", 3)
+    with pytest.raises(ValueError, match=r"3 rounds in a row kept no pair: .* threshold 0.1"):
+        spo(SPOConfig(**options(prompts, tmp_path / "run", scorer="judges:constant")))
+
+
+def test_a_policy_that_is_not_finite_ends_it(prompts, tmp_path, monkeypatch):
+    real = loop.step_loss
+
+    def step_loss(policy, reference, batch, objective):
+        with torch.no_grad():
+            for parameter in policies[0].parameters:
+                parameter.fill_(float("nan"))
+        return real(policy, reference, batch, objective)
+
+    policies, made = [], loop.assemble
+
+    def assemble(*args):
+        run, online = made(*args)
+        policies.append(run)
+        return run, online
+
+    monkeypatch.setattr(loop, "assemble", assemble)
+    monkeypatch.setattr(loop, "step_loss", step_loss)
+    with pytest.raises(Diverged, match=r"round \d: .*not finite|not finite"):
+        spo(SPOConfig(**options(prompts, tmp_path / "run", train_batch_size=64)))
+
+
+def test_another_run_or_scorer_is_refused(whole, prompts, tmp_path, capsys):
+    folder = whole[0]
+    said = fails(capsys, "spo", *arguments(options(prompts, folder, candidates=3)))
+    assert "holds another run: candidates (2 there, 3 here)" in said
+    said = fails(capsys, "train", *arguments({"family": "toy", "model": BASE, "data": prompts,
+                                             "output_dir": folder, "beta": 1}))  # fmt: skip
+    assert "is one of fastpref spo, expected one of fastpref train" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eta": 0.0}, "eta: expected 0 < value <= 1, got 0.0"),
+        ({"candidates": 1}, "candidates: expected at least 2, got 1"),
+        ({"first_step": 4}, "all candidates would be the same"),
+        ({"first_step": 9}, "no step from first_step 9 of 5"),
+        ({"sde_window": "[3, 2]"}, "sde_window: expected two steps, first < end, got [3, 2]"),
+        ({"win_rate_prompts": 8}, "win_rate_prompts 8 leaves none of 8 prompts to train on"),
+        ({"height": 13}, "height and width expected divisible by 4, got 13x12"),
+        ({"scorer": "judges:nobody"}, "judges:nobody"),
+        ({"scorer": "nowhere"}, "scorer nowhere: no such folder"),
+        ({"timestep_spacing": "trailing"}, "timestep_spacing has no effect on FlowMatching"),
+        ({"decoder": str(BASE)}, "decodes with no VAE of diffusers"),
+    ],
+)
+def test_mistakes(change, said, prompts, tmp_path, capsys):
+    assert said in fails(capsys, "spo", *arguments(options(prompts, tmp_path / "run", **change)))
+
+
+def test_the_command_says_what_it_cost(prompts, tmp_path, capsys):
+    flags = arguments(options(prompts, tmp_path / "run", max_train_steps=1, win_rate_prompts=0))
+    assert main(["spo", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "pairs kept of 12 judged; of each" in said and "decodes in sampling" in said
+    assert "prompts    8 train; 4 a round" in said
+    assert not (tmp_path / "run" / "win_rate.json").exists()
