@@ -195,9 +195,8 @@ def test_it_learns_what_is_preferred(pairs, tmp_path):
     found = result["metrics"]
     assert 0.2 < found["eval/plain_accuracy"] < 0.7
     assert found["eval/accuracy"] > 0.85 and found["eval/loss"] < 0.55
-    assert (
-        min(found["eval/accuracy/by_level"]) >= 0.5 and len(found["eval/accuracy/by_level"]) == 10
-    )
+    by_level = found["eval/accuracy/by_level"]
+    assert len(by_level) == 10 and min(by_level) >= 0.5
     first, *_, last = lines(tmp_path / "run")
     assert (first["global_step"], last["global_step"]) == (0, 40)
     assert first["eval/accuracy"] == first["eval/plain_accuracy"] == found["eval/plain_accuracy"]
@@ -257,9 +256,8 @@ def test_ties_pull_scores_together(tmp_path):
         margins = [spm.clean_margin(model, decode, torch.float32, data[i]) for i in range(12)]
         spread.append(sum(map(abs, margins)) / 12)
     assert spread[1] < 0.7 * spread[0]
-    assert all(
-        row["loss"] >= math.log(2) - 1e-9 for row in lines(tmp_path / "run") if "loss" in row
-    )
+    losses = [row["loss"] for row in lines(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 20 and min(losses) >= math.log(2) - 1e-9
 
 
 def test_a_model_may_say_who_wins(pairs, tmp_path):
@@ -360,14 +358,11 @@ def killed_and_resumed(name, tmp_path, **changes) -> None:
     assert same(*made)
 
 
-def test_killed_on_sd15_it_goes_on_to_the_same_bits(tmp_path):
-    killed_and_resumed("sd15", tmp_path, relabel="clip", tie_margin=1e-4)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sd15"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_killed_on_any_family_it_goes_on_to_the_same_bits(name, tmp_path):
-    killed_and_resumed(name, tmp_path, frames="tile")
+    own = {"relabel": "clip", "tie_margin": 1e-4} if name == "sd15" else {"frames": "tile"}
+    killed_and_resumed(name, tmp_path, **own)
 
 
 @pytest.mark.slow
@@ -382,6 +377,7 @@ def test_in_half_precision(name, tmp_path):
         model=str(case.path),
         held_out=0.5,
         mixed_precision="bf16",
+        train_batch_size=1,
     )
     assert math.isfinite(result["metrics"]["loss"])
 
@@ -414,7 +410,15 @@ def test_other_folders_are_refused(pairs, tmp_path, capsys):
 
 def test_a_model_that_is_not_finite_is_not_written(pairs, tmp_path):
     with pytest.raises(Diverged):
-        run(pairs, tmp_path / "run", learning_rate=1e30, max_train_steps=30, weight_decay=0.0)
+        run(
+            pairs,
+            tmp_path / "run",
+            learning_rate=1e30,
+            max_train_steps=24,
+            weight_decay=0.0,
+            held_out=0.0,
+            train_batch_size=1,
+        )
     assert not (tmp_path / "run" / "preference_model").exists()
 
 
