@@ -2,13 +2,12 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import judges
 import pytest
 import torch
-from commands import BASE, arguments, command, fails
+from commands import BASE, arguments, fails
 from safetensors.torch import load_file
 
 from fastpref.cli import main
@@ -121,27 +120,6 @@ def test_stopped_while_it_trains_it_goes_on(update, whole, prompts, tmp_path, mo
     with pytest.raises(Interrupted, match=f"saved at step {update}"):
         spo(config)
     spo(config)
-    same(tmp_path / "run", whole[0])
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(whole, prompts, tmp_path):
-    """SIGKILL after more and more time, so that it falls into every phase."""
-    flags = arguments(options(prompts, tmp_path / "run"))
-    here = {"cwd": Path(judges.__file__).parent}
-    process = command("spo", *flags, **here)
-    while not (tmp_path / "run" / "config.yaml").exists():
-        time.sleep(0.01)
-    for moment in range(40):
-        time.sleep(0.1 + 0.05 * moment)
-        process.kill()
-        process.communicate()
-        if (tmp_path / "run" / "result.json").exists():
-            break
-        process = command("spo", *flags, **here)
-        time.sleep(1.5)  # it loads
-    assert moment > 2
-    assert command("spo", *flags, **here).wait() == 0
     same(tmp_path / "run", whole[0])
 
 
