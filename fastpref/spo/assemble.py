@@ -91,9 +91,14 @@ def assemble(
         rows=config.sample_rows,
         **config.only("candidates", "first_step", "rollout_steps", "threshold", "seed"),
     )
+    made: list[Run] = []
+
+    def stopping() -> bool:
+        return any(getattr(run, "stop", False) for run in made)
+
     how = {"device": device, "dtype": dtype, "timeout": config.scorer_timeout}
     with stage("opening the scorer"):
-        scorer = open_scorer(config.scorer, **how)
+        scorer = open_scorer(config.scorer, **how, stopping=stopping)
     texts = read_prompts(config.data)
     prompts = PromptSet(texts, folder / "prompts", family, config.model, dtype, device)
     rows, held_out = split(prompts, config.win_rate_prompts)
@@ -157,6 +162,7 @@ def assemble(
         settings=settings,
         **trained(config, model, device),
     )
+    made.append(run)
     if start is not None:
         restore(run, start)
     online = Online(

@@ -114,7 +114,14 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
             )
         if rolled is None:
             began = time.perf_counter()
-            rolled = roll(run, online, rows, epochs)
+            try:
+                rolled = roll(run, online, rows, epochs)
+            except (ValueError, KeyboardInterrupt):
+                # A scorer that is gone takes nothing with it that was trained.
+                if run.stop or run.step > run.saved:
+                    book.save(run)
+                book.leave_if_asked(run)
+                raise
             seconds = time.perf_counter() - began
             rounds.write_part(path, own["since"], rows, rolled, seconds)
             rolled = rounds.read_part(path, own["since"])  # as a run that goes on reads it

@@ -2,6 +2,9 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import judges
@@ -236,3 +239,86 @@ def test_the_command_says_what_it_cost(prompts, tmp_path, capsys):
     assert "pairs kept of 12 judged; of each" in said and "decodes in sampling" in said
     assert "prompts    8 train; 4 a round" in said
     assert not (tmp_path / "run" / "win_rate.json").exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The demo's judge in a process of its own; `start()` starts it again where it was."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+
+    def start():
+        words = ["-m", "fastpref.spo.server", "--scorer", "judges:served", "--port", str(port)]
+        here = Path(judges.__file__).parent
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=here, stdout=subprocess.PIPE, text=True
+        )
+        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+        running.append(process)
+        return process
+
+    yield start, f"http://127.0.0.1:{port}"
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_scorer_that_dies_and_comes_back_changes_nothing(
+    server, whole, prompts, tmp_path, monkeypatch
+):
+    """A server that scores as the function does: killed while a round samples, started again."""
+    start, address = server
+    first = start()
+    made, real, calls = [], loop.assemble, []
+
+    def assemble(*args):
+        run, online = real(*args)
+        scorer = online.scorer
+
+        def score(frames, texts, t):
+            calls.append(None)
+            if len(calls) == 9:
+                first.kill()
+                first.wait()
+                made.append(start())
+            return scorer(frames, texts, t)
+
+        online.scorer = score
+        return run, online
+
+    monkeypatch.setattr(loop, "assemble", assemble)
+    spo(SPOConfig(**options(prompts, tmp_path / "run", scorer=address)))
+    assert made, "it was killed"
+    same(tmp_path / "run", whole[0])
+
+
+def test_a_scorer_that_stays_away_is_one_line_and_nothing_is_lost(
+    server, whole, prompts, tmp_path, monkeypatch
+):
+    start, address = server
+    first = start()
+    monkeypatch.setattr("fastpref.spo.scorers.PAUSE", 0.01)
+    monkeypatch.setattr("fastpref.spo.scorers.LONGEST", 0.01)
+    real = loop.next_round
+
+    def next_round(run, empty=0):
+        real(run, empty)
+        first.kill()
+        first.wait()
+
+    monkeypatch.setattr(loop, "next_round", next_round)
+    # One checkpoint at the end of all: what the first round trained is saved since it fails.
+    change = {"scorer": address, "checkpointing_steps": 100, "win_rate_rounds": 100}
+    config = SPOConfig(**options(prompts, tmp_path / "run", **change))
+    with pytest.raises(ValueError, match=f"scorer {address}"):
+        spo(config)
+    monkeypatch.setattr(loop, "next_round", real)
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert int(saved.name.removeprefix("checkpoint-")) >= 2
+    start()
+    spo(config)
+    one, other = adapter(tmp_path / "run"), adapter(whole[0])
+    assert all(torch.equal(one[key], other[key]) for key in one)
