@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_variants import setting
 
-from bench import attention, margin_noise, overhead, pair_loss, step, table, timing, variants
+from bench import attention, margin_noise, overhead, pair_loss, spo, step, table, timing, variants
 from bench.architectures import ARCHITECTURES
 from bench.variants import Ours, Usual
 from fastpref.step import compiling
@@ -44,7 +44,7 @@ BROKEN = ValueError("a library's own")
 QUICK = ["--device", "cpu", "--shape", "1x64x64", "--rounds", "2", "--pairs", "2"]
 
 
-@pytest.mark.parametrize("bench", [attention, margin_noise, overhead, pair_loss, step])
+@pytest.mark.parametrize("bench", [attention, margin_noise, overhead, pair_loss, spo, step])
 def test_every_benchmark_takes_a_device_and_a_file(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--help"])
@@ -60,6 +60,17 @@ def test_margin_noise_of_every_family_run_eagerly_is_zero(tmp_path, monkeypatch)
     expected = {(name, mode) for name in margin_noise.TINY for mode in ("joint", "deferred")}
     assert {(row["family"], row["pair_mode"]) for row in rows} == expected
     assert all(row["max_margin"] == 0 for row in rows)
+
+
+def test_one_prediction_of_spo_beside_two(tmp_path):
+    """Both forms of every part are called alike, on tensors whose gradients were compared."""
+    file = tmp_path / "rows.jsonl"
+    spo.main([*QUICK, "--family", "tiny", "--output", str(file)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    cases = [(row["guidance_scale"], row["part"]) for row in rows]
+    assert cases == [(1.0, "forwards"), (1.0, "step"), (5.0, "forwards"), (5.0, "step")]
+    for row in rows:
+        assert row["s_per_pair"]["one"] > 0 and row["two_over_one"] > 0
 
 
 @pytest.mark.slow
