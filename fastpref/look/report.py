@@ -166,10 +166,13 @@ def _number(value: Any) -> float:
 
 
 def curves(run: Path, path: Path) -> None:
-    """Plots loss, margins and accuracy, the four errors, and values per noise-level bin."""
+    """Plots loss, margins and accuracy, the four errors, and values per noise-level bin; of a run
+    that samples its pairs how many it kept, and its win rate.
+    """
     rows = read_metrics(run)
     steps = [row["global_step"] for row in rows]
-    figure, axes = _figure(4)
+    sampled = [row for row in rows if not math.isnan(_number(row.get("online/kept")))]
+    figure, axes = _figure(5 if sampled else 4)
 
     def line(axis: Any, key: str, label: str | None = None, **style: Any) -> None:
         values = [_number(row.get(key)) for row in rows]
@@ -189,6 +192,13 @@ def curves(run: Path, path: Path) -> None:
         line(axes[2], f"errors/{name}", name, color=colour, linestyle=dashed)
     axes[2].set(title="errors (w chosen, l rejected)", xlabel="step")
     _levels(axes[3], rows)
+    if sampled:
+        at = [row["global_step"] for row in sampled]
+        for key in ("online/kept", "online/win_rate", "spo/clamped"):
+            values = [_number(row.get(key)) for row in sampled]
+            axes[4].plot(at, values, label=key.partition("/")[2], marker=".")
+        axes[4].set(title="shares: pairs kept, wins, clamped", xlabel="step")
+        axes[4].legend(fontsize=7)
     for axis in axes[1:3]:
         if axis.lines[1:]:
             axis.legend(fontsize=7)
