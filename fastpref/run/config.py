@@ -148,8 +148,7 @@ class Config(Looking, Saving, Media, Speed, Optimiser, Adapters, Pairs, Subject)
             return None
         if self.objective == "spo":
             raise ValueError(
-                "objective spo trains on its own samples, whose online sampler is not built yet; "
-                "fastpref.preference_loss computes it"
+                "objective spo trains on the model's own samples: use fastpref spo"
             )
         if self.beta is None:
             raise ValueError(

@@ -66,7 +66,7 @@ SFT = {"objective": "sft", "beta": None}
             {"objective": "best", "importance_steps": 5},
             f"objective: expected one of {', '.join(OFFLINE)} or sft, got best",
         ),
-        ({"objective": "spo"}, "objective spo trains on its own samples, whose online sampler is"),
+        ({"objective": "spo"}, "objective spo trains on the model's own samples: use fastpref spo"),
         ({"beta": None}, "beta is required with objective dpo (published: SD1.5 2000, SDXL 5000;"),
         ({"objective": "sft"}, "beta has no effect with objective sft: remove it"),
         (SFT | {"clip": 0.1}, "clip has no effect with objective sft: remove it"),
