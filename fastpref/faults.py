@@ -42,6 +42,7 @@ SMALLER = {
     "sweep": "--pair_mode deferred, --checkpointing full or a smaller --train_batch_size",
     "cache-reference": "--pair_mode deferred or a smaller --train_batch_size, here and in training",
     "spm": "a smaller --train_batch_size, or --tune modulation",
+    "spo": "a smaller --train_batch_size, --sample_rows or --decode_batch",
     "encode": "a smaller --batch_size, --num_frames, --height and --width, or --dtype bfloat16",
     "sample": "smaller --num_frames, --height and --width, or one prompt at a time",
     "eval": "a set of fewer or smaller frames, or --device cpu",

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pytest
 import torch
 from commands import BASE, arguments, encoded, options, write_pairs
+from tiny_clip import clip_folder
 
 import fastpref
 from fastpref.cli import main
@@ -42,6 +43,10 @@ def whole(tmp_path_factory):
     shutil.copytree(BASE, root / "model")
     encoded(root / "media", root / "set")
     assert call("train", *training(root, max_train_steps=2))[0] == 0
+    shutil.copytree(clip_folder(), root / "clip")
+    (root / "prompts.txt").write_text("a red disc moving left\na blue disc moving up\n")
+    for name in LONG:
+        assert call(name, *online(name, root, max_train_steps=2))[0] == 0
     (root / "demo").mkdir()
     (root / "demo" / ".fastpref").write_text("demo\n")
     (root / "demo" / "demo.json").write_text('{"pairs": 8, "steps": 1}')
@@ -66,6 +71,20 @@ def training(root: Path, **changes) -> list[str]:
     return arguments(options(root / "set", root / "run", max_train_steps=3, **how) | changes)
 
 
+def online(name: str, root: Path, **changes) -> list[str]:
+    """`fastpref spm`, and `fastpref spo` with a plain CLIP."""
+    how = {"family": "toy", "model": root / "model", "output_dir": root / name}
+    how |= {"guidance_scale": 1.0, "train_batch_size": 2, "max_train_steps": 3}
+    how |= {"logging_steps": 1, "checkpointing_steps": 1, "report_to": "none", "device": "cpu"}
+    if name == "spm":
+        how |= {"data": root / "set", "clip": root / "clip", "held_out": 0.3}
+    else:
+        how |= {"data": root / "prompts.txt", "scorer": root / "clip", "threshold": 0.0}
+        how |= {"num_frames": 8, "height": 12, "width": 12, "sampling_steps": 3, "first_step": 1}
+        how |= {"candidates": 2, "prompts_per_round": 2, "win_rate_prompts": 1}
+    return arguments(how | changes)
+
+
 def parts(name: str, root: Path) -> list[str]:
     """A command on the tree."""
     model = ["--family", "toy", "--model", str(root / "model"), "--device", "cpu"]
@@ -76,6 +95,8 @@ def parts(name: str, root: Path) -> list[str]:
     del swept[(at := swept.index("--beta")) : at + 2]
     one_choice = ["--pair_mode", "joint", "--checkpointing", "none", "--compile", "false"]
     demo = ["--pairs", "8", "--steps", "1", "--clips", "1", "--output_dir", str(root / "demo")]
+    if name in LONG:
+        return online(name, root)
     return {
         "demo": demo,
         "train": training(root),
@@ -103,6 +124,11 @@ READS = {
     "export": ("model/transformer/config.json", "run/*.safetensors"),
     "report": ("run/metrics.jsonl", "run/config.yaml"),
     "doctor": ("model/*/config.json", "set/fingerprint.json", "set/index.parquet"),
+}
+# Each of these takes a second: walked in the slow tests alone.
+LONG = {
+    "spm": ("clip/*", *SET, "spm/*", "spm/*/*"),
+    "spo": ("clip/*", "prompts.txt", "spo/*", "spo/*/*"),
 }
 
 
@@ -163,8 +189,8 @@ DAMAGES = {
 
 def files(root: Path, name: str) -> list[Path]:
     """What a command reads, of clips and of pairs one."""
-    found = [p for glob in READS[name] for p in sorted(root.glob(glob)) if p.is_file()]
-    many = [p for p in found if p.suffix == ".mp4" or "pairs" in p.parts]
+    found = [p for glob in (READS | LONG)[name] for p in sorted(root.glob(glob)) if p.is_file()]
+    many = [p for p in found if p.suffix == ".mp4" or {"pairs", "prompts"} & {*p.parts}]
     found = [p for p in found if p not in many[1:] and p.stat().st_size and "events" not in p.name]
     return [path.relative_to(root) for path in found]
 
@@ -193,9 +219,9 @@ def test_a_damaged_file(name, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", [*READS, *LONG])
 def test_every_damaged_file(name, whole):
-    assert walk(name, whole, every=1) > 6
+    assert walk(name, whole, every=3 if name in LONG else 1) > 6
 
 
 @pytest.mark.parametrize("name", READS)

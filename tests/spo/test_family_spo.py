@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import clip_folder
 from commands import arguments, command
 from families import FAMILIES, PROMPTS, tiny
 from safetensors.torch import load_file
+from tiny_clip import clip_folder
 
 from fastpref.cli import main
 from fastpref.spo.config import SPOConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import clip_folder
 from safetensors.torch import load_file, save_file
+from tiny_clip import clip_folder
 
 from fastpref.spo.pixels import preprocess, read_preprocessor, tiled
 from fastpref.spo.preference_model import RECORD, STEPS, StepAwarePreferenceModel

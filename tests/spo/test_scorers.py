@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from clips import clip_folder
 from scoring import HOW, PROMPTS, TIMES, clips
+from tiny_clip import clip_folder
 
 from fastpref.spo import scorers
 from fastpref.spo.preference_model import StepAwarePreferenceModel

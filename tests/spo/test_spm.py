@@ -11,10 +11,10 @@ from functools import partial
 
 import pytest
 import torch
-from clips import clip_folder
 from commands import BASE, arguments, command, encoded, fails, write_pairs
 from families import FAMILIES, PROMPTS, tiny, write_media
 from safetensors.torch import load_file
+from tiny_clip import clip_folder
 
 from fastpref.cli import main
 from fastpref.loss.functional import Draws
