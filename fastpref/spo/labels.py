@@ -121,7 +121,7 @@ def _read(path: Path, mark: dict[str, Any]) -> dict[int, float]:
     """The logits by pair id, as far as the file goes that a kill may have cut."""
     found: dict[int, float] = {}
     try:
-        first, *lines = path.read_text().split("\n")[:-1]  # what ends in no newline was cut
+        first, *lines = path.read_text().splitlines()
         if json.loads(first) != json.loads(json.dumps(mark)):
             return {}
         for line in lines:

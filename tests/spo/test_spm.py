@@ -114,6 +114,14 @@ def test_it_sees_the_guided_estimate_of_both_members_under_one_noise(pairs, tmp_
         torch.testing.assert_close(seen[member], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_both_members_are_scored_at_their_pairs_t_and_prompt(pairs, tmp_path):
+    made, asked = assembled(pairs, tmp_path / "run"), []
+    made.model = lambda *scorers: asked.append(scorers)
+    spm.scored(made, list("abcd"), ["x", "y"], torch.tensor([3.0, 4.0]))
+    ((clips, prompts, t),) = asked
+    assert (clips, prompts, t.tolist()) == (list("abcd"), ["x", "y"] * 2, [3.0, 4.0] * 2)
+
+
 def test_t_is_uniform_whatever_the_shift_of_the_scheduler(tmp_path):
     case = tiny("wan")
     data = encode(
@@ -261,7 +269,8 @@ def test_ties_pull_scores_together(tmp_path):
 
 
 def test_a_model_may_say_who_wins(pairs, tmp_path):
-    made = assembled(pairs, tmp_path / "run", relabel="clip", tie_margin=0.01)
+    change = {"relabel": "clip", "tie_margin": 0.01, "eval_pairs": 100}
+    made = assembled(pairs, tmp_path / "run", **change)
     data = PairDataset(pairs)
     plain = StepAwarePreferenceModel.from_pretrained(clip_folder(), num_frames=4)
     for i in range(len(data)):
