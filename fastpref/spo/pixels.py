@@ -63,7 +63,9 @@ def read_preprocessor(path: str | Path, clip: nn.Module) -> dict[str, Any]:
         file = cached_file(str(path), PREPROCESSOR)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{where}: {PREPROCESSOR} cannot be read ({reason})") from None
+        raise ValueError(
+            f"{where}: {PREPROCESSOR} cannot be read ({reason}); copy the original CLIP's"
+        ) from None
     found = json_object(Path(file), where)
     side = clip.config.vision_config.image_size
     size, crop = found.get("size", side), found.get("crop_size", side)

@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from ..files import identity, model_identity, write_atomic
 from ..loss.functional import Draws
+from ..models.encoders import decoded, with_decoder
 from ..pairs.dataset import Batch, Pair, collate, epoch_batches, left_out
 from ..process import Diffusion, FlowMatching, Times, estimates
 from ..progress import printable, stage, warn
@@ -39,6 +40,8 @@ from .preference_model import StepAwarePreferenceModel, check_folder
 from .spm_config import SPMConfig
 
 ARTIFACT = "preference_model"
+# What a label by the plain model hangs on, beside data, model and CLIP.
+JUDGED = ("frames", "frames_scored", "decoder", "decode_batch", "decode_frames", "mixed_precision")
 MEMORY = (
     "a step: run it again with a smaller --train_batch_size (and more "
     "--gradient_accumulation_steps), or --tune modulation"
@@ -55,7 +58,7 @@ class Run(Loop):
     held: Subset  # pairs with a winner that accuracy is measured on
     process: FlowMatching | Diffusion
     predict: Callable[..., Tensor]  # the frozen base's, guided
-    decode: Callable[[Tensor], Tensor]  # latents [C, F, h, w] -> frames
+    decode: Callable[[Tensor], list[Tensor]]  # latents [N, C, F, h, w] -> clips
     labels: dict[int, float]  # pair id -> probability that the first is preferred
     weights: dict[int, float]  # pair id -> how much it counts
 
@@ -118,7 +121,7 @@ def decoded_estimates(run: Run, batch: Batch, draws: Draws, times: Times) -> lis
     mix = torch.stack([times.a, times.s, times.p, times.q]).float().to(noisy.device).repeat(1, 2)
     a, s, p, q = mix.view(4, -1, *[1] * (noisy.dim() - 1))
     clean, _ = estimates(noisy.float(), pred.float(), a, s, p, q)
-    return [run.decode(latents) for latents in clean]
+    return run.decode(clean)
 
 
 def scored(run: Run, clips: list[Tensor], prompts: list[str], t: Tensor) -> Tensor:
@@ -171,12 +174,12 @@ def assemble(
         process = process.replace(shift=1.0)  # t is uniform
     base = load_model(family, config.model, device, dtype)
     belong.warn_of_another_model(config.model, whole)
-    decode = decoder(family, config.model, device, dtype)
+    decode = decoder(config, family, device, dtype)
     made_of = {"data": identity(whole.folder / "index.parquet")}
     made_of |= {"model": model_identity(config.model), "clip": model_identity(config.clip)}
     labels = given(whole)
     if config.relabel == "clip":
-        mark = made_of | config.only("frames", "frames_scored", "mixed_precision")
+        mark = made_of | config.only(*JUDGED)
         judge = partial(clean_margin, model, decode, dtype)
         labels = relabelled(whole, folder, mark, config.tie_margin, judge)
     won = [i for i in held if labels[whole.pair_ids[i]] != 0.5]
@@ -227,22 +230,28 @@ def predicting(
 
 
 def decoder(
-    family: ModuleType, model: str, device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """The family's decoder."""
-    pipe = family.pipeline(model, dtype)
-    return partial(family.decode, pipe.to(device) if hasattr(pipe, "to") else pipe)
+    config: SPMConfig, family: ModuleType, device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor], list[Tensor]]:
+    """What makes clips of latents [N, C, F, h, w]."""
+    pipe = family.pipeline(config.model, dtype)
+    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
+    pipe = with_decoder(pipe, config.decoder) if config.decoder else pipe
+
+    def decode(latents: Tensor) -> list[Tensor]:
+        return decoded(family, pipe, latents[:, :, : config.decode_frames], config.decode_batch)
+
+    return decode
 
 
 @torch.no_grad()
 def clean_margin(
     model: StepAwarePreferenceModel,
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], list[Tensor]],
     dtype: torch.dtype,
     pair: Pair,
 ) -> float:
     """What an untrained model says of a pair's clean latents: the logit of the first."""
-    clips = [decode(latents) for latents in (pair.latents_w, pair.latents_l)]
+    clips = decode(torch.stack([pair.latents_w, pair.latents_l]))
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         first, second = model(clips, [pair.prompt] * 2, torch.zeros(2)).tolist()
     return first - second

@@ -42,6 +42,13 @@ class SPMConfig(Saving, Media, Optimiser, Subject):
         "by side (tile), which shows motion")
     frames_scored: int = option(8, POSITIVE, at_most(1024),
         help="frames of a clip that are scored, evenly spaced")
+    decoder: str | None = option(None,
+        help="folder or hub id of a VAE that decodes in place of the model's, as in the runs of "
+        "SPO that it will judge: a cheap one (AutoencoderTiny)")
+    decode_batch: int = option(8, POSITIVE, help="samples decoded at once")
+    decode_frames: int | None = option(None, POSITIVE,
+        help="latent frames, from the first on, that are decoded and scored, as in those runs; "
+        "default: all")
     guidance_scale: float = option(5.0, FINITE,
         help="guidance of the base's prediction, as in sampling; 1: none")
     tune: Literal["all", "vision", "modulation"] = option("all",

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from functools import partial
 
+import families
 import pytest
 import torch
 from commands import BASE, arguments, command, encoded, fails, write_pairs
@@ -20,6 +21,7 @@ from fastpref.cli import main
 from fastpref.loss.functional import Draws
 from fastpref.loss.oracle import normal
 from fastpref.models import toy
+from fastpref.models.encoders import decoded
 from fastpref.pairs.dataset import PairDataset
 from fastpref.pairs.encode import encode
 from fastpref.run import bookkeeping
@@ -90,7 +92,7 @@ def lines(folder) -> list[dict]:
 def test_it_sees_the_guided_estimate_of_both_members_under_one_noise(pairs, tmp_path):
     made = assembled(pairs, tmp_path / "run", guidance_scale=3.0)
     seen = []
-    made.decode = seen.append
+    made.decode = seen.extend
     data = PairDataset(pairs)
     batch, draws = made.prepare(0, spm.collate([data[3], data[7]]))
     times = made.process.times(draws)
@@ -120,6 +122,21 @@ def test_both_members_are_scored_at_their_pairs_t_and_prompt(pairs, tmp_path):
     spm.scored(made, list("abcd"), ["x", "y"], torch.tensor([3.0, 4.0]))
     ((clips, prompts, t),) = asked
     assert (clips, prompts, t.tolist()) == (list("abcd"), ["x", "y"] * 2, [3.0, 4.0] * 2)
+
+
+def test_pictures_are_decoded_as_a_run_of_spo_decodes_them(tmp_path):
+    case = tiny("sd15")
+    other = families.image_vae(latent_channels=4)
+    torch.nn.init.zeros_(other.decoder.conv_out.weight)
+    torch.nn.init.ones_(other.decoder.conv_out.bias)
+    other.save_pretrained(tmp_path / "vae")
+    change = {"family": case.family.name, "model": str(case.path)}
+    config = SPMConfig(**values("x", tmp_path, decoder=str(tmp_path / "vae"), **change))
+    decode = spm.decoder(config, case.module, torch.device("cpu"), torch.float32)
+    assert all((clip == 255).all() for clip in decode(torch.randn(3, 4, 1, 4, 4)))
+    config = SPMConfig(**values("x", tmp_path, decode_frames=2))
+    decode = spm.decoder(config, toy, torch.device("cpu"), torch.float32)
+    assert [clip.shape[0] for clip in decode(torch.zeros(2, 3, 5, 8, 8))] == [2, 2]
 
 
 def test_t_is_uniform_whatever_the_shift_of_the_scheduler(tmp_path):
@@ -212,7 +229,7 @@ def test_it_learns_what_is_preferred(pairs, tmp_path):
     # The folder is a scorer: on clean clips of held-out prompts too.
     judge = StepAwarePreferenceModel.from_pretrained(tmp_path / "run" / "preference_model")
     data = PairDataset(pairs)
-    decode = partial(toy.decode, toy.pipeline(BASE))
+    decode = partial(decoded, toy, toy.pipeline(BASE), batch_size=2)
     margins = [
         spm.clean_margin(judge, decode, torch.float32, data[i]) for i in labels.split(data, 0.3)[1]
     ]
@@ -257,7 +274,7 @@ def test_ties_pull_scores_together(tmp_path):
     run(media, tmp_path / "run", **change)  # media are encoded, their ties kept
     data = PairDataset(tmp_path / "run" / "encoded")
     assert data.ties == [True] * 12
-    decode = partial(toy.decode, toy.pipeline(BASE))
+    decode = partial(decoded, toy, toy.pipeline(BASE), batch_size=2)
     spread = []
     for path in (clip_folder(), tmp_path / "run" / "preference_model"):
         model = StepAwarePreferenceModel.from_pretrained(path, num_frames=4)
