@@ -53,9 +53,9 @@ def open_scorer(
     """A scorer by its name.
 
     `http://host:port/...` or https: a server of the protocol in `server.py`, which is asked once
-    now; later ones that fail are sent again, at most `retries` times. `package.module:function`:
-    that function. Else a folder or hub id of a preference model, or of a plain CLIP, on `device` in
-    `dtype`.
+    now; a later request that fails is sent again, `retries` times at most.
+    `package.module:function`: that function.
+    Else a folder or hub id of a preference model, or of a plain CLIP, on `device` in `dtype`.
 
     stopping: asked while a server is waited for; where it says True, KeyboardInterrupt is raised.
 
