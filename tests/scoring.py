@@ -39,7 +39,7 @@ def scored(frames, prompts, t):
         time.sleep(0.3)
     inside -= 1
     if "fail" in prompts:
-        raise RuntimeError("no\\nmemory")
+        raise RuntimeError("no\\nmemory" + "!" * 999)
     weights = [np.arange(clip.size) @ clip.reshape(-1).astype(np.int64) for clip in frames]
     scores = [w / 7 + len(p) + x for w, p, x in zip(weights, prompts, t)]
     return [float("nan") if p == "nan" else s for s, p in zip(scores, prompts)]
