@@ -147,9 +147,7 @@ class Config(Looking, Saving, Media, Speed, Optimiser, Adapters, Pairs, Subject)
                 raise ValueError(f"{', '.join(hyper)} has no effect with objective sft: remove it")
             return None
         if self.objective == "spo":
-            raise ValueError(
-                "objective spo trains on the model's own samples: use fastpref spo"
-            )
+            raise ValueError("objective spo trains on the model's own samples: use fastpref spo")
         if self.beta is None:
             raise ValueError(
                 f"beta is required with objective {self.objective} "
