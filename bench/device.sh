@@ -65,6 +65,7 @@ step_small_17 - 270
 step_toy - 270
 synccheck 60 180
 overhead 60 180
+spo 60 150
 step_attention - 300
 step_cogvideox_2b_more - 500
 step_cogvideox_5b_more - 500
@@ -156,6 +157,7 @@ part_pair_loss() {
 }
 part_margin_noise() { bench margin_noise --family wan "${noise[@]}"; }
 part_overhead() { bench overhead "${quick[@]}"; }
+part_spo() { rows=overhead bench spo --family wan --shape 9x480x832 --rounds 3 "${table[@]}"; }
 
 # step ARGUMENTS...: a table in what is left of the part's time, less the start and the end. Variants
 # that are predicted not to fit the card are named there and not compiled.
