@@ -3,8 +3,9 @@
 Makes a published architecture as the diffusers folder that users have (transformer or UNet, VAE,
 text encoders, tokenizers, scheduler), then runs what they run, each stage in a process of its own:
 `fastpref encode` of two tiny pairs with the true VAE, `fastpref train` for three steps, the same on
-to five, and the adapter loaded into the family's pipeline, which samples with and without it. Every
-number of the adapter's file must be in the pipeline, and clips must be finite and change.
+to five, two steps of `fastpref spo` by a scorer that likes light clips, and the adapter of `train`
+loaded into the family's pipeline, which samples with and without it. Every number of the adapter's
+file must be in the pipeline, and clips must be finite and change.
 
 Of each stage the seconds and the most memory that its process held (the host's; pages of files that
 it mapped among it). The text encoder is small (two layers of the true width and a small vocabulary)
@@ -32,7 +33,16 @@ RUN = {
     "objective": "dpo", "beta": 500, "mixed_precision": "bf16", "lora_rank": 16,
     "learning_rate": 1e-3, "checkpointing_steps": 3, "logging_steps": 1, "report_to": "none",
 }  # fmt: skip
+ONLINE = {
+    "scorer": "bench.true_size:brightness", "threshold": 0.0, "win_rate_prompts": 0,
+    "sampling_steps": 4, "first_step": 1, "candidates": 2, "prompts_per_round": 1,
+    "max_train_steps": 2,
+}  # fmt: skip
 FIRST, LAST = 3, 5  # steps of the first command and in the end
+
+
+def brightness(frames: list[torch.Tensor], prompts: list[str], t: torch.Tensor) -> list[float]:
+    return [clip.double().mean().item() for clip in frames]
 
 
 def load(size: Size, model: Path, run: Path, device: str) -> None:
@@ -105,19 +115,27 @@ def stages(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     family = ["--family", size.architecture.family, "--model", str(model), "--device", device]
     frames, height, width = size.clip.split("x")
     clip = ["--num_frames", frames, "--height", height, "--width", width]
-    clip += ["--dtype", "bfloat16", "--batch_size", str(len(PROMPTS))]  # no more text than there is
-    flags = [part for key, value in RUN.items() for part in (f"--{key}", str(value))]
+    few = ["--dtype", "bfloat16", "--batch_size", str(len(PROMPTS))]  # no more text than there is
+    flags, online = (
+        [part for key, value in values.items() for part in (f"--{key}", str(value))]
+        for values in (
+            RUN,
+            {k: v for k, v in RUN.items() if k not in ("objective", "beta")} | ONLINE,
+        )
+    )
 
     def train(steps: int) -> list[str]:
         data = ["--data", str(encoded), "--output_dir", str(out)]
         return [*fastpref, "train", *family, *data, *flags, "--max_train_steps", str(steps)]
 
     media = ["--data", str(folder / "media"), "--output_dir", str(encoded)]
+    sampled = ["--data", str(folder / "media"), "--output_dir", str(folder / "spo")]
     commands = {
         "make": [*here, *own, "--stage", "make"],
-        "encode": [*fastpref, "encode", *family, *media, *clip],
+        "encode": [*fastpref, "encode", *family, *media, *clip, *few],
         f"train, {FIRST} steps": train(FIRST),
         f"resume, to {LAST}": train(LAST),
+        "spo, 2 steps": [*fastpref, "spo", *family, *sampled, *clip, *online],
         "load": [*here, *own, "--stage", "load"],
     }
     rows = []
@@ -126,8 +144,9 @@ def stages(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
         if name == "make":
             weights = list(model.rglob("*.safetensors"))
             row["disk_gb"] = round(sum(f.stat().st_size for f in weights) / 1e9, 2)
-        if (out / "result.json").exists() and name != "load":
-            result = json.loads((out / "result.json").read_text())
+        written = (folder / "spo" if name.startswith("spo") else out) / "result.json"
+        if written.exists() and name != "load":
+            result = json.loads(written.read_text())
             row["s_per_pair"] = round(result["seconds_per_pair"], 2)
             row["margin_noise"] = result["margin_noise"]
         rows.append(row)

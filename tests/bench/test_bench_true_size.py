@@ -40,13 +40,13 @@ def test_parts_have_as_many_parameters_as_the_published_ones(name, vae, texts, m
 
 @pytest.mark.slow
 def test_a_whole_run_and_an_adapter_that_is_not_whole(tmp_path, capfd):
-    """Five processes as a user starts them; the last one tells a lost or a changed tensor."""
+    """Six processes as a user starts them; the last one tells a lost or a changed tensor."""
     folder, rows = tmp_path / "all", tmp_path / "rows.jsonl"
     flags = ["--family", "tiny", "--device", "cpu", "--folder", str(folder)]
     true_size.main([*flags, "--output", str(rows)])
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     stages = [row["stage"] for row in found]
-    assert stages == ["make", "encode", "train, 3 steps", "resume, to 5", "load"]
+    assert stages == ["make", "encode", "train, 3 steps", "resume, to 5", "spo, 2 steps", "load"]
     assert all(row["seconds"] > 0 and 0.1 < row["peak_gb"] < 4 for row in found)
     assert found[3]["s_per_pair"] > 0 and found[3]["margin_noise"] == 0
     assert json.loads((folder / "run" / "result.json").read_text())["global_step"] == 5
