@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, command
-from families import FAMILIES, PROMPTS, tiny
+from families import FAMILIES, PROMPTS, tiny, write_media
 from safetensors.torch import load_file
 from tiny_clip import clip_folder
 
@@ -65,12 +65,17 @@ def kill_at(folder: Path, name: str, *parts: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_killed_in_either_phase_it_ends_with_equal_parameters(name, tmp_path):
     case = tiny(name)
+    judge = {"family": case.family.name, "model": case.path, "output_dir": tmp_path / "spm"}
+    judge |= {"data": write_media(case.family, tmp_path / "media"), "clip": clip_folder()}
+    judge |= {"max_train_steps": 2, "learning_rate": 1e-3, "held_out": 0.5, "report_to": "none"}
+    assert main(["spm", *arguments(judge)]) == 0
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(["spo", *flags(options(case, whole))]) == 0
+    scorer = {"scorer": str(tmp_path / "spm" / "preference_model")}
+    assert main(["spo", *flags(options(case, whole, **scorer))]) == 0
     for moment in MOMENTS:
-        kill_at(broken, moment, "spo", *flags(options(case, broken)))
+        kill_at(broken, moment, "spo", *flags(options(case, broken, **scorer)))
     assert not (broken / "result.json").exists()
-    assert main(["spo", *flags(options(case, broken))]) == 0
+    assert main(["spo", *flags(options(case, broken, **scorer))]) == 0
     for file in ("checkpoint-6/parameters", "checkpoint-6/optimizer", "pytorch_lora_weights"):
         a, b = (load_file(part / f"{file}.safetensors") for part in (whole, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
