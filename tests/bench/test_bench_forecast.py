@@ -85,6 +85,7 @@ def test_a_forecast_that_fails_leaves_the_table_alone(capsys):
     assert capsys.readouterr().out == "nothing is predicted: RuntimeError: no such operator\n"
 
 
+@pytest.mark.slow
 def test_a_forecast_beside_the_table_is_the_same():
     """In a process of its own, which is ended with the table."""
     told, rows = ("tiny", None, 1, "all", ["B1"]), {"B1": {}}

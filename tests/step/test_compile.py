@@ -125,6 +125,7 @@ def test_three_compilations_and_the_same_numbers(mode):
     check(wan, 3, mode=mode, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_keeps_what_checkpointing_keeps():
     """In the compiled backward of `full` attention is computed again, in that of `attention` not;
     a copy of the model has compiled blocks of its own.
@@ -160,6 +161,7 @@ def test_what_is_compiled_keeps_what_checkpointing_keeps():
     assert run.policy().eq(0).all() and compilations() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["attention", "full"])
 def test_checkpoints_begin_at_the_first_adapter(mode):
     """Blocks below it record nothing, and a checkpoint without a graph cannot be compiled."""
@@ -194,6 +196,7 @@ def test_inductor(make, mode):
     check(make, 3, backend="inductor", mode=mode, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_options_hold_in_forward_and_backward_and_nowhere_else(monkeypatch):
     """A backward is compiled later, out of the call that brought them; other code in the process
     keeps Inductor's own.
