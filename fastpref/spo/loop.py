@@ -44,12 +44,14 @@ def spo(config: SPOConfig) -> dict[str, Any]:
         return result
     run, online = assemble(config, device, dtype, start)  # with start's state in it
     own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0}
-    rounds.clear(run.folder / "rounds", since=own["since"], number=own["round"] if start else None)
+    if start is None:  # another attempt's, which may have had other options
+        (run.folder / "win_rate.json").unlink(missing_ok=True)
     telemetry.announce(run, online)
     book.validate(run)
 
     with book.working(run):
         while not run.done:
+            rounds.prune(run.folder / "rounds", run.folder, own["round"])
             if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
                 win_rate(run, online)
             number, pairs = own["round"], sampled_pairs(run, online)
@@ -74,7 +76,6 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                 with run.clock.paused():
                     if run.due(config.checkpointing_steps) or run.stop:
                         book.save(run)
-                        rounds.prune(run.folder / "rounds", run.folder, own["round"])
                     book.validate(run)
                 book.leave_if_asked(run)
                 if run.done:
@@ -99,14 +100,14 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
     """The transitions of the round that the run is in: those on the disk, and those that are
     lacking sampled by the policy as it is. Once the round trains all must be there.
     """
-    config, own, folder = run.config, run.own, run.folder / "rounds"
+    config, own, folder, mark = run.config, run.own, run.folder / "rounds", rounds.mark(run)
     size, seed = config.prompts_per_round, config.seed
     chosen = rounds.prompts_of(own["round"], size, online.rows, seed)
     found: list[Transition] = []
     counts: dict[str, Any] = {}
     for part, (epochs, rows) in enumerate(rounds.batches_of(chosen, config.sample_batch_size)):
         path = rounds.part_file(folder, own["round"], part)
-        rolled = rounds.read_part(path, own["since"])
+        rolled = rounds.read_part(path, mark)
         if rolled is None and own["updates"]:
             raise ValueError(
                 f"{path}: is missing or damaged, and its round has begun to train: put it back, or "
@@ -123,8 +124,8 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
                 book.leave_if_asked(run)
                 raise
             seconds = time.perf_counter() - began
-            rounds.write_part(path, own["since"], rows, rolled, seconds)
-            rolled = rounds.read_part(path, own["since"])  # as a run that goes on reads it
+            rounds.write_part(path, mark, rows, rolled, seconds)
+            rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
         found += rolled.transitions
         rounds.add(counts, rolled)
         if run.stop and not own["updates"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..files import tidy, write_atomic
 from ..pairs.dataset import epoch_batches, epoch_order
 from ..pairs.shards import digest
 from ..run import checkpoint
+from ..run.assemble import Run
 from .resampler import Rolled, Transition
 from .step import kind
 
@@ -49,26 +51,31 @@ def part_file(folder: Path, number: int, part: int) -> Path:
     return folder / f"round-{number:06d}-{part:03d}.safetensors"
 
 
-def write_part(path: Path, since: int, rows: Sequence[int], rolled: Rolled, seconds: float) -> None:
-    """What one batch of prompts gave; rows: of its prompts; since: the policy's step."""
+def mark(run: Run) -> str:
+    """What decides a round's pairs beside its number: the policy's step, options, identities."""
+    config, described = run.config, run.config.described()
+    fixed = {n: value for n, value in config.to_dict().items() if not described[n]["free"]}
+    return json.dumps([run.own["since"], fixed, run.made_of], sort_keys=True)
+
+
+def write_part(path: Path, mark: str, rows: Sequence[int], rolled: Rolled, seconds: float) -> None:
+    """What one batch of prompts gave; rows: of its prompts; mark: of what it was sampled with."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     for i, each in enumerate(rolled.transitions):
         tensors |= {f"{i:06d}.x": each.x.contiguous(), f"{i:06d}.y": each.y.contiguous()}
-    counts = {name: getattr(rolled, name) for name in COUNTS} | {"seconds": seconds}
-    said = {
-        "since": since,
+    said: dict[str, Any] = {
         "transitions": [[t.step, rows[t.row], t.gap] for t in rolled.transitions],
-        "counts": counts,
-        "digest": digest(path, tensors, str(since)),
+        "counts": {name: getattr(rolled, name) for name in COUNTS} | {"seconds": seconds},
     }
+    said["digest"] = digest(path, tensors, mark + json.dumps(said))
     write_atomic(path, save(tensors, {"fastpref": json.dumps(said)}))
 
 
-def read_part(path: Path, since: int) -> Rolled | None:
+def read_part(path: Path, mark: str) -> Rolled | None:
     """What `write_part` wrote, the rows of prompts in the transitions; None: there is nothing of
-    that step, or it is damaged.
+    that mark, or it is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -76,7 +83,7 @@ def read_part(path: Path, since: int) -> Rolled | None:
         with safe_open(path, framework="pt") as file:
             said: dict[str, Any] = json.loads((file.metadata() or {})["fastpref"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said["since"] != since or said["digest"] != digest(path, tensors, str(since)):
+        if said.pop("digest") != digest(path, tensors, mark + json.dumps(said)):
             return None
         counts = said["counts"]
         counts["kept"] = {int(step): count for step, count in counts["kept"].items()}
@@ -105,34 +112,17 @@ def merge(total: dict[str, Any], counts: dict[str, Any]) -> None:
         total[name] = total.get(name, 0) + value
 
 
-def clear(folder: Path, *, number: int | None = None, since: int | None = None) -> None:
-    """Removes what a run does not go on from: later rounds than `number`, and that one's own parts
-    of another step than `since`; None: everything.
-    """
-    tidy(folder)
-    for path, found in _parts(folder):
-        other = number is None or found > number
-        if other or (found == number and read_part(path, since or 0) is None):
-            path.unlink()
-
-
 def prune(folder: Path, run_folder: Path, number: int) -> None:
-    """Removes rounds before `number` that no checkpoint goes on from."""
-    needed = number
+    """Removes all rounds but `number` and those that a checkpoint goes on from."""
+    tidy(folder)
+    needed = {number}
     for saved in checkpoint.folders(run_folder):
-        try:
-            needed = min(needed, json.loads((saved / "state.json").read_bytes())["own"]["round"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    for path, found in _parts(folder):
-        if found < needed:
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            needed.add(json.loads((saved / "state.json").read_bytes())["own"]["round"])
+    for path in folder.glob("round-*-*.safetensors"):
+        found = path.name.split("-")[1]
+        if found.isdecimal() and int(found) not in needed:
             path.unlink()
-
-
-def _parts(folder: Path) -> Iterator[tuple[Path, int]]:
-    for path in sorted(folder.glob("round-??????-???.safetensors")):
-        if path.name[6:12].isdigit():
-            yield path, int(path.name[6:12])
 
 
 def batches_of(chosen: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[Tensor, list[int]]]:

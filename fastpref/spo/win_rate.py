@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from ..look.sample import sample
 from ..models.folder import scheduler_of
 from ..progress import printable, stage, warn
 from ..run.assemble import Run
-from ..run.folder import read_record
 from ..step import compiling
 from ..step.reference import adapter_layers, disabled
 from .assemble import Online
@@ -27,8 +27,7 @@ def win_rate(run: Run, online: Online) -> None:
     cannot make is left out with a warning.
     """
     path = run.folder / "win_rate.json"
-    record: dict[str, Any] = read_record(path, {"rounds": list}) if path.exists() else {}
-    record.setdefault("rounds", [])
+    record = read(path, len(online.held_out))
     record["rounds"] = [row for row in record["rounds"] if row["global_step"] <= run.step]
     done = [row for row in record["rounds"] if row["global_step"] == run.step]
     if not online.held_out or done:
@@ -56,6 +55,25 @@ def win_rate(run: Run, online: Online) -> None:
     if run.step:
         said = f"step {run.step}: win rate over the base {won}, score gain {gained}"
         run.bar.write(printable(said))
+
+
+def read(path: Path, count: int) -> dict[str, Any]:
+    """What win_rate.json says of `count` prompts; of a damaged one a warning: it is made again, but
+    for rounds that are over.
+    """
+    new: dict[str, Any] = {"rounds": []}
+    if not path.exists():
+        return new
+    try:
+        found = json.loads(path.read_bytes())
+        for row in found["rounds"]:
+            logged(row), row["global_step"] + 0
+        if torch.tensor(found["base"], dtype=torch.float64).shape == (count,):
+            return found
+    except (ValueError, TypeError, LookupError, RuntimeError, OverflowError, RecursionError):
+        pass
+    warn(f"{path} is damaged: it begins again with the base")
+    return new
 
 
 def logged(row: dict[str, Any]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """`fastpref spo` on the demo's base: rounds, resume in either phase, what it says and refuses."""
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -11,64 +10,13 @@ import judges
 import pytest
 import torch
 from commands import BASE, arguments, fails
-from safetensors.torch import load_file
+from online import adapter, options, rows, same, stop, stopped
 
 from fastpref.cli import main
-from fastpref.demo import clips
 from fastpref.run.guard import Diverged, Interrupted
 from fastpref.spo import loop
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "prompts.txt"
-    path.write_text("\n".join(clips.PAIR_PROMPTS[:8]) + "\n")
-    return path
-
-
-def options(prompts: Path, folder: Path, **changes) -> dict:
-    return {
-        **{"family": "toy", "model": str(BASE), "data": str(prompts), "output_dir": str(folder)},
-        **{"num_frames": 8, "height": 12, "width": 12, "scorer": "judges:judge"},
-        **{"guidance_scale": 1.0, "sampling_steps": 5, "first_step": 1, "candidates": 2},
-        **{"prompts_per_round": 4, "sample_batch_size": 2, "train_batch_size": 4},
-        **{"threshold": 0.1, "max_train_steps": 6, "learning_rate": 1e-3, "lora_rank": 4},
-        **{"logging_steps": 1, "checkpointing_steps": 2, "win_rate_prompts": 2},
-        **{"win_rate_rounds": 2, "report_to": "none", "device": "cpu"},
-        **changes,
-    }
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "pytorch_lora_weights.safetensors")
-
-
-def rows(folder: Path) -> list[dict]:
-    """The log without what a clock says."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("perf/seconds_per_pair", "perf/data_wait_fraction", "online/seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
-
-
-def same(a: Path, b: Path) -> None:
-    one, other = adapter(a), adapter(b)
-    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert any(value.any() for name, value in one.items() if "lora_B" in name)
-    assert rows(a) == rows(b)
-    one, other = (json.loads((f / "win_rate.json").read_text()) for f in (a, b))
-    assert one == other
-
-
-@pytest.fixture(scope="module")
-def whole(prompts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, spo(SPOConfig(**options(prompts, folder)))
-
-
-def stop() -> None:
-    signal.raise_signal(signal.SIGTERM)
 
 
 def test_it_trains_and_says_what_it_did(whole, prompts):
@@ -110,42 +58,8 @@ def test_stopped_while_it_samples_it_goes_on(call, whole, prompts, tmp_path, mon
 
 @pytest.mark.parametrize("update", [1, 4])
 def test_stopped_while_it_trains_it_goes_on(update, whole, prompts, tmp_path, monkeypatch):
-    seen, real = [], loop.step_loss
-
-    def step_loss(*args, **kwargs):
-        seen.append(None)
-        if len(seen) == update:
-            stop()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "step_loss", step_loss)
-    config = SPOConfig(**options(prompts, tmp_path / "run"))
-    with pytest.raises(Interrupted, match=f"saved at step {update}"):
-        spo(config)
-    spo(config)
+    spo(stopped(tmp_path / "run", update, prompts, monkeypatch))
     same(tmp_path / "run", whole[0])
-
-
-def test_a_lost_part_of_a_round_is_named(prompts, tmp_path, monkeypatch):
-    seen, real = [], loop.step_loss
-
-    def step_loss(*args, **kwargs):
-        seen.append(None)
-        if len(seen) == 2:
-            stop()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "step_loss", step_loss)
-    config = SPOConfig(**options(prompts, tmp_path / "run", train_batch_size=2))
-    with pytest.raises(Interrupted, match="saved at step 2"):
-        spo(config)
-    part = tmp_path / "run" / "rounds" / "round-000000-001.safetensors"
-    kept = part.read_bytes()
-    part.write_bytes(kept[:-3] + b"abc")
-    with pytest.raises(ValueError, match=r"round-000000-001.safetensors: is missing or damaged"):
-        spo(config)
-    part.write_bytes(kept)
-    assert spo(config)["global_step"] == 6
 
 
 @pytest.mark.parametrize(
