@@ -282,9 +282,9 @@ def validate(run: Run) -> None:
         draw_sheet(folder, run.step, run.prompts, run.model, shape, steps)
 
 
-def leave_if_asked(run: Loop) -> None:
-    """Interrupted: a signal has arrived, the step is saved, and there are more left."""
-    if run.stop and run.saved == run.step and not run.done:
+def leave_if_asked(run: Loop, *, left: bool = False) -> None:
+    """Interrupted: a signal has arrived, the step is saved, and there are more, or more is left."""
+    if run.stop and run.saved == run.step and (left or not run.done):
         where = f"saved at step {run.step} in {run.folder}"
         raise Interrupted(f"{where}; run the same command to go on")
 

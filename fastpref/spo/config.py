@@ -45,7 +45,8 @@ class Online(Options):
     scorer: str = option(REQUIRED, NOT_EMPTY,
         help="what judges x0-hat: the folder of a preference model of fastpref spm, or of a plain "
         "CLIP or PickScore (or its hub id), my_pkg.mine:function, or http://host:port")
-    scorer_timeout: float = option(120.0, POSITIVE, help="seconds that an http scorer may take")
+    scorer_timeout: float = option(120.0, POSITIVE, free=True,
+        help="seconds that an http scorer may take")
     beta: float = option(10.0, POSITIVE, help="strength of the preference, on SPO's own scale")
     clip: float = option(0.1, SHARE, POSITIVE,
         help="log-ratios to the reference are clamped to log(1 - clip), log(1 + clip)")
@@ -69,12 +70,12 @@ class Online(Options):
     prompts_per_round: int = option(8, POSITIVE,
         help="prompts whose pairs are sampled, shuffled and trained on once, before the next")
     sample_batch_size: int = option(8, POSITIVE, help="prompts whose trajectories run together")
-    sample_rows: int | None = option(None, POSITIVE,
+    sample_rows: int | None = option(None, POSITIVE, free=True,
         help="samples that the network is asked for at once; default: all candidates of a batch")
     decoder: str | None = option(None,
         help="folder or hub id of a VAE that decodes what is judged in place of the model's: a "
         "cheap one (AutoencoderTiny)")
-    decode_batch: int = option(8, POSITIVE, help="samples decoded at once")
+    decode_batch: int = option(8, POSITIVE, free=True, help="samples decoded at once")
     decode_frames: int | None = option(None, POSITIVE,
         help="latent frames, from the first on, that are decoded and judged; default: all")
     win_rate_prompts: int = option(8, ZERO_OR_MORE,

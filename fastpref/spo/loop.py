@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from fastpref.progress import printable
 from fastpref.run import bookkeeping as book
 from fastpref.run.assemble import Run
 from fastpref.run.folder import open_run
-from fastpref.run.guard import Diverged
+from fastpref.run.guard import Diverged, within_memory
 from fastpref.run.parts import place
 from fastpref.spo import rounds, telemetry
 from fastpref.spo.assemble import Online, assemble
@@ -20,6 +22,7 @@ from fastpref.spo.resampler import Rolled, Transition
 from fastpref.spo.step import collate, step_loss
 from fastpref.spo.win_rate import win_rate
 
+MEMORY = "sampling: run it again with a smaller --sample_rows or --decode_batch"
 MOST_EMPTY = 20  # rounds in a row that keep no pair
 
 
@@ -52,11 +55,14 @@ def spo(config: SPOConfig) -> dict[str, Any]:
     with book.working(run):
         while not run.done:
             rounds.prune(run.folder / "rounds", run.folder, own["round"])
-            if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
-                win_rate(run, online)
-            number, pairs = own["round"], sampled_pairs(run, online)
-            size, accumulate = config.train_batch_size, config.gradient_accumulation_steps
-            updates = rounds.updates_of(pairs, size, accumulate, config.seed, number)
+            with sampling(run):
+                if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
+                    win_rate(run, online)
+                number, pairs = own["round"], sampled_pairs(run, online)
+                size, accumulate = config.train_batch_size, config.gradient_accumulation_steps
+                updates = rounds.updates_of(pairs, size, accumulate, config.seed, number)
+                if not updates:
+                    next_round(run, empty=own["empty"] + 1)
             for batches in updates[own["updates"] :]:
                 total = sum(map(len, batches))
                 for some in batches:
@@ -80,16 +86,39 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                 book.leave_if_asked(run)
                 if run.done:
                     break
-            if not updates:
-                next_round(run, empty=own["empty"] + 1)
-        win_rate(run, online)
+        with sampling(run):
+            win_rate(run, online)
     return book.finish(run, online=run.own["total"] | run.own.get("win_rate", {}))
+
+
+@contextmanager
+def sampling(run: Run) -> Iterator[None]:
+    """Around what samples, which may take long and asks a scorer: a signal ends it before the
+    network's next call, and whatever ends it, what was trained before is saved.
+    """
+
+    def leave(*_: Any) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+
+    hook = run.model.register_forward_pre_hook(leave)
+    try:
+        with within_memory(MEMORY):
+            yield
+    except (ValueError, KeyboardInterrupt):
+        if run.stop or run.step > run.saved:
+            book.save(run)
+        book.leave_if_asked(run, left=True)
+        raise
+    finally:
+        hook.remove()
 
 
 def next_round(run: Run, empty: int = 0) -> None:
     """empty: rounds in a row that kept no pair."""
     run.own |= {"round": run.own["round"] + 1, "since": run.step, "updates": 0, "empty": empty}
     if empty == MOST_EMPTY:
+        run.own["empty"] = 0  # started again it tries as many
         raise ValueError(
             f"{empty} rounds in a row kept no pair: the scorer tells no candidates apart by more "
             f"than threshold {run.config.threshold}: lower it, or look at the scorer"
@@ -115,14 +144,7 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
             )
         if rolled is None:
             began = time.perf_counter()
-            try:
-                rolled = roll(run, online, rows, epochs)
-            except (ValueError, KeyboardInterrupt):
-                # A scorer that is gone takes nothing with it that was trained.
-                if run.stop or run.step > run.saved:
-                    book.save(run)
-                book.leave_if_asked(run)
-                raise
+            rolled = roll(run, online, rows, epochs)
             seconds = time.perf_counter() - began
             rounds.write_part(path, mark, rows, rolled, seconds)
             rolled = rounds.read_part(path, mark)  # as a run that goes on reads it

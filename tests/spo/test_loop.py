@@ -62,6 +62,45 @@ def test_stopped_while_it_trains_it_goes_on(update, whole, prompts, tmp_path, mo
     same(tmp_path / "run", whole[0])
 
 
+@pytest.mark.parametrize("where", ["win_rate", "roll"])
+def test_a_signal_is_heard_before_the_networks_next_call(
+    where, whole, prompts, tmp_path, monkeypatch
+):
+    """Both may take long: nothing is sampled or scored any more, and what was trained is saved."""
+    monkeypatch.setattr(judges, "calls", {"count": 0, "at": None, "then": None})
+    real, asked = getattr(loop, where), []
+
+    def late(run, *rest):
+        if run.step:
+            stop()
+            asked.append(judges.calls["count"])
+        return real(run, *rest)
+
+    config = SPOConfig(**options(prompts, tmp_path / "run", checkpointing_steps=100))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"saved at step [1-6]"):
+        patch.setattr(loop, where, late)
+        spo(config)
+    assert asked == [judges.calls["count"]]
+    spo(config)
+    same(tmp_path / "run", whole[0])
+
+
+def test_memory_that_runs_out_in_sampling_is_mended_by_its_own_options(
+    prompts, tmp_path, monkeypatch
+):
+    more = {"count": 0, "at": 11, "then": lambda: bytearray(10**17)}
+    monkeypatch.setattr(judges, "calls", more)
+    how = {"win_rate_prompts": 0, "checkpointing_steps": 100}
+    with pytest.raises(
+        ValueError, match=r"out of memory for sampling: .* smaller --sample_rows or"
+    ):
+        spo(SPOConfig(**options(prompts, tmp_path / "run", **how)))
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert saved.name != "checkpoint-0"
+    how |= {"sample_rows": 1, "decode_batch": 1, "scorer_timeout": 9}
+    assert spo(SPOConfig(**options(prompts, tmp_path / "run", **how)))["global_step"] == 6
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -90,9 +129,30 @@ def test_the_policy_learns_what_the_scorer_likes(prompts, tmp_path):
 
 
 def test_a_scorer_that_tells_nothing_apart_is_said(prompts, tmp_path, monkeypatch):
+    """Each time that it is asked as many times; and nothing is lost that was trained before."""
     monkeypatch.setattr(loop, "MOST_EMPTY", 3)
-    with pytest.raises(ValueError, match=r"3 rounds in a row kept no pair: .* threshold 0.1"):
-        spo(SPOConfig(**options(prompts, tmp_path / "run", scorer="judges:constant")))
+    made, real = [], loop.assemble
+
+    def assemble(*args):
+        made[:] = real(*args)
+        return made
+
+    def step_loss(*args, **kwargs):
+        made[1].scorer = lambda frames, texts, t: torch.zeros(len(frames)).double()
+        return real_loss(*args, **kwargs)
+
+    real_loss = loop.step_loss
+    monkeypatch.setattr(loop, "assemble", assemble)
+    monkeypatch.setattr(loop, "step_loss", step_loss)
+    config = SPOConfig(**options(prompts, tmp_path / "run", checkpointing_steps=100))
+    said = r"3 rounds in a row kept no pair: .* threshold 0.1"
+    with pytest.raises(ValueError, match=said):
+        spo(config)
+    assert made[0].step and made[0].saved == made[0].step and made[0].own["round"] == 4
+    monkeypatch.setattr(judges, "judge", judges.constant)
+    with pytest.raises(ValueError, match=said):
+        spo(config)
+    assert made[0].own["round"] == 7
 
 
 def test_a_policy_that_is_not_finite_ends_it(prompts, tmp_path, monkeypatch):
