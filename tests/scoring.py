@@ -21,7 +21,7 @@ def clips(count: int = len(PROMPTS)) -> list[torch.Tensor]:
 
 TIMES = torch.tensor([0.0, 999.0, 1000 / 3, 0.1, 1e-9], dtype=torch.float64)
 
-# Adds up what it is told; the prompts "wait", "fail" and "nan" say what it does beside that.
+# Adds up what it is told; the prompts "wait", "fail", "leave" and "nan" say what it does beside.
 MODULE = """
 import time
 import numpy as np
@@ -38,6 +38,8 @@ def scored(frames, prompts, t):
     if "wait" in prompts:
         time.sleep(0.3)
     inside -= 1
+    if "leave" in prompts:
+        raise SystemExit("no card")
     if "fail" in prompts:
         raise RuntimeError("no\\nmemory" + "!" * 999)
     weights = [np.arange(clip.size) @ clip.reshape(-1).astype(np.int64) for clip in frames]

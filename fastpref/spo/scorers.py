@@ -104,8 +104,9 @@ def _imported(name: str) -> Scorer:
     """`package.module:function`, also of a module in the current folder; ValueError as opening."""
     module, _, attribute = name.partition(":")
     try:
-        function = attrgetter(attribute)(models.search(module))
-    except Exception as error:  # whatever its code raises
+        with torch.enable_grad():  # a module may switch gradients off, which is not for training
+            function = attrgetter(attribute)(models.search(module))
+    except (Exception, SystemExit) as error:  # whatever its code raises
         if isinstance(error, ModuleNotFoundError) and models.within(error.name, module):
             raise ValueError(
                 f"scorer {name}: no module {module} is installed or in {Path.cwd()}; expected "
@@ -123,8 +124,9 @@ def _imported(name: str) -> Scorer:
 
     def score(frames: list[Tensor], prompts: list[str], t: Tensor) -> Any:
         try:
-            return function(frames, prompts, t)
-        except Exception as error:  # whatever its code raises
+            with torch.no_grad():
+                return function(frames, prompts, t)
+        except (Exception, SystemExit) as error:  # whatever its code raises
             if out_of_memory(error):
                 raise
             raise ValueError(f"scorer {name}: failed: {models.origin(error)}") from error

@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 scores = [float(score) for score in self.server.function(*request)]
-        except Exception as error:  # whatever the function does
+        except (Exception, SystemExit) as error:  # whatever the function does
             traceback.print_exc()
             return self.send_error(500, f"{type(error).__name__}: {error}")
         self.answer(200, {"scores": scores})

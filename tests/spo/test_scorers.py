@@ -41,6 +41,13 @@ def nan(frames, prompts, t):
 def fails(frames, prompts, t):
     return 1 / 0
 
+def leaves(frames, prompts, t):
+    raise SystemExit(3)
+
+def gradless(frames, prompts, t):
+    torch.set_grad_enabled(False)
+    return [0.0] * len(frames)
+
 def memory(frames, prompts, t):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -58,6 +65,10 @@ def module(tmp_path, monkeypatch) -> Iterator[str]:
     (tmp_path / "my_scores.py").write_text(FUNCTIONS)
     (tmp_path / "my_broken.py").write_text("import torch\n\ndef f(:\n")
     (tmp_path / "my_failing.py").write_text("\n\nraise RuntimeError('no weights')\n")
+    (tmp_path / "my_leaving.py").write_text("import sys\n\nsys.exit('no card')\n")
+    (tmp_path / "my_gradless.py").write_text(
+        f"import torch\ntorch.set_grad_enabled(False)\n{FUNCTIONS}"
+    )
     (tmp_path / "my_lacking.py").write_text("import package_that_is_not_there\n")
     path = list(sys.path)
     yield "my_scores"
@@ -84,6 +95,7 @@ def test_a_function_by_its_name(module):
         ("absent_pkg.inner:f", "no module absent_pkg.inner is installed or in"),
         ("my_broken:f", r"cannot be imported: .*my_broken.py, line 3: SyntaxError: invalid syntax"),
         ("my_failing:f", r"cannot be imported: .*my_failing.py, line 3: RuntimeError: no weights"),
+        ("my_leaving:f", r"cannot be imported: .*my_leaving.py, line 3: SystemExit: no card"),
         (
             "my_lacking:f",
             r"my_lacking.py, line 1: ModuleNotFoundError: .*package_that_is_not_there",
@@ -111,6 +123,7 @@ def test_a_function_that_cannot_be_had(module, name, said):
         ("none", "expected 5 numbers, one per clip, got None"),
         ("nan", r"'schnee, größer': expected a finite score, got nan \(2 of 5 are not finite\)"),
         ("fails", r"failed: .*my_scores.py, line \d+: ZeroDivisionError: division by zero"),
+        ("leaves", r"failed: .*my_scores.py, line \d+: SystemExit: 3"),
     ],
 )
 def test_what_is_no_scores_is_told(module, name, said):
@@ -118,6 +131,14 @@ def test_what_is_no_scores_is_told(module, name, said):
     with pytest.raises(ValueError, match=said) as caught:
         score(clips(), PROMPTS, TIMES)
     assert str(caught.value).startswith(f"scorer {module}:{name}: ")
+
+
+@pytest.mark.parametrize("name", ["my_scores:gradless", "my_gradless:sizes"])
+def test_gradients_stay_on_whatever_a_scorer_does(name, module):
+    scorers.open_scorer(name, **HOW)(clips(), PROMPTS, TIMES)
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # for the tests after this one
+    assert on
 
 
 def test_memory_that_runs_out_stays_what_it_is(module):

@@ -187,6 +187,9 @@ def test_what_the_function_raises_is_answered_and_it_lives_on(running):
     status, answer = raw(running, request(HEAD | {"prompts": ["fail"]}, b"abc"))
     assert (status, answer) == (500, {"error": ("RuntimeError: no memory" + "!" * 999)[:500]})
     alive(running)
+    status, answer = raw(running, request(HEAD | {"prompts": ["leave"]}, b"abc"))
+    assert (status, answer) == (500, {"error": "SystemExit: no card"})
+    alive(running)
 
 
 def test_the_function_is_called_once_at_a_time(running):
