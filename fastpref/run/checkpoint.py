@@ -89,9 +89,16 @@ def folders(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a killed process had not finished; no other one may be writing checkpoints."""
+    """Removes what a killed process had not finished; a checkpoint that lacked its name alone gets
+    it, as the one that it replaces may be gone. No other process may be writing checkpoints.
+    """
     for unfinished in folder.glob(f".{PREFIX}[0-9]*.tmp"):
-        shutil.rmtree(unfinished)
+        final = folder / unfinished.stem[1:]
+        if fault(unfinished) is None and fault(final) is not None:
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+        else:
+            shutil.rmtree(unfinished)
     tidy(folder / "validation")
 
 

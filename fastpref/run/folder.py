@@ -42,6 +42,7 @@ def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[st
     after a check that the folder is this run's.
     """
     folder = claim(Path(config.output_dir), kind).parent
+    checkpoint.clean(folder)
     record, done = folder / "config.yaml", folder / "result.json"
     started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
     if started and record.exists():
@@ -59,7 +60,6 @@ def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[st
         raise ValueError(
             f"{folder} holds another run (its config.yaml is missing): choose another output_dir"
         )
-    checkpoint.clean(folder)
     result = read_record(done, RESULT) if done.exists() else None
     if result is not None:
         exported = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved

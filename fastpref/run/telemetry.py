@@ -163,7 +163,7 @@ class Log:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         kept = b""
-        if self.path.exists():
+        if step and self.path.exists():  # from the start: another attempt's
             lines = metric_lines(self.path)  # none that a kill has cut
             kept = b"".join(line for line, row in lines if row["global_step"] <= step)
         write_atomic(self.path, kept)

@@ -18,7 +18,7 @@ from fastpref.cli import main
 from fastpref.files import TEMPORARY
 from fastpref.run import bookkeeping, checkpoint
 from fastpref.run.artifact import whole
-from fastpref.run.checkpoint import fault
+from fastpref.run.checkpoint import clean, fault
 from fastpref.run.config import Config
 from fastpref.run.guard import Diverged, Interrupted
 from fastpref.run.telemetry import Log
@@ -158,8 +158,10 @@ def test_a_result_is_whole_under_a_name_that_is_no_text(tmp_path):
 
 def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
     run(pairs, tmp_path, max_train_steps=1)
-    for step in (3, 40):
-        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f".checkpoint-{step}.tmp")
+    for step, lost in ((3, "manifest.json"), (40, "state.json")):
+        unfinished = tmp_path / f".checkpoint-{step}.tmp"
+        shutil.copytree(tmp_path / "checkpoint-1", unfinished)
+        (unfinished / lost).unlink()
     (tmp_path / "validation").mkdir()
     for name in (f"{TEMPORARY}1.result.json.tmp", f"validation/{TEMPORARY}2.base.safetensors.tmp"):
         (tmp_path / name).touch()
@@ -167,6 +169,33 @@ def test_checkpoints_cut_off_by_a_kill_are_removed(pairs, tmp_path):
     run(pairs, tmp_path, max_train_steps=2)
     assert not list(tmp_path.glob(".checkpoint-*"))
     assert [p.name for p in tmp_path.rglob("*.tmp")] == ["notes.tmp"]
+
+
+@pytest.mark.parametrize("left", [None, "state.json"])
+def test_a_checkpoint_killed_before_its_name_replaced_another_is_kept(left, pairs, tmp_path):
+    """A step that is saved twice: between the old one's removal and the new one's name."""
+    run(pairs, tmp_path, max_train_steps=2)
+    (tmp_path / "result.json").unlink()
+    final = tmp_path / "checkpoint-2"
+    shutil.copytree(final, tmp_path / ".checkpoint-2.tmp")
+    shutil.rmtree(final)
+    if left:
+        final.mkdir()
+        shutil.copy(tmp_path / ".checkpoint-2.tmp" / left, final)
+    assert clean(tmp_path) is None and fault(final) is None
+    assert not (tmp_path / ".checkpoint-2.tmp").exists()
+    shutil.copytree(final, tmp_path / ".checkpoint-2.tmp")
+    (tmp_path / ".checkpoint-2.tmp" / "state.json").write_text("{}")
+    clean(tmp_path)
+    assert fault(final) is None and not (tmp_path / ".checkpoint-2.tmp").exists()
+
+
+def test_another_run_is_refused_by_a_checkpoint_without_its_name(pairs, tmp_path):
+    run(pairs, tmp_path, max_train_steps=1)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.tmp")
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate"):
+        run(pairs, tmp_path, max_train_steps=1, learning_rate=2e-3)
 
 
 FILES = ["generators.safetensors", "optimizer.safetensors", "parameters.safetensors", "state.json"]

@@ -356,6 +356,18 @@ def test_stopped_it_goes_on_to_the_same_parameters_and_lines(pairs, tmp_path, mo
         run(pairs, tmp_path / "broken", **change, tune="vision")
 
 
+def test_begun_again_it_has_one_line_of_each_step(pairs, tmp_path, monkeypatch):
+    def die(made):
+        raise SystemError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(bookkeeping, "update", die)
+        run(pairs, tmp_path / "run", seed=3)
+    run(pairs, tmp_path / "run", max_train_steps=1)
+    steps = [row["global_step"] for row in lines(tmp_path / "run")]
+    assert steps[0] == 0 and steps.count(0) == 1
+
+
 def killed_and_resumed(name, tmp_path, **changes) -> None:
     """`fastpref spm` from media on disk, whole and with a kill -9; equal in every bit."""
     case = tiny(name)
