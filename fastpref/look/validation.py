@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomic
+from ..models.encoders import open_pipeline
 from ..models.folder import scheduler_of
 from ..progress import stage, warn
 from ..step import compiling
@@ -38,7 +38,7 @@ class Prompts:
     ) -> None:
         self.family, self.path, self.guidance = family, path, guidance_scale
         self.prompts, self.device = list(prompts), device
-        pipe = self._pipe(path, dtype)
+        pipe = open_pipeline(family, path, dtype, device)
         with stage("text encoder: loading, and the prompts"):
             *rows, empty = family.encode_text(pipe, [*self.prompts, ""])
         for i, cut in enumerate(pipe.cut(self.prompts) if hasattr(pipe, "cut") else (), 1):
@@ -50,11 +50,7 @@ class Prompts:
         self.negative = None
         if guidance_scale != 1:
             self.negative = {k: torch.stack([v] * len(rows)) for k, v in empty.items()}
-        self.pipe = self._pipe(path, dtype)
-
-    def _pipe(self, path: str, dtype: torch.dtype) -> Any:
-        pipe = self.family.pipeline(path, dtype)
-        return pipe.to(self.device) if hasattr(pipe, "to") else pipe
+        self.pipe = open_pipeline(family, path, dtype, device)
 
     def shape(self, num_frames: int, height: int, width: int) -> torch.Size:
         """Of the latents of a clip of that size."""

@@ -232,6 +232,14 @@ def _quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
+def open_pipeline(
+    family: ModuleType, path: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> Any:
+    """What the family's `pipeline` gives, on the device where it can be moved."""
+    pipe = family.pipeline(path, dtype)
+    return pipe.to(device) if hasattr(pipe, "to") else pipe
+
+
 def check_size(
     family: ModuleType,
     path: str | Path,

@@ -19,7 +19,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Rule = ("a positive number", lambda x: 0 < x < math.inf)
 ZERO_OR_MORE: Rule = ("a finite number of 0 or more", lambda x: 0 <= x < math.inf)
 FINITE: Rule = ("a finite number", math.isfinite)
-DECAY: Rule = ("0 <= value < 1", lambda x: 0 <= x < 1)
+SHARE: Rule = ("0 <= value < 1", lambda x: 0 <= x < 1)
 WINDOW: Rule = ("0 <= low < high <= 1", lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= 1)
 NOT_EMPTY: Rule = ("a value", bool)
 AT_LEAST_ONE: Rule = ("at least one", bool)
@@ -177,8 +177,8 @@ class Optimiser(Options):
     lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant",
         help="constant, linear or cosine, after the warm-up")
     lr_warmup_steps: int = option(0, ZERO_OR_MORE, help="optimiser steps of linear warm-up")
-    adam_beta1: float = option(0.9, DECAY, help="AdamW's first beta")
-    adam_beta2: float = option(0.999, DECAY, help="AdamW's second beta")
+    adam_beta1: float = option(0.9, SHARE, help="AdamW's first beta")
+    adam_beta2: float = option(0.999, SHARE, help="AdamW's second beta")
     adam_epsilon: float = option(1e-8, POSITIVE, help="AdamW's epsilon")
     weight_decay: float = option(1e-2, ZERO_OR_MORE, help="AdamW's weight decay")
     max_grad_norm: float = option(1.0, ZERO_OR_MORE,

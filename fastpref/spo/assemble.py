@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..files import model_identity
-from ..models.encoders import check_size, decoded, with_decoder
-from ..models.folder import scheduler_config
+from ..models.encoders import check_size, open_pipeline
+from ..models.folder import scheduler_config, scheduler_of
 from ..progress import stage
 from ..run import belong
 from ..run.assemble import Run, restore
@@ -23,6 +23,7 @@ from ..run.telemetry import Meter
 from ..step import attention, compiling, reference
 from ..step.guidance import guided
 from .config import SPOConfig
+from .decoding import Decode, decoder
 from .grid import network_times, steps
 from .prompts import PromptSet, read_prompts
 from .resampler import Resampler
@@ -41,17 +42,17 @@ class Online:
     held_out: list[int]
     resampler: Resampler
     scorer: Scorer
-    pipe: Any
+    decode: Decode
+    decode_batch: int
+    scheduler: Any  # what the win rate's samples are drawn with
     shape: torch.Size
 
-    def score(self, run: Run, clean: Tensor, rows: list[int], t: float) -> Tensor:
+    def score(self, clean: Tensor, rows: list[int], t: float) -> Tensor:
         """Scores [N] of samples or their x0-hat [N, ...], decoded a few at once."""
-        config, found = run.config, []
-        clean = clean if config.decode_frames is None else clean[:, :, : config.decode_frames]
-        texts = [self.prompts.prompts[row] for row in rows]
-        for i in range(0, len(rows), config.decode_batch):
-            some = slice(i, i + config.decode_batch)
-            frames = decoded(run.family, self.pipe, clean[some], config.decode_batch)
+        texts, found = [self.prompts.prompts[row] for row in rows], []
+        for i in range(0, len(rows), self.decode_batch):
+            some = slice(i, i + self.decode_batch)
+            frames = self.decode(clean[some])
             times = torch.full((len(frames),), t, dtype=torch.float64)
             found.append(self.scorer(frames, texts[some], times))
         return torch.cat(found)
@@ -91,10 +92,10 @@ def assemble(
         rows=config.sample_rows,
         **config.only("candidates", "first_step", "rollout_steps", "threshold", "seed"),
     )
-    made: list[Run] = []
+    run: Run | None = None  # made below
 
     def stopping() -> bool:
-        return any(getattr(run, "stop", False) for run in made)
+        return bool(getattr(run, "stop", False))
 
     how = {"device": device, "dtype": dtype, "timeout": config.scorer_timeout}
     with stage("opening the scorer"):
@@ -102,28 +103,25 @@ def assemble(
     texts = read_prompts(config.data)
     prompts = PromptSet(texts, folder / "prompts", family, config.model, dtype, device)
     rows, held_out = split(prompts, config.win_rate_prompts)
-    pipe = family.pipeline(config.model, dtype)
-    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
+    pipe = open_pipeline(family, config.model, dtype, device)
     with stage("the decoder, and the shape of its latents"):
-        blank = torch.zeros(*size, 3, dtype=torch.uint8)
-        shape = family.encode_media(pipe, blank).shape
-        if config.decoder:
-            pipe = with_decoder(pipe, config.decoder)
+        shape = family.encode_media(pipe, torch.zeros(*size, 3, dtype=torch.uint8)).shape
+        decode = decoder(config, family, pipe)
 
     torch.manual_seed(config.seed)
     model = base_model(config, family, device, dtype)
     empty = {name: value.to(device) for name, value in prompts.empty_cond.items()}
     predict = guided(predictor(family, device, dtype), empty, config.guidance_scale)
-    first = prompts.cond(rows[: config.train_batch_size], device)
-    start_at = torch.full((len(next(iter(first.values()))),), times[0], device=device)
-    noise = torch.randn(len(start_at), *shape, generator=torch.Generator().manual_seed(config.seed))
+    some = rows[: config.train_batch_size]
+    first, start_at = prompts.cond(some, device), torch.full((len(some),), times[0], device=device)
+    generator = torch.Generator().manual_seed(config.seed)
+    noisy = torch.randn(len(some), *shape, generator=generator).to(device, dtype)
 
     @torch.no_grad()
     def probe() -> Tensor:
         with compiling.eagerly():
             return predict(model, noisy, start_at, first)
 
-    noisy = noise.to(device, dtype)
     backend = attention_of(config, model, probe, device)
     settings = ExitStack()
     settings.enter_context(attention.use(model, backend.name))
@@ -162,7 +160,6 @@ def assemble(
         settings=settings,
         **trained(config, model, device),
     )
-    made.append(run)
     if start is not None:
         restore(run, start)
     online = Online(
@@ -171,7 +168,9 @@ def assemble(
         held_out=held_out,
         resampler=resampler,
         scorer=scorer,
-        pipe=pipe,
+        decode=decode,
+        decode_batch=config.decode_batch,
+        scheduler=scheduler_of(pipe, config.model),
         shape=shape,
     )
     return run, online

@@ -11,6 +11,7 @@ from ..run.options import (
     FINITE,
     NOT_EMPTY,
     POSITIVE,
+    SHARE,
     ZERO_OR_MORE,
     Adapters,
     Looking,
@@ -25,13 +26,29 @@ from ..run.options import (
     option,
 )
 
-SHARE: Rule = ("0 <= value < 1", lambda x: 0 <= x < 1)
 UNIT: Rule = ("0 < value <= 1", lambda x: 0 < x <= 1)
 STEPS: Rule = ("two steps, first < end", lambda x: len(x) == 2 and 0 <= x[0] < x[1])
 
 
 @dataclass(kw_only=True)
-class Online(Options):
+class Estimates(Options):
+    """How x0-hat is predicted and decoded for what judges it: alike in `spm` and in `spo`."""
+
+    # fmt: off
+    guidance_scale: float = option(5.0, FINITE,
+        help="guidance of every prediction, in sampling and in training; 1: none, and half the "
+        "rows of the network")
+    decoder: str | None = option(None,
+        help="folder or hub id of a VAE that decodes what is judged in place of the model's: a "
+        "cheap one (AutoencoderTiny)")
+    decode_batch: int = option(8, POSITIVE, free=True, help="samples decoded at once")
+    decode_frames: int | None = option(None, POSITIVE,
+        help="latent frames, from the first on, that are decoded and judged; default: all")
+    # fmt: on
+
+
+@dataclass(kw_only=True)
+class Sampling(Options):
     """What is sampled, how it is judged, and the loss of it."""
 
     # A table: each option with its default and rules, then its help.
@@ -50,8 +67,6 @@ class Online(Options):
     beta: float = option(10.0, POSITIVE, help="strength of the preference, on SPO's own scale")
     clip: float = option(0.1, SHARE, POSITIVE,
         help="log-ratios to the reference are clamped to log(1 - clip), log(1 + clip)")
-    guidance_scale: float = option(5.0, FINITE,
-        help="in sampling and in training; 1: none, and half the rows of the network")
     sampling_steps: int = option(20, POSITIVE, help="of the trajectory that pairs are made on")
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = option(None,
         help="diffusion: how its timesteps are spaced; default: as the model's scheduler says")
@@ -72,21 +87,15 @@ class Online(Options):
     sample_batch_size: int = option(8, POSITIVE, help="prompts whose trajectories run together")
     sample_rows: int | None = option(None, POSITIVE, free=True,
         help="samples that the network is asked for at once; default: all candidates of a batch")
-    decoder: str | None = option(None,
-        help="folder or hub id of a VAE that decodes what is judged in place of the model's: a "
-        "cheap one (AutoencoderTiny)")
-    decode_batch: int = option(8, POSITIVE, free=True, help="samples decoded at once")
-    decode_frames: int | None = option(None, POSITIVE,
-        help="latent frames, from the first on, that are decoded and judged; default: all")
     win_rate_prompts: int = option(8, ZERO_OR_MORE,
         help="prompts that are kept from training for the win rate over the base; 0: none")
-    win_rate_rounds: int = option(10, POSITIVE, help="rounds between two win rates")
+    win_rate_rounds: int = option(10, POSITIVE, free=True, help="rounds between two win rates")
     # fmt: on
 
 
 @documented
 @dataclass(kw_only=True)
-class SPOConfig(Looking, Saving, Speed, Optimiser, Adapters, Online, Subject):
+class SPOConfig(Looking, Saving, Speed, Optimiser, Adapters, Estimates, Sampling, Subject):
     """Every option of `fastpref spo`; each is a YAML key and a flag of the same name."""
 
     @property

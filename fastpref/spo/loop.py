@@ -163,7 +163,7 @@ def roll(run: Run, online: Online, rows: list[int], epochs: Tensor) -> Rolled:
     """One batch of prompts through the sampler."""
 
     def score(clean: Tensor, every: list[int], t: float) -> Tensor:
-        return online.score(run, clean, [rows[i] for i in every], t)
+        return online.score(clean, [rows[i] for i in every], t)
 
     def predict(x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return run.policy(x.to(run.dtype), t, cond)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import differences, model_identity, tidy, write_atomic
+from ..models.encoders import open_pipeline
 from ..models.folder import encoders_of
 from ..pairs.dataset import PairDataset
 from ..pairs.encoded import embeddings, stored, write_tensors
@@ -145,8 +146,7 @@ class PromptSet:
         lacking = [text for text in ["", *self.prompts] if not self._file(text).exists()]
         if not lacking:
             return
-        pipe = family.pipeline(model, dtype)
-        pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
+        pipe = open_pipeline(family, model, dtype, device)
         load(pipe, ["text"], progress=True)
         cut = 0
         with text_progress(pipe, f"{len(lacking)} prompts", progress=len(lacking) <= BATCH):

@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from ..files import identity, model_identity, write_atomic
 from ..loss.functional import Draws
-from ..models.encoders import decoded, with_decoder
+from ..models.encoders import open_pipeline
 from ..pairs.dataset import Batch, Pair, collate, epoch_batches, left_out
 from ..process import Diffusion, FlowMatching, Times, estimates
 from ..progress import printable, stage, warn
@@ -35,13 +35,14 @@ from ..run.parts import load_model, make_process, open_data, place, predictor, p
 from ..run.policy import begin, trained
 from ..run.telemetry import BINS, Meter
 from ..step.guidance import guided
+from .decoding import Decode, decoder
 from .labels import Subset, example_weights, given, relabelled, split
 from .preference_model import StepAwarePreferenceModel, check_folder
 from .spm_config import SPMConfig
 
 ARTIFACT = "preference_model"
 # What a label by the plain model hangs on, beside data, model and CLIP.
-JUDGED = ("frames", "frames_scored", "decoder", "decode_batch", "decode_frames", "mixed_precision")
+JUDGED = ("frames", "frames_scored", "decoder", "decode_frames", "mixed_precision")
 MEMORY = (
     "a step: run it again with a smaller --train_batch_size (and more "
     "--gradient_accumulation_steps), or --tune modulation"
@@ -58,7 +59,7 @@ class Run(Loop):
     held: Subset  # pairs with a winner that accuracy is measured on
     process: FlowMatching | Diffusion
     predict: Callable[..., Tensor]  # the frozen base's, guided
-    decode: Callable[[Tensor], list[Tensor]]  # latents [N, C, F, h, w] -> clips
+    decode: Decode
     labels: dict[int, float]  # pair id -> probability that the first is preferred
     weights: dict[int, float]  # pair id -> how much it counts
 
@@ -174,7 +175,7 @@ def assemble(
         process = process.replace(shift=1.0)  # t is uniform
     base = load_model(family, config.model, device, dtype)
     belong.warn_of_another_model(config.model, whole)
-    decode = decoder(config, family, device, dtype)
+    decode = decoder(config, family, open_pipeline(family, config.model, dtype, device))
     made_of = {"data": identity(whole.folder / "index.parquet")}
     made_of |= {"model": model_identity(config.model), "clip": model_identity(config.clip)}
     labels = given(whole)
@@ -229,24 +230,10 @@ def predicting(
     return partial(guided(predictor(family, device, dtype), empty, scale), base)
 
 
-def decoder(
-    config: SPMConfig, family: ModuleType, device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor], list[Tensor]]:
-    """What makes clips of latents [N, C, F, h, w]."""
-    pipe = family.pipeline(config.model, dtype)
-    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
-    pipe = with_decoder(pipe, config.decoder) if config.decoder else pipe
-
-    def decode(latents: Tensor) -> list[Tensor]:
-        return decoded(family, pipe, latents[:, :, : config.decode_frames], config.decode_batch)
-
-    return decode
-
-
 @torch.no_grad()
 def clean_margin(
     model: StepAwarePreferenceModel,
-    decode: Callable[[Tensor], list[Tensor]],
+    decode: Decode,
     dtype: torch.dtype,
     pair: Pair,
 ) -> float:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..run.options import (
-    FINITE,
     NOT_EMPTY,
     POSITIVE,
+    SHARE,
     ZERO_OR_MORE,
     Media,
     Need,
@@ -20,14 +20,14 @@ from ..run.options import (
     documented,
     option,
 )
+from .config import Estimates
 
 RELABEL: Need = ("has no effect with relabel {relabel}: remove it", lambda c: c.relabel == "clip")
-SHARE = ("0 <= share < 1", lambda share: 0 <= share < 1)
 
 
 @documented
 @dataclass(kw_only=True)
-class SPMConfig(Saving, Media, Optimiser, Subject):
+class SPMConfig(Saving, Media, Optimiser, Estimates, Subject):
     """Every option of `fastpref spm`; each is a YAML key and a flag of the same name."""
 
     # fmt: off
@@ -42,15 +42,6 @@ class SPMConfig(Saving, Media, Optimiser, Subject):
         "by side (tile), which shows motion")
     frames_scored: int = option(8, POSITIVE, at_most(1024),
         help="frames of a clip that are scored, evenly spaced")
-    decoder: str | None = option(None,
-        help="folder or hub id of a VAE that decodes in place of the model's, as in the runs of "
-        "SPO that it will judge: a cheap one (AutoencoderTiny)")
-    decode_batch: int = option(8, POSITIVE, help="samples decoded at once")
-    decode_frames: int | None = option(None, POSITIVE,
-        help="latent frames, from the first on, that are decoded and scored, as in those runs; "
-        "default: all")
-    guidance_scale: float = option(5.0, FINITE,
-        help="guidance of the base's prediction, as in sampling; 1: none")
     tune: Literal["all", "vision", "modulation"] = option("all",
         help="what trains: all, the vision tower with the step's parts, or those alone")
     relabel: Literal["none", "clip"] = option("none",

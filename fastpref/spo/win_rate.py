@@ -13,7 +13,6 @@ from ..files import write_atomic
 from ..look.evaluate import gain
 from ..look.evaluate import win_rate as rate
 from ..look.sample import sample
-from ..models.folder import scheduler_of
 from ..progress import printable, stage, warn
 from ..run.assemble import Run
 from ..step import compiling
@@ -95,7 +94,7 @@ def scores(run: Run, online: Online) -> Tensor:
             latents = sample(
                 run.model,
                 run.family,
-                scheduler_of(online.pipe, config.model),
+                online.scheduler,
                 {name: value[take] for name, value in cond.items()},
                 online.shape,
                 steps=config.sampling_steps,
@@ -104,5 +103,5 @@ def scores(run: Run, online: Online) -> Tensor:
                 negative=negative and {name: value[take] for name, value in negative.items()},
                 names=[online.prompts.prompts[row] for row in rows[take]],
             )
-        found.append(online.score(run, latents, rows[take], 0.0).cpu())
+        found.append(online.score(latents, rows[take], 0.0).cpu())
     return torch.cat(found)

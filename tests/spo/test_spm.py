@@ -28,6 +28,7 @@ from fastpref.run import bookkeeping
 from fastpref.run.guard import Diverged, Interrupted
 from fastpref.run.parts import place
 from fastpref.spo import labels, spm
+from fastpref.spo.decoding import decoder
 from fastpref.spo.preference_model import StepAwarePreferenceModel
 from fastpref.spo.spm_config import SPMConfig
 
@@ -132,10 +133,10 @@ def test_pictures_are_decoded_as_a_run_of_spo_decodes_them(tmp_path):
     other.save_pretrained(tmp_path / "vae")
     change = {"family": case.family.name, "model": str(case.path)}
     config = SPMConfig(**values("x", tmp_path, decoder=str(tmp_path / "vae"), **change))
-    decode = spm.decoder(config, case.module, torch.device("cpu"), torch.float32)
+    decode = decoder(config, case.module, case.module.pipeline(case.path))
     assert all((clip == 255).all() for clip in decode(torch.randn(3, 4, 1, 4, 4)))
     config = SPMConfig(**values("x", tmp_path, decode_frames=2))
-    decode = spm.decoder(config, toy, torch.device("cpu"), torch.float32)
+    decode = decoder(config, toy, toy.pipeline(config.model))
     assert [clip.shape[0] for clip in decode(torch.zeros(2, 3, 5, 8, 8))] == [2, 2]
 
 
@@ -427,7 +428,7 @@ def test_in_half_precision(name, tmp_path):
     ("change", "says"),
     [
         ({"tie_margin": 0.2}, "tie_margin has no effect with relabel none: remove it"),
-        ({"held_out": 1.0}, "held_out: expected 0 <= share < 1, got 1.0"),
+        ({"held_out": 1.0}, "held_out: expected 0 <= value < 1, got 1.0"),
         ({"frames": "every"}, "frames: expected one of mean, tile, got every"),
         ({"clip": "/nowhere"}, "model /nowhere: no such folder"),
         ({"clip": str(BASE / "transformer")}, "config.json expected model_type clip, got None"),
