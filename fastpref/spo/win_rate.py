@@ -88,7 +88,8 @@ def scores(run: Run, online: Online) -> Tensor:
         empty = online.prompts.empty_cond
         negative = {name: torch.stack([value] * len(rows)) for name, value in empty.items()}
     found = []
-    for some in torch.arange(len(rows)).split(config.sample_batch_size):
+    size = min(config.sample_batch_size, config.sample_rows or len(rows))
+    for some in torch.arange(len(rows)).split(size):
         take = slice(int(some[0]), int(some[-1]) + 1)
         with compiling.eagerly():
             latents = sample(
