@@ -9,6 +9,7 @@ with guidance, as SPO trains, and without. Both forms give the same gradient bef
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import peft
@@ -58,6 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
             timing.append(args.output, [row | {"two_over_one": ratio, **facts}])
 
 
+def apart(batch: Batch) -> Batch:
+    """The same pairs, a row for each member: as if they shared no x_t."""
+    cond = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in batch.cond.items()}
+    return batch._replace(x=torch.cat([batch.x] * 2), t=batch.t.repeat(2), cond=cond)
+
+
 def adapted(
     arch: Architecture, family: ModuleType, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
@@ -93,7 +100,8 @@ def variants(
     made = [Transition(AT, i, normal(1, *latent), normal(2, *latent), 1.0) for i in range(pairs)]
     cond = {"text": normal(pairs, *arch.text).to(dtype)}
     empty = {"text": normal(*arch.text).to(device, dtype)}
-    batch: Batch = collate(made, sampler, cond, device, dtype)
+    one = collate(made, sampler, cond, device, dtype)
+    batches = (one, apart(one))
 
     def predict(model: nn.Module, *inputs: object) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -103,25 +111,22 @@ def variants(
     policy, says = reference.of_run(model, None, guided(predict, empty, scale), shared=False)
     trains = [p for p in model.parameters() if p.requires_grad]
 
-    def forward(apart: bool) -> Tensor:
-        return step_loss(policy, says, batch, SPO, apart=apart).loss
+    def forward(batch: Batch) -> Tensor:
+        return step_loss(policy, says, batch, SPO).loss
 
-    def whole(apart: bool) -> None:
+    def whole(batch: Batch) -> None:
         for p in trains:
             p.grad = None
-        forward(apart).backward()
+        forward(batch).backward()
 
     gradients = []
-    for apart in (False, True):
-        whole(apart)
+    for batch in batches:
+        whole(batch)
         gradients.append(torch.cat([p.grad.double().flatten() for p in trains]))
     off = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
     assert off < (1e-4 if dtype == torch.float32 else 0.05), f"the gradients differ by {off:.2g}"
     parts = {"forwards": forward, "step": whole}
-    return {
-        name: tuple(lambda call=call, apart=apart: call(apart) for apart in (False, True))
-        for name, call in parts.items()
-    }
+    return {name: tuple(partial(call, batch) for batch in batches) for name, call in parts.items()}
 
 
 if __name__ == "__main__":

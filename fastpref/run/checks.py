@@ -90,6 +90,11 @@ def margin_noise(
             w, l = changes(policy, online, process, batch, draws, pair_mode).chunk(2)
             seen.append((0.5 * beta * (w - l)).abs().max())
         worst = torch.stack(seen).max().item()
+    return noted_noise(worst)
+
+
+def noted_noise(worst: float) -> float | None:
+    """A run's margin noise, warned of where it is large. None: it is not finite."""
     if not worst <= 0.05:
         warn(f"margin noise {worst:.3g} is above 0.05: rounding moves the loss")
     return worst if math.isfinite(worst) else None

@@ -210,8 +210,12 @@ class Log:
                 writer.finish()
 
 
-def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]:
-    """What one batch adds to the metrics, each [B] (rewards in the plain form, ties half right)."""
+def pair_values(
+    out: PairLoss, objective: Objective | None, gain: Tensor | float = 1.0
+) -> dict[str, Tensor]:
+    """What one batch adds to the metrics, each [B] (rewards in the plain form, ties half right).
+    gain: [B], SPO's k, which its rewards are scaled by.
+    """
     (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
     values = {
         "loss": out.loss.expand_as(err_w),
@@ -223,7 +227,7 @@ def pair_values(out: PairLoss, objective: Objective | None) -> dict[str, Tensor]
     if objective is None:
         return values
     values["zero_gradient"] = (out.coef.view(2, -1) == 0).all(0).double()
-    scale = -0.5 * objective.beta
+    scale = -0.5 * objective.beta * gain
     margin = scale * ((err_w - ref_w) - (err_l - ref_l))
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     right = right.masked_fill(margin.isnan(), math.nan)  # neither right nor wrong

@@ -23,12 +23,13 @@ class Step:
     for flow matching the posterior's:
         x_r = a_r x0-hat + sqrt(s_r^2 - sigma^2) eps-hat + sigma z
         sigma = eta s_r sqrt(1 - kappa^2),  kappa = a_t s_r / (a_r s_t)
-    t, r: as the network is fed them; r = 0: what comes out is a finished sample. mix: a, s, p and q
-    at t, of which x0-hat is made.
+    t, r: as the network is fed them; r = 0: what comes out is a finished sample. level: t as a
+    share of all timesteps. mix: a, s, p and q at t, of which x0-hat is made.
     """
 
     t: float
     r: float
+    level: float
     on_x: float
     on_pred: float
     sigma: float
@@ -57,6 +58,12 @@ class Step:
         return estimates(x_t, pred, *self.mix)[0]
 
 
+def timesteps(process: FlowMatching | Diffusion) -> int:
+    """How many it was trained with."""
+    flow = isinstance(process, FlowMatching)
+    return process.num_train_timesteps if flow else len(process.alphas_cumprod)
+
+
 def network_times(
     process: FlowMatching | Diffusion,
     scheduler_config: dict[str, Any],
@@ -71,15 +78,14 @@ def network_times(
     Raises:
         ValueError: more steps than there are timesteps, or fewer than 1; a spacing without effect.
     """
-    total = len(process.alphas_cumprod) if isinstance(process, Diffusion) else None
-    most = total or process.num_train_timesteps
-    if not 1 <= count <= most:
-        raise ValueError(f"sampling_steps: expected 1 to {most}, got {count}")
-    if total is None:
+    total = timesteps(process)
+    if not 1 <= count <= total:
+        raise ValueError(f"sampling_steps: expected 1 to {total}, got {count}")
+    if isinstance(process, FlowMatching):
         if spacing:
             raise ValueError("timestep_spacing has no effect on FlowMatching: remove it")
-        u = torch.linspace(1, 1 / most, count + 1, dtype=torch.float64)[:-1]
-        return [*(most * process.shifted(u)).tolist(), 0.0]
+        u = torch.linspace(1, 1 / total, count + 1, dtype=torch.float64)[:-1]
+        return [*(total * process.shifted(u)).tolist(), 0.0]
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -101,6 +107,7 @@ def steps(
     """The steps between neighbouring times. window: (first, end) of the steps that are stochastic,
     deterministic ones stand elsewhere; None: all are.
     """
+    total = timesteps(process)
     first, end = window or (0, len(times))
     mixes = process.coefficients(torch.tensor(times, dtype=torch.float64)).T.tolist()
     found = []
@@ -114,6 +121,7 @@ def steps(
             Step(
                 t=times[i],
                 r=times[i + 1],
+                level=times[i] / total,
                 on_x=(a_r * p - rest * q) / determinant,
                 on_pred=(rest * a - a_r * s) / determinant,
                 sigma=sigma,

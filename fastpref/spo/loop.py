@@ -64,14 +64,15 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                 if not updates:
                     next_round(run, empty=own["empty"] + 1)
             for batches in updates[own["updates"] :]:
-                total = sum(map(len, batches))
+                total, margins = sum(map(len, batches)), []
                 for some in batches:
                     cond = online.prompts.cond([pair.row for pair in some], device)
                     batch = collate(some, online.resampler.steps, cond, device, dtype)
                     out = step_loss(run.policy, run.reference, batch, run.objective)
                     (out.loss * (len(some) / total)).backward()
+                    margins.append(out.margin)
                     run.meter.add(telemetry.values(out, batch, run.objective), batch.level)
-                telemetry.note_margin_noise(run, out)
+                telemetry.note_margin_noise(run, margins)
                 grad_norm = book.update(run)
                 own["updates"] += 1
                 if own["updates"] == len(updates):

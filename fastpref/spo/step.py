@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     cond: dict[str, Tensor]  # [R, ...]
     target: Tensor  # [2B, ...] float32, winners first
     gain: Tensor  # [B] float64, k of each step
-    level: Tensor  # [B] float64: how far from clean its step begins, in [0, 1)
+    level: Tensor  # [B] float64: of noise, where its step begins, in [0, 1]
 
 
 def collate(
@@ -41,14 +41,13 @@ def collate(
     x = torch.cat([torch.stack([t.x[m] for t in transitions]) for m in range(members)])
     y = torch.cat([torch.stack([t.y[m] for t in transitions]) for m in range(2)])
     times = torch.tensor([step.t for step in at], dtype=torch.float32)
-    most = steps[0].t or 1.0
     return Batch(
         x.to(device, dtype),
         times.repeat(members).to(device),
         {name: torch.cat([value] * members).to(device) for name, value in cond.items()},
         y.to(device),
         torch.tensor([step.gain for step in at], dtype=torch.float64, device=device),
-        (times.double() / most).to(device),
+        torch.tensor([step.level for step in at], dtype=torch.float64, device=device),
     )
 
 
@@ -57,19 +56,12 @@ def kind(transition: Transition) -> str:
     return f"{len(transition.x)} of {list(transition.x.shape[1:])}"
 
 
-def step_loss(
-    policy: Policy, reference: Reference, batch: Batch, objective: SPO, *, apart: bool = False
-) -> PairLoss:
+def step_loss(policy: Policy, reference: Reference, batch: Batch, objective: SPO) -> PairLoss:
     """L = -log sigma(beta (clamp(rho_w) - clamp(rho_l))), rho = -(k/2) (e - r): e and r the errors
     of policy and reference against the predictions that the candidates imply. arXiv 2406.04314.
 
-    Where a pair shares x_t one prediction of each serves both members. apart: two all the same, as
-    a benchmark compares.
+    Where a pair shares x_t one prediction of each serves both members.
     """
-    x, t, cond = batch.x, batch.t, batch.cond
-    if apart and len(x) == len(batch.gain):
-        x, t = torch.cat([x, x]), torch.cat([t, t])
-        cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-    said = reference(x, t, cond)
-    pred = policy(x, t, cond)
+    said = reference(batch.x, batch.t, batch.cond)
+    pred = policy(batch.x, batch.t, batch.cond)
     return preference_loss(pred, batch.target, said.to(pred.dtype), objective, gain=batch.gain)

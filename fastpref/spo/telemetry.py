@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..loss.functional import PairLoss
 from ..loss.objectives import SPO
-from ..progress import warn
 from ..run import bookkeeping
 from ..run.assemble import Run
+from ..run.checks import noted_noise
+from ..run.telemetry import pair_values
 from .assemble import Online
 from .step import Batch
-
-MOST_NOISE = 0.05
 
 
 def announce(run: Run, online: Online) -> None:
@@ -36,41 +35,21 @@ def announce(run: Run, online: Online) -> None:
     bookkeeping.announce_running(run, "one prediction for both members")
 
 
-def note_margin_noise(run: Run, out: PairLoss) -> None:
+def note_margin_noise(run: Run, margins: list[Tensor]) -> None:
     """Before the first update policy and reference are one model: the largest margin of its pairs
     is what rounding makes of it.
     """
-    if run.step or run.margin_noise is not None:
-        return
-    worst = out.margin.abs().max().item()
-    run.margin_noise = worst if math.isfinite(worst) else None
-    if not worst <= MOST_NOISE:
-        warn(f"margin noise {worst:.3g} is above {MOST_NOISE}: rounding moves the loss")
+    if run.step == 0:
+        run.margin_noise = noted_noise(torch.cat(margins).abs().max().item())
 
 
 def values(out: PairLoss, batch: Batch, objective: SPO) -> dict[str, Tensor]:
     """What one batch adds to the metrics, each [B]: rewards are beta rho, before the clamp."""
-    (err_w, err_l), (ref_w, ref_l) = out.err.chunk(2), out.ref_err.chunk(2)
-    rho_w, rho_l = (-0.5 * batch.gain * d for d in (err_w - ref_w, err_l - ref_l))
-    margin = objective.beta * (rho_w - rho_l)
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    right = right.masked_fill(margin.isnan(), math.nan)
+    found = pair_values(out, objective, batch.gain)
     low, high = math.log1p(-objective.clip), math.log1p(objective.clip)
-    clamped = torch.stack([(rho < low) | (rho > high) for rho in (rho_w, rho_l)])
-    return {
-        "loss": out.loss.expand_as(err_w),
-        "errors/policy_w": err_w,
-        "errors/policy_l": err_l,
-        "errors/reference_w": ref_w,
-        "errors/reference_l": ref_l,
-        "zero_gradient": (out.coef.view(2, -1) == 0).all(0).double(),
-        "spo/clamped": clamped.double().mean(0),
-        "rewards/chosen": objective.beta * rho_w,
-        "rewards/rejected": objective.beta * rho_l,
-        "rewards/margins": margin,
-        "rewards/accuracies": right,
-        "implicit_acc": right,
-    }
+    rho = torch.stack([found["rewards/chosen"], found["rewards/rejected"]]) / objective.beta
+    found["spo/clamped"] = ((rho < low) | (rho > high)).double().mean(0)
+    return found
 
 
 def online(run: Run) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_memory_that_runs_out_while_it_samples(whole, prompts, tmp_path, monkeyp
 
     monkeypatch.setattr(judges, "calls", {"count": 0, "at": 10, "then": full})
     how = options(prompts, tmp_path / "run", checkpointing_steps=100)
-    with pytest.raises(ValueError, match="out of memory for sampling: .* smaller --sample_rows"):
+    with pytest.raises(ValueError, match=r"out of memory for sampling: .* smaller --sample_rows"):
         spo(SPOConfig(**how))
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     assert int(saved.name.removeprefix("checkpoint-")) > 0

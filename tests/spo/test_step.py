@@ -1,6 +1,7 @@
 """The step's loss and gradient against Gaussian log-probabilities, in float64, on real models."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from torch.distributions import Normal
 from torch.nn.functional import logsigmoid
 
 import fastpref
+from bench.spo import apart
 from fastpref.process import from_config
 from fastpref.spo import telemetry
 from fastpref.spo.grid import network_times, steps
@@ -100,6 +102,7 @@ def test_the_gradient_is_that_of_log_probabilities(name, apart, scale):
     pairs = transitions(case, sampler, apart)
     predict = guided(case.family.predict, empty, scale)
     batch = collate(pairs, sampler, case.cond, torch.device("cpu"), torch.float64)
+    assert batch.level.tolist() == pytest.approx([step.t / 1000 for step in sampler[4:7]])
     for policy, says in (
         reference.of_run(case.model, None, predict, shared=True),
         reference.of_run(case.model, case.base, predict, shared=False),
@@ -134,11 +137,21 @@ def test_two_predictions_of_a_shared_x_t_give_the_same():
         rows.append(len(x))
         return policy(x, t, cond)
 
-    for apart in (False, True):
-        step_loss(counted, says, batch, WIDE, apart=apart).loss.backward()
+    for each in (batch, apart(batch)):
+        step_loss(counted, says, each, WIDE).loss.backward()
         grads.append(tiny.gradients(case.parameters))
     assert rows == [3, 6]
     assert tiny.distance(*grads) < 1e-9
+
+
+def test_margin_noise_is_that_of_the_first_update(capsys):
+    run = SimpleNamespace(step=0, margin_noise=None)
+    telemetry.note_margin_noise(run, [torch.tensor([0.01]), torch.tensor([-0.3, 0.2])])
+    assert run.margin_noise == pytest.approx(0.3)
+    assert "margin noise 0.3 is above 0.05" in capsys.readouterr().err
+    run.step = 1
+    telemetry.note_margin_noise(run, [torch.tensor([7.0])])
+    assert run.margin_noise == pytest.approx(0.3)
 
 
 def test_policy_and_reference_that_are_one_model_say_ln_2():
