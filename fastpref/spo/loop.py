@@ -146,8 +146,8 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
         if rolled is None:
             began = time.perf_counter()
             rolled = roll(run, online, rows, epochs)
-            seconds = time.perf_counter() - began
-            rounds.write_part(path, mark, rows, rolled, seconds)
+            rolled.seconds = time.perf_counter() - began
+            rounds.write_part(path, mark, rows, rolled)
             rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
         found += rolled.transitions
         rounds.add(counts, rolled)

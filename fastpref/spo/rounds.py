@@ -19,7 +19,7 @@ from ..run.assemble import Run
 from .resampler import Rolled, Transition
 from .step import kind
 
-COUNTS = ("judged", "kept", "network", "decodes", "scores")
+COUNTS = ("judged", "kept", "network", "decodes", "scores", "seconds")
 
 
 def prompts_of(number: int, size: int, rows: Sequence[int], seed: int) -> list[tuple[int, int]]:
@@ -58,7 +58,7 @@ def mark(run: Run) -> str:
     return json.dumps([run.own["since"], fixed, run.made_of], sort_keys=True)
 
 
-def write_part(path: Path, mark: str, rows: Sequence[int], rolled: Rolled, seconds: float) -> None:
+def write_part(path: Path, mark: str, rows: Sequence[int], rolled: Rolled) -> None:
     """What one batch of prompts gave; rows: of its prompts; mark: of what it was sampled with."""
     from safetensors.torch import save
 
@@ -67,7 +67,7 @@ def write_part(path: Path, mark: str, rows: Sequence[int], rolled: Rolled, secon
         tensors |= {f"{i:06d}.x": each.x.contiguous(), f"{i:06d}.y": each.y.contiguous()}
     said: dict[str, Any] = {
         "transitions": [[t.step, rows[t.row], t.gap] for t in rolled.transitions],
-        "counts": {name: getattr(rolled, name) for name in COUNTS} | {"seconds": seconds},
+        "counts": {name: getattr(rolled, name) for name in COUNTS},
     }
     said["digest"] = digest(path, tensors, mark + json.dumps(said))
     write_atomic(path, save(tensors, {"fastpref": json.dumps(said)}))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastpref import FlowMatching
+from fastpref.loss import oracle
 from fastpref.process import from_config
+from fastpref.spo import resampler
 from fastpref.spo.grid import network_times, steps
 from fastpref.spo.resampler import MOST_DRAWS, Resampler
 
@@ -138,39 +140,72 @@ def test_draws_are_of_the_prompt_alone():
         assert not torch.equal(changed.transitions[0].y, together.transitions[0].y)
 
 
-def test_no_number_is_drawn_twice():
-    """Start, candidates of every step: all different streams."""
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"steps": grid(5)},
+        {"steps": grid(5), "first_step": 2},
+        {"steps": grid(7), "rollout_steps": 3},
+        {"steps": grid(6, flow=False), "rollout_steps": 2, "first_step": 1},
+    ],
+)
+def test_no_number_is_drawn_twice(how, monkeypatch):
+    """Of start, steps without pairs, candidates and choices, of two epochs: each its own draw."""
     seen = []
 
-    def network(x, t, cond):
-        return torch.zeros_like(x)
+    def recorded(real):
+        def draw(seed, ids, index, *more):
+            seen.extend(zip(ids.tolist(), index.tolist(), strict=True))
+            return real(seed, ids, index, *more)
 
-    sampler = Resampler(steps=grid(4), candidates=3, threshold=0.0)
+        return draw
+
+    for name in ("normal", "uniform"):
+        monkeypatch.setattr(resampler, name, recorded(getattr(resampler, name)))
+    sampler = Resampler(candidates=3, threshold=0.0, **how)
     for epoch in range(2):
-        out = roll(sampler, 1, network, epochs=torch.tensor([epoch]))
-        seen += [t.x[0].flatten()[:4] for t in out.transitions if t.step == 0]
-        for each in out.transitions:
-            step = sampler.steps[each.step]
-            seen += [(y / (step.sigma / step.on_pred)).flatten()[:4] for y in each.y]
-    rows = {tuple(round(v, 5) for v in row.tolist()) for row in seen}
-    assert len(rows) == len(seen) == 2 * (1 + 2 * 3)
+        roll(sampler, 2, epochs=torch.full((2,), epoch))
+    assert len(set(seen)) == len(seen)
+    length, k = len(sampler.steps), sampler.candidates
+    assert len(seen) > 2 * 2 * k * (length - sampler.first_step - 2)
+
+
+def test_a_step_without_pairs_takes_the_noise_of_its_own_draw():
+    sampler = Resampler(steps=grid(4), candidates=2, first_step=2, threshold=0.0)
+    out = roll(sampler, 1, network=lambda x, t, cond: torch.zeros_like(x))
+    ids, place = torch.tensor([5]), torch.zeros(1, dtype=torch.int64)
+
+    def normals(slot):
+        return oracle.normal(0, ids, place + slot, 18, oracle.SPO).view(1, *SHAPE)
+
+    x = normals(0)
+    for i in range(2):
+        x = sampler.steps[i].take(x, torch.zeros(()), normals(1 + 3 * i))
+    torch.testing.assert_close(out.transitions[0].x, x)
 
 
 def test_one_candidate_drawn_uniformly_goes_on():
-    """With two candidates the next step begins at the best or at the worst, half the time each."""
-    sampler = Resampler(steps=grid(4), candidates=2, threshold=0.0)
-    out = roll(sampler, 400)
-    went = Counter()
-    by = {(t.row, t.step): t for t in out.transitions}
-    for (row, i), each in by.items():
-        following = by.get((row, i + 1))
-        if following is None:
-            continue
-        ends = [sampler.steps[i].take(each.x[0], y, None) for y in each.y]
-        near = [torch.allclose(end, following.x[0], rtol=1e-4, atol=1e-4) for end in ends]
-        assert any(near)
+    """The next step begins at each of the candidates as often as at the others, best or not."""
+    network, sampler = Network(), Resampler(steps=grid(3), candidates=3, threshold=0.0)
+    seen = []
+
+    def judge(clean, rows, t):
+        seen.append(clean)
+        return clean.double().flatten(1).mean(1)
+
+    went, prompts = Counter(), 400
+    ids = torch.arange(prompts) * 7_000_003 + 5
+    out = roll(sampler, prompts, network, judge)
+    text = {"text": (ids % 11).float()}
+    starts = torch.stack([t.x[0] for t in out.transitions if t.step == 1])
+    said = network(starts, torch.full((prompts,), sampler.steps[1].t), text)
+    clean = sampler.steps[1].clean(starts, said)
+    for row, candidates in enumerate(seen[0].view(prompts, 3, *SHAPE)):
+        near = [torch.allclose(clean[row], each, rtol=1e-4, atol=1e-4) for each in candidates]
         went[near.index(True)] += 1
-    assert 0.44 < went[0] / sum(went.values()) < 0.56 and sum(went.values()) == 800
+    assert sum(went.values()) == prompts and all(
+        abs(n / prompts - 1 / 3) < 0.08 for n in went.values()
+    )
 
 
 def test_rollouts_train_on_every_transition():
