@@ -48,6 +48,18 @@ def same(a: Path, b: Path) -> None:
     assert one == other
 
 
+def once_assembled(monkeypatch, then) -> None:
+    """Calls `then(run, online)` before a run begins."""
+    real = loop.assemble
+
+    def assemble(*args):
+        made = real(*args)
+        then(*made)
+        return made
+
+    monkeypatch.setattr(loop, "assemble", assemble)
+
+
 def stop() -> None:
     signal.raise_signal(signal.SIGTERM)
 

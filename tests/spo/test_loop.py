@@ -10,7 +10,7 @@ import judges
 import pytest
 import torch
 from commands import BASE, arguments, fails
-from online import adapter, options, rows, same, stop, stopped
+from online import adapter, once_assembled, options, rows, same, stop, stopped
 
 from fastpref.cli import main
 from fastpref.run.guard import Diverged, Interrupted
@@ -39,6 +39,10 @@ def test_it_trains_and_says_what_it_did(whole, prompts):
     assert len(record["base"]) == 2 and record["rounds"][0]["win_rate"][0] == 0.5
     last = record["rounds"][-1]
     assert last["global_step"] == 6 and result["online"]["online/win_rate"] == last["win_rate"][0]
+    assert log[-1]["errors/policy_w"] != log[-1]["errors/reference_w"]
+    own = json.loads((folder / "checkpoint-6" / "state.json").read_text())["own"]
+    before = [row["global_step"] for row in log if row["epoch"] < own["round"]]
+    assert own["since"] == max(before, default=0), "the step that sampled its pairs"
     card = (folder / "README.md").read_text()
     assert "| objective | spo |" in card and "(8 prompts, " in card
     assert spo(SPOConfig(**options(prompts, folder))) == result, "already done"
@@ -121,6 +125,7 @@ def test_other_ways(change, prompts, tmp_path):
     assert result["global_step"] == 3 and result["metrics"]["loss"] < 0.75
     record = json.loads((tmp_path / "run" / "win_rate.json").read_text())
     assert record["rounds"][-1]["scores"] != record["base"], "it has moved"
+    assert result["metrics"]["errors/policy_w"] != result["metrics"]["errors/reference_w"]
 
 
 def test_the_policy_learns_what_the_scorer_likes(prompts, tmp_path):
@@ -184,14 +189,8 @@ def test_a_policy_that_is_not_finite_ends_it(prompts, tmp_path, monkeypatch):
                 parameter.fill_(float("nan"))
         return real(policy, reference, batch, objective)
 
-    policies, made = [], loop.assemble
-
-    def assemble(*args):
-        run, online = made(*args)
-        policies.append(run)
-        return run, online
-
-    monkeypatch.setattr(loop, "assemble", assemble)
+    policies = []
+    once_assembled(monkeypatch, lambda run, online: policies.append(run))
     monkeypatch.setattr(loop, "step_loss", step_loss)
     with pytest.raises(Diverged, match=r"round \d: .*not finite|not finite"):
         spo(SPOConfig(**options(prompts, tmp_path / "run", train_batch_size=64)))
@@ -266,10 +265,9 @@ def test_a_scorer_that_dies_and_comes_back_changes_nothing(
     """A server that scores as the function does: killed while a round samples, started again."""
     start, address = server
     first = start()
-    made, real, calls = [], loop.assemble, []
+    made, calls = [], []
 
-    def assemble(*args):
-        run, online = real(*args)
+    def change(run, online):
         scorer = online.scorer
 
         def score(frames, texts, t):
@@ -281,9 +279,8 @@ def test_a_scorer_that_dies_and_comes_back_changes_nothing(
             return scorer(frames, texts, t)
 
         online.scorer = score
-        return run, online
 
-    monkeypatch.setattr(loop, "assemble", assemble)
+    once_assembled(monkeypatch, change)
     spo(SPOConfig(**options(prompts, tmp_path / "run", scorer=address)))
     assert made, "it was killed"
     same(tmp_path / "run", whole[0])
