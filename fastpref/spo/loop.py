@@ -57,7 +57,8 @@ def spo(config: SPOConfig) -> dict[str, Any]:
             rounds.prune(run.folder / "rounds", run.folder, own["round"])
             with sampling(run):
                 if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
-                    win_rate(run, online)
+                    with run.clock.paused():
+                        win_rate(run, online)
                 number, pairs = own["round"], sampled_pairs(run, online)
                 size, accumulate = config.train_batch_size, config.gradient_accumulation_steps
                 updates = rounds.updates_of(pairs, size, accumulate, config.seed, number)
@@ -151,9 +152,6 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
             rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
         found += rolled.transitions
         rounds.add(counts, rolled)
-        if run.stop and not own["updates"]:
-            book.save(run)
-            book.leave_if_asked(run)
     if not own["updates"]:
         for name in ("counts", "total"):  # since the last line of the log, and in all
             rounds.merge(own.setdefault(name, {}), counts)
