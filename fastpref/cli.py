@@ -108,8 +108,7 @@ def spo(rest: list[str]) -> None:
     with alone(Path(config.output_dir), "spo"):
         result = run(config)
     spent = result["online"]
-    rows = spent["network"] * (1 if config.guidance_scale == 1 else 2) / max(1, spent["pairs"])
-    decodes = spent["decodes"] / max(1, spent["pairs"])
+    rows, decodes = (spent[f"online/{name}_per_pair"] for name in ("network_rows", "decodes"))
     print(printable(f"{result['artifact']}: step {result['global_step']}"))
     print(
         f"{spent['pairs']} pairs kept of {spent['judged']} judged; of each {rows:.1f} rows of the "

@@ -160,7 +160,8 @@ def assemble(
     if asked and frozen_copy(config.reference, config.tuning):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     adapt(config, family, model, probe)
-    recomputed = recomputation(config, family, model, dataset.largest(), device, dtype, asked)
+    needs = {"online": asked, "pairs": config.train_batch_size}
+    recomputed = recomputation(config, family, model, dataset.largest(), device, dtype, **needs)
     settle(config, family, model, frozen, recomputed)
     policy, says = reference.of_run(model, frozen, predict, shared=store is None)
     known: Known = nothing_known

@@ -89,15 +89,19 @@ def recomputation(
     largest: tuple[Tensor, dict[str, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
+    *,
     online: bool,
+    pairs: int,
 ) -> memory.Mode:
-    """The run's checkpointing: the one that is asked for; auto: on a GPU what it needs to fit."""
+    """The run's checkpointing: the one that is asked for; auto: on a GPU what it needs to fit.
+    pairs: of a batch, two rows of the network each.
+    """
     if config.checkpointing != "auto":
         return config.checkpointing
     if device.type != "cuda":
         return "none"
     asked = STEP_ALONE | config.to_dict()
-    step = {name: asked[name] for name in STEP}
+    step = {name: asked[name] for name in STEP} | {"train_batch_size": pairs}
     step = memory_step(family, model, largest, dtype, online=online, **step)
     record, on = Path(config.output_dir) / "memory.json", memory.card_of(device)
     return pick_checkpointing(step, on, record, {name: asked[name] for name in DECIDES})

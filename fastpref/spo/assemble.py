@@ -69,6 +69,13 @@ def split(prompts: PromptSet, held_out: int) -> tuple[list[int], list[int]]:
     return sorted(order[held_out:]), order[:held_out]
 
 
+def rows_per_pair(config: SPOConfig) -> int:
+    """Of the network in training: with guidance the empty prompt's too, with roll-outs those of
+    both members, whose x_t differ from the second step on.
+    """
+    return (1 if config.guidance_scale == 1 else 2) * (1 if config.rollout_steps == 1 else 2)
+
+
 def assemble(
     config: SPOConfig, device: torch.device, dtype: torch.dtype, start: Path | None = None
 ) -> tuple[Run, Online]:
@@ -133,7 +140,8 @@ def assemble(
         torch.empty(1, *shape, device="meta"),
         {k: v[:1].to("meta") for k, v in first.items()},
     )
-    mode = recomputation(config, family, model, largest, device, dtype, True)
+    needs = {"online": True, "pairs": (config.train_batch_size * rows_per_pair(config) + 1) // 2}
+    mode = recomputation(config, family, model, largest, device, dtype, **needs)
     settle(config, family, model, frozen, mode)
     policy, says = reference.of_run(model, frozen, predict, shared=True)
     made_of = {"data": prompts.identity, "model": model_identity(config.model)}

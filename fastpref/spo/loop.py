@@ -90,7 +90,7 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                     break
         with sampling(run):
             win_rate(run, online)
-    return book.finish(run, online=run.own["total"] | run.own.get("win_rate", {}))
+    return book.finish(run, online=telemetry.spent(run))
 
 
 @contextmanager

@@ -71,6 +71,12 @@ def online(run: Run) -> dict[str, Any]:
     return said
 
 
+def spent(run: Run) -> dict[str, Any]:
+    """Of all rounds: counts, what a kept pair cost, and the last win rate."""
+    total = run.own["total"]
+    return total | per_pair(total, run.config.guidance_scale != 1) | run.own.get("win_rate", {})
+
+
 def per_pair(counts: dict[str, Any], guided: bool) -> dict[str, float]:
     """Rows of the network (guidance takes two a sample) and decodes of a kept pair's sampling."""
     pairs = max(1, counts["pairs"])

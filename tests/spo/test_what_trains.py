@@ -9,6 +9,7 @@ from online import once_assembled, options, rows
 
 from fastpref.run.folder import claim
 from fastpref.spo import loop, rounds, win_rate
+from fastpref.spo.assemble import rows_per_pair
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
 from fastpref.step.reference import adapter_layers
@@ -51,6 +52,28 @@ def test_training_sees_what_sampling_saw(prompts, tmp_path, monkeypatch):
     for row in trained:
         same = [all(map(torch.equal, row, each)) for each in asked if each[0].dtype == row[0].dtype]
         assert any(same)
+
+
+@pytest.mark.parametrize("rollout", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_memory_is_predicted_for_as_many_rows_as_train(
+    scale, rollout, prompts, tmp_path, monkeypatch
+):
+    rows = []
+
+    def change(run, online):
+        def count(module, given, said):
+            if torch.is_grad_enabled():
+                rows.append(len(said[0]))
+
+        run.model.register_forward_hook(count)
+
+    once_assembled(monkeypatch, change)
+    how = {"guidance_scale": scale, "rollout_steps": rollout, "max_train_steps": 4}
+    how |= {"threshold": 0.0, "win_rate_prompts": 0}
+    config = SPOConfig(**options(prompts, tmp_path / "run", **how))
+    spo(config)
+    assert max(rows) == config.train_batch_size * rows_per_pair(config)
 
 
 def test_what_the_scorer_is_asked(prompts, tmp_path, monkeypatch):
