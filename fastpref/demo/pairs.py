@@ -1,4 +1,4 @@
-"""The demo's pairs: candidates from the base model, a noisy judge, best and worst as mp4."""
+"""The demo's pairs: candidates from the base model, ranked by a noisy judge, written as mp4."""
 
 from __future__ import annotations
 
@@ -64,11 +64,13 @@ def judge_all(prompts: Sequence[str], videos: Sequence[Tensor]) -> dict[str, Ten
 
 
 def make_pairs(sampler: Sampler, folder: Path, count: int, block: str) -> dict[str, Any]:
-    """Writes `count` pairs: clips/*.mp4 and metadata.jsonl with prompt, chosen, rejected.
+    """Writes `count` pairs: clips/*.mp4, metadata.jsonl with prompt, chosen, rejected, and
+    ranked.jsonl with prompt, candidates.
 
     For each pair the base model draws CANDIDATES clips of one prompt; the judge's scores get normal
-    noise; the best becomes `chosen`, the worst `rejected`. Returns what is known of the labels:
-    `right` is the share of pairs whose chosen clip is really the better one.
+    noise; the best becomes `chosen`, the worst `rejected`, and all of them, best first, are the
+    candidates. Returns what is known of the labels: `right` is the share of pairs whose chosen clip
+    is really the better one.
     """
     prompts = [clips.PAIR_PROMPTS[i % len(clips.PAIR_PROMPTS)] for i in range(count)]
     asked = [p for p in prompts for _ in range(CANDIDATES)]
@@ -78,17 +80,19 @@ def make_pairs(sampler: Sampler, folder: Path, count: int, block: str) -> dict[s
     generator = torch.Generator().manual_seed(SEEDS[block])
     noise = torch.randn(len(scores), generator=generator, dtype=torch.float64)
     seen = (scores + JUDGE_NOISE * noise).view(count, CANDIDATES)
-    best, worst = seen.argmax(1), seen.argmin(1)
-    rows = []
+    order = seen.argsort(dim=1, descending=True)
+    kinds = ["chosen", *map(str, range(2, CANDIDATES)), "rejected"]
+    pairs, ranked = [], []
     for i, prompt in enumerate(prompts):
-        names = []
-        for kind, member in (("chosen", best[i]), ("rejected", worst[i])):
-            names.append(f"clips/{i:03d}-{kind}.mp4")
-            write_clip(folder / names[-1], videos[i * CANDIDATES + int(member)])
-        rows.append({"prompt": prompt, "chosen": names[0], "rejected": names[1]})
-    write_rows(folder / "metadata.jsonl", rows)
-    table = scores.view(count, CANDIDATES)
-    gap = table.gather(1, best[:, None])[:, 0] - table.gather(1, worst[:, None])[:, 0]
+        names = [f"clips/{i:03d}-{kind}.mp4" for kind in kinds]
+        for name, member in zip(names, order[i].tolist(), strict=True):
+            write_clip(folder / name, videos[i * CANDIDATES + member])
+        pairs.append({"prompt": prompt, "chosen": names[0], "rejected": names[-1]})
+        ranked.append({"prompt": prompt, "candidates": names})
+    write_rows(folder / "metadata.jsonl", pairs)
+    write_rows(folder / "ranked.jsonl", ranked)
+    table = scores.view(count, CANDIDATES).gather(1, order)
+    gap = table[:, 0] - table[:, -1]
     return {
         "candidates": len(scores),
         "mean_score": scores.mean().item(),
@@ -116,5 +120,5 @@ def shuffle_labels(folder: Path, target: Path) -> list[int]:
     return swapped
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from ..run.config import OFFLINE, Config
 from ..run.folder import alone, read_record
 from ..run.parsing import Parser, betas, names
 from ..run.train import train
-from . import clips
+from . import clips, online
 from .pairs import CANDIDATES, SEEDS, Sampler, judge_all, make_pairs, shuffle_labels
 from .summary import Row, summarise
+from .timeline import Spent, curve, elapsed
 
 BASE = Path(__file__).parent / "base"
+OBJECTIVES = [*OFFLINE, "spo"]
 CONTROLS = ("sft", "dpo_windowed", "dpo_shuffled")
+PAIRS_PER_STEP = 8
 VALIDATION_PAIRS = 24
 VALIDATION_SEED = 7
 
@@ -64,8 +67,9 @@ def parse(arguments: Sequence[str]) -> Options:
     default = Options()
     parser = Parser(prog="fastpref demo", description=__doc__.strip())
     add = parser.add_argument
-    add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OFFLINE)}")
-    add("--betas", default="2000", help="comma-separated; every objective is trained at each")
+    add("--objectives", default="dpo", help=f"comma-separated, of {','.join(OBJECTIVES)}")
+    every = "comma-separated; every objective is trained at each (spo has a scale of its own)"
+    add("--betas", default="2000", help=every)
     add("--seeds", type=int, default=1, help="initialisations and data orders per objective")
     add("--output_dir", type=Path, default=default.output_dir)
     add("--pairs", type=int, default=default.pairs, help="preference pairs to make")
@@ -76,7 +80,7 @@ def parse(arguments: Sequence[str]) -> Options:
         if getattr(found, name) < least:
             raise ValueError(f"--{name}: expected at least {least}, got {getattr(found, name)}")
     return Options(
-        objectives=names("--objectives", found.objectives, OFFLINE),
+        objectives=names("--objectives", found.objectives, OBJECTIVES),
         betas=betas("--betas", found.betas),
         seeds=found.seeds,
         output_dir=found.output_dir,
@@ -115,6 +119,8 @@ class Demo:
         self.base_scores = judge_all(self.prompts, self.base_clips)
         self.validation = PairDataset(self.folder / "encoded" / "validation")
         self.base_errors = self.errors(self.base)
+        # Whose way to their score gain is looked at.
+        self.timed = ("dpo", "spo") if "spo" in options.objectives else ()
 
     def claim(self) -> None:
         """A folder keeps the data of one size of demo; runs in it are taken up where they stand."""
@@ -168,6 +174,7 @@ class Demo:
 
     def config(self, name: str, beta: float, seed: int, folder: Path) -> Config:
         """The same options as `fastpref train` takes, for one row of the table."""
+        every = online.QUARTERS if name in self.timed else 1
         data = "pairs-shuffled" if name == "dpo_shuffled" else "pairs"
         settings: dict[str, Any] = {"objective": name, "beta": beta, **HYPER.get(name, {})}
         return Config(
@@ -177,30 +184,51 @@ class Demo:
             output_dir=str(folder),
             lora_rank=8,
             learning_rate=5e-4,
-            train_batch_size=8,
+            train_batch_size=PAIRS_PER_STEP,
             max_train_steps=self.options.steps,
-            checkpointing_steps=self.options.steps,
+            checkpointing_steps=max(1, self.options.steps // every),
+            checkpoints_total_limit=2 * every,
             logging_steps=min(10, self.options.steps),
             seed=seed,
             **settings,
         )
 
-    def run(self, name: str, beta: float, seed: int, label: str) -> Row:
+    def train(
+        self, name: str, beta: float | None, seed: int, folder: Path
+    ) -> tuple[dict[str, Any], float | None, Spent]:
+        """What the loop of a row returned, its beta, and what was spent before it began."""
+        if name != "spo":
+            config = self.config(name, beta, seed, folder)
+            return train(config), config.beta, Spent()
+        steps, data = self.options.steps, self.folder / "encoded" / "ranked"
+        encode("toy", BASE, self.folder / "pairs" / "ranked.jsonl", data, progress=False)
+        found = online.learn_preferences(BASE, data, self.folder / "spm", steps)
+        seconds = list(elapsed(self.folder / "spm", online.LEARNED_PER_STEP).values())[-1]
+        scorer = found["artifact"]
+        right = online.accuracy(self.base, scorer, self.validation, VALIDATION_SEED)
+        prompts = self.folder / "pairs"
+        trained = online.train(BASE, prompts, scorer, folder, seed, max(1, steps // 2))
+        return trained, None, Spent(before=seconds, accuracy=right, sampled=trained["online"])
+
+    def run(self, name: str, beta: float | None, seed: int, label: str) -> Row:
         """Trains, samples and evaluates one row of the table; writes its folder and report."""
         start = time.perf_counter()
         folder = self.folder / label
-        config = self.config(name, beta, seed, folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{label}.log").open("w") as log, contextlib.redirect_stdout(log):
-            trained = train(config)
+            trained, beta, spent = self.train(name, beta, seed, folder)
         model = adapters.load_lora(trained["artifact"], toy.load(BASE)).eval()
         tuned = Sampler(model, toy, self.base.process, self.base.pipe)
+        if name in self.timed:
+            pairs = online.PAIRS_PER_STEP if name == "spo" else PAIRS_PER_STEP
+            gains = curve(folder, pairs, model, lambda: self.gain(tuned))
+            spent = replace(spent, curve=gains)
         videos = tuned.clips(self.prompts, self.seeds)
         scores = judge_all(self.prompts, videos)
         winner, loser = evaluate.relative_errors(self.errors(tuned), self.base_errors)
         row = Row(
             name=name,
-            beta=config.beta,
+            beta=beta,
             seed=seed,
             folder=folder,
             scores=scores,
@@ -208,10 +236,16 @@ class Demo:
             winner_error=winner,
             loser_error=loser,
             seconds_per_pair=trained["seconds_per_pair"],
+            spent=spent,
         )
         run_report(folder, self.comparisons(videos, scores["score"]), row.results())
         say(f"   {label}: {row.line()} ({time.perf_counter() - start:.0f} s)")
         return row
+
+    def gain(self, sampler: Sampler) -> float:
+        """Mean score over the base's."""
+        scores = judge_all(self.prompts, sampler.clips(self.prompts, self.seeds))["score"]
+        return (scores - self.base_scores["score"]).mean().item()
 
     def comparisons(self, videos: list[Tensor], scores: Tensor) -> list[Comparison]:
         """The first clip of every held-out prompt, base against tuned."""
@@ -235,14 +269,18 @@ def main(arguments: Sequence[str] = ()) -> list[Row]:
     with alone(options.output_dir, "demo"):
         demo = Demo(options)
         # The controls stand beside the first beta only.
-        wanted = [(name, beta) for name in options.objectives for beta in options.betas]
+        wanted = [
+            (name, beta)
+            for name in options.objectives
+            for beta in (options.betas if name != "spo" else [None])
+        ]
         wanted += [(name, options.betas[0]) for name in CONTROLS]
         say(f"2. training ({options.steps} steps of 8 pairs), sampling, evaluating ...")
         rows = []
         for name, beta in wanted:
             for seed in range(options.seeds):
                 label = name
-                if len(options.betas) > 1 and name not in CONTROLS:
+                if len(options.betas) > 1 and name not in (*CONTROLS, "spo"):
                     label += f"-beta{beta:g}"
                 if options.seeds > 1:
                     label += f"-seed{seed}"

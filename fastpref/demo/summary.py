@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from ..files import write_atomic
 from ..look.evaluate import Interval, gain, win_rate
 from ..look.report import Page, Point, gain_against_winner_error
+from . import timeline
 from .clips import HELD_OUT, PARTS
+from .timeline import Spent
 
 HEADER = (
     "objective",
@@ -50,6 +52,7 @@ class Row:
     winner_error: float  # relative to the base: 0.1 is 10 % above
     loser_error: float
     seconds_per_pair: float
+    spent: Spent = field(default_factory=Spent)
 
     @property
     def wins(self) -> Interval:
@@ -214,6 +217,14 @@ def summarise(folder: Path, rows: Sequence[Row], labels: dict[str, Any], seconds
     page.picture(first / "samples.png")
     page.heading("Score gain against damage to the chosen clips")
     page.picture(picture)
+    in_time = timeline.lines(rows)
+    if in_time:
+        sentences += timeline.sentences(rows)
+        timeline.picture(folder / "gain_vs_seconds.png", rows)
+        page.heading("Score gain against the seconds of training")
+        page.table(timeline.HEADER, in_time)
+        page.text(" ".join([*timeline.sentences(rows), timeline.NOTE]))
+        page.picture(folder / "gain_vs_seconds.png")
     page.heading(f"Training of {rows[0].name}")
     page.picture(first / "curves.png")
     page.heading("Runs")
@@ -224,6 +235,9 @@ def summarise(folder: Path, rows: Sequence[Row], labels: dict[str, Any], seconds
     print()
     print(as_text(HEADER, lines))
     print()
+    if in_time:
+        print(as_text(timeline.HEADER, in_time))
+        print()
     print("\n".join(sentences))
     print()
     print(f"{folder / 'report.html'}  all of it on one page: clips, curves, picture, every run")
@@ -247,6 +261,7 @@ def as_json(rows: Sequence[Row], labels: dict[str, Any]) -> dict[str, Any]:
                 "winner_error": row.winner_error,
                 "loser_error": row.loser_error,
                 "seconds_per_pair": row.seconds_per_pair,
+                **asdict(row.spent),
                 "scores": [round(s, 6) for s in row.scores["score"].tolist()],
             }
             for row in rows
