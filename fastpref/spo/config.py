@@ -62,7 +62,7 @@ class Sampling(Options):
     scorer: str = option(REQUIRED, NOT_EMPTY,
         help="what judges x0-hat: the folder of a preference model of fastpref spm, or of a plain "
         "CLIP or PickScore (or its hub id), my_pkg.mine:function, or http://host:port")
-    scorer_timeout: float = option(120.0, POSITIVE, free=True,
+    scorer_timeout: float = option(120.0, POSITIVE, at_most(86400), free=True,
         help="seconds that an http scorer may take")
     beta: float = option(10.0, POSITIVE, help="strength of the preference, on SPO's own scale")
     clip: float = option(0.1, SHARE, POSITIVE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from ..pairs.dataset import PairDataset
 from ..pairs.encoded import embeddings, stored, write_tensors
 from ..pairs.parts import load, text_progress
 from ..pairs.shards import (
+    Changed,
     conditions,
     digest,
     encoding_of,
@@ -82,7 +84,7 @@ class PromptSet:
         identity: of the prompts and of what they were embedded with.
 
     Called again after an interruption it embeds nothing twice.
-    Raises ValueError: the folder's were embedded otherwise, or a file changed on disk.
+    Raises ValueError: the folder's were embedded otherwise; Changed: a file changed on disk.
     """
 
     unit = "prompts"
@@ -117,7 +119,7 @@ class PromptSet:
         self._encoding = encoding_of(now)
         self._embed(family, model, dtype, device)
         self.empty_cond = self._read("")
-        whole = "\0".join([self._encoding, *self.prompts])
+        whole = json.dumps([self._encoding, *self.prompts])
         self.identity = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -135,10 +137,11 @@ class PromptSet:
 
     def _read(self, prompt: str) -> dict[str, Tensor]:
         path = self._file(prompt)
-        tensors = read_tensors(path)
-        if digest(path, tensors, self._encoding) != written_digest(path):
-            raise ValueError(f"{path}: was changed after it was written; delete it")
-        return conditions(tensors)
+        with suppress(ValueError):  # its advice is of an encoded set
+            tensors = read_tensors(path)
+            if digest(path, tensors, self._encoding) == written_digest(path):
+                return conditions(tensors)
+        raise Changed(f"{path}: is not as it was written; delete it and run the same command again")
 
     def _embed(
         self, family: ModuleType, model: str, dtype: torch.dtype, device: torch.device

@@ -4,9 +4,12 @@ import json
 
 import judges
 import pytest
-from online import options, same, stopped
+import torch
+from online import adapter, options, rows, same, stopped
 
-from fastpref.spo import rounds
+from fastpref.pairs.shards import Changed
+from fastpref.run.checkpoint import fault
+from fastpref.spo import loop, rounds
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
 
@@ -97,6 +100,31 @@ def test_what_another_attempt_left_is_not_taken_over(whole, prompts, tmp_path, m
         spo(SPOConfig(**options(prompts, tmp_path / "run", seed=7, win_rate_prompts=3)))
     spo(SPOConfig(**options(prompts, tmp_path / "run")))
     same(tmp_path / "run", whole[0])
+
+
+def test_embeddings_that_change_in_a_run_take_nothing_with_them(prompts, tmp_path, monkeypatch):
+    real, folder = loop.step_loss, tmp_path / "run"
+    kept = {}
+
+    def step_loss(*args, **kwargs):
+        kept.update({path: path.read_bytes() for path in (folder / "prompts").glob("*[0-9a-f].*")})
+        for path, data in kept.items():
+            path.write_bytes(data[:-1] + b"?")
+        return real(*args, **kwargs)
+
+    how = {"train_batch_size": 2, "checkpointing_steps": 100, "win_rate_prompts": 0}
+    config = SPOConfig(**options(prompts, folder, **how))
+    with monkeypatch.context() as patch, pytest.raises(Changed, match="delete it and run the same"):
+        patch.setattr(loop, "step_loss", step_loss)
+        spo(config)
+    assert fault(folder / "checkpoint-1") is None
+    for path in kept:
+        path.unlink()
+    assert spo(config)["global_step"] == 6
+    spo(SPOConfig(**options(prompts, tmp_path / "other", **how)))
+    one, two = adapter(folder), adapter(tmp_path / "other")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert rows(folder) == rows(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,7 @@ def test_another_run_or_scorer_is_refused(whole, prompts, tmp_path, capsys):
     [
         ({"eta": 0.0}, "eta: expected 0 < value <= 1, got 0.0"),
         ({"candidates": 1}, "candidates: expected at least 2, got 1"),
+        ({"scorer_timeout": 1e10}, "scorer_timeout: expected at most 86400, got 10000000000.0"),
         ({"first_step": 4}, "all candidates would be the same"),
         ({"first_step": 9}, "no step from first_step 9 of 5"),
         ({"sde_window": "[3, 2]"}, "sde_window: expected two steps, first < end, got [3, 2]"),
