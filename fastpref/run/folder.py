@@ -38,8 +38,8 @@ def alone(folder: Path, kind: str = "train") -> Iterator[None]:
 
 
 def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[str, Any] | None]:
-    """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do),
-    after a check that the folder is this run's.
+    """(checkpoint to go on from, or None to start at 0; the result if there is nothing left to do,
+    which is said), after a check that the folder is this run's.
     """
     folder = claim(Path(config.output_dir), kind).parent
     checkpoint.clean(folder)
@@ -65,6 +65,7 @@ def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[st
         exported = folder / Path(str(result.get("artifact"))).name  # the folder may have been moved
         if result["global_step"] >= config.max_train_steps:
             if artifact.whole(exported):
+                print(printable(f"{folder} is already trained to step {result['global_step']}"))
                 return None, result | {"output_dir": str(folder), "artifact": str(exported)}
             warn(f"{exported} is missing or damaged: writing it again from the last checkpoint")
     wanted = config.resume_from_checkpoint

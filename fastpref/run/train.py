@@ -9,7 +9,6 @@ import torch
 
 from fastpref.loss.functional import Draws
 from fastpref.process import Times
-from fastpref.progress import printable
 from fastpref.run import bookkeeping as book
 from fastpref.run.assemble import assemble
 from fastpref.run.config import Config
@@ -34,8 +33,6 @@ def train(config: Config) -> dict[str, Any]:
     device, dtype = place(config.device, config.mixed_precision)
     start, result = open_run(config)
     if result is not None:
-        said = f"{result['output_dir']} is already trained to step {result['global_step']}"
-        print(printable(said))
         return result
     run = assemble(config, device, dtype, start)  # with start's state in it
     accumulate = config.gradient_accumulation_steps

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpref.progress import printable
 from fastpref.run import bookkeeping as book
 from fastpref.run.assemble import Run
 from fastpref.run.folder import open_run
@@ -42,8 +41,6 @@ def spo(config: SPOConfig) -> dict[str, Any]:
     device, dtype = place(config.device, config.mixed_precision)
     start, result = open_run(config, "spo")
     if result is not None:
-        said = f"{result['output_dir']} is already trained to step {result['global_step']}"
-        print(printable(said))
         return result
     run, online = assemble(config, device, dtype, start)  # with start's state in it
     own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0}

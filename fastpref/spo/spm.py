@@ -79,8 +79,6 @@ def train(config: SPMConfig) -> dict[str, Any]:
     device, dtype = place(config.device, config.mixed_precision)
     start, result = open_run(config, "spm")
     if result is not None:
-        said = f"{result['output_dir']} is already trained to step {result['global_step']}"
-        print(printable(said))
         return result
     run = assemble(config, device, dtype, start)
     announce(run)
