@@ -43,7 +43,7 @@ def spo(config: SPOConfig) -> dict[str, Any]:
     if result is not None:
         return result
     run, online = assemble(config, device, dtype, start)  # with start's state in it
-    own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0}
+    own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0, "counted": -1}
     if start is None:  # another attempt's, which may have had other options
         (run.folder / "win_rate.json").unlink(missing_ok=True)
     telemetry.announce(run, online)
@@ -149,7 +149,8 @@ def sampled_pairs(run: Run, online: Online) -> list[Transition]:
             rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
         found += rolled.transitions
         rounds.add(counts, rolled)
-    if not own["updates"]:
+    if own["counted"] < own["round"]:  # once, wherever the round is gone on with
+        own["counted"] = own["round"]
         for name in ("counts", "total"):  # since the last line of the log, and in all
             rounds.merge(own.setdefault(name, {}), counts)
     return found

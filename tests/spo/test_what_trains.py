@@ -5,7 +5,7 @@ import json
 import judges
 import pytest
 import torch
-from online import once_assembled, options, rows
+from online import once_assembled, options, rows, same
 
 from fastpref.run.folder import claim
 from fastpref.spo import loop, rounds, win_rate
@@ -152,3 +152,41 @@ def test_the_win_rate_is_over_the_base_under_one_noise(prompts, tmp_path, monkey
     spo(SPOConfig(**how | {"max_train_steps": 2}))
     record = json.loads(path.read_text())
     assert record["base"] == base and record["rounds"][-1]["scores"] != base
+
+
+def test_a_round_is_counted_once_where_its_first_update_fails(
+    whole, prompts, tmp_path, monkeypatch
+):
+    real, runs = loop.step_loss, []
+
+    def step_loss(policy, says, batch, objective):
+        if runs[0].own["round"] == 1 and not runs[0].own["updates"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(policy, says, batch, objective)
+
+    with monkeypatch.context() as within:
+        once_assembled(within, lambda run, online: runs.append(run))
+        within.setattr(loop, "step_loss", step_loss)
+        with pytest.raises(ValueError, match="out of memory"):
+            spo(SPOConfig(**options(prompts, tmp_path / "run")))
+    result = spo(SPOConfig(**options(prompts, tmp_path / "run")))
+    for name in ("judged", "pairs", "network", "decodes"):
+        assert result["online"][name] == whole[1]["online"][name]
+    same(tmp_path / "run", whole[0])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_see_the_adapters_switched(prompts, tmp_path):
+    """Guided, over a shared prefix: before it trains policy and reference are one, then two; and
+    the base of the win rate is the base.
+    """
+    bases = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        how = {"compile": compiled, "guidance_scale": 2.0, "threshold": 0.0, "max_train_steps": 3}
+        result = spo(SPOConfig(**options(prompts, tmp_path / name, **how)))
+        assert result["margin_noise"] < 1e-3
+        assert result["metrics"]["errors/policy_w"] != result["metrics"]["errors/reference_w"]
+        record = json.loads((tmp_path / name / "win_rate.json").read_text())
+        bases.append(record["base"])
+        assert record["rounds"][-1]["scores"] != record["base"]
+    assert bases[0] == pytest.approx(bases[1])
