@@ -19,7 +19,7 @@ from fastpref.spo.assemble import Online, assemble
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.resampler import Rolled, Transition
 from fastpref.spo.step import collate, step_loss
-from fastpref.spo.win_rate import win_rate
+from fastpref.spo.win_rate import forget_later, win_rate
 
 MEMORY = "sampling: run it again with a smaller --sample_rows or --decode_batch"
 MOST_EMPTY = 20  # rounds in a row that keep no pair
@@ -44,8 +44,7 @@ def spo(config: SPOConfig) -> dict[str, Any]:
         return result
     run, online = assemble(config, device, dtype, start)  # with start's state in it
     own = run.own = run.own or {"round": 0, "since": 0, "updates": 0, "empty": 0, "counted": -1}
-    if start is None:  # another attempt's, which may have had other options
-        (run.folder / "win_rate.json").unlink(missing_ok=True)
+    forget_later(run, online)
     telemetry.announce(run, online)
     book.validate(run)
 

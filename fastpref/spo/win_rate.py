@@ -20,6 +20,19 @@ from ..step.reference import adapter_layers, disabled
 from .assemble import Online
 
 
+def forget_later(run: Run, online: Online) -> None:
+    """Drops what was measured after the step that a run goes on from; of a new run everything,
+    which another attempt may have measured with other options.
+    """
+    path = run.folder / "win_rate.json"
+    if run.start is None:
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        record = read(path, len(online.held_out))
+        record["rounds"] = [row for row in record["rounds"] if row["global_step"] <= run.step]
+        write_atomic(path, json.dumps(record).encode())
+
+
 def win_rate(run: Run, online: Online) -> None:
     """Samples the held-out prompts as the model's pipeline does, scores them at t = 0 and compares
     with the base's clips from the same noise. Kept in win_rate.json, once a step; what a policy
@@ -27,7 +40,6 @@ def win_rate(run: Run, online: Online) -> None:
     """
     path = run.folder / "win_rate.json"
     record = read(path, len(online.held_out))
-    record["rounds"] = [row for row in record["rounds"] if row["global_step"] <= run.step]
     done = [row for row in record["rounds"] if row["global_step"] == run.step]
     if not online.held_out or done:
         run.own |= {"win_rate": logged(done[0])} if done else {}

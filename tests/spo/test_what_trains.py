@@ -1,6 +1,8 @@
 """What the online loop samples, asks its scorer, trains on and compares."""
 
 import json
+import math
+import shutil
 
 import judges
 import pytest
@@ -74,6 +76,21 @@ def test_memory_is_predicted_for_as_many_rows_as_train(
     config = SPOConfig(**options(prompts, tmp_path / "run", **how))
     spo(config)
     assert max(rows) == config.train_batch_size * rows_per_pair(config)
+
+
+def test_the_sampler_is_the_one_that_is_asked_for(prompts, tmp_path, monkeypatch):
+    made = []
+    once_assembled(monkeypatch, lambda run, online: made.append(online.resampler))
+    asked = {"candidates": 3, "first_step": 1, "rollout_steps": 2, "threshold": 0.2, "seed": 7}
+    how = asked | {"eta": 0.7, "sde_window": [1, 3], "sample_rows": 2, "max_train_steps": 1}
+    how |= {"scorer": "judges:brightness", "win_rate_prompts": 0}
+    spo(SPOConfig(**options(prompts, tmp_path / "run", **how)))
+    (sampler,) = made
+    assert {name: getattr(sampler, name) for name in asked} == asked and sampler.rows == 2
+    assert [step.sigma > 0 for step in sampler.steps] == [False, True, True, False, False]
+    for step, after in zip(sampler.steps[1:3], sampler.steps[2:4], strict=True):
+        (a, s, *_), (a_r, s_r, *_) = step.mix, after.mix
+        assert step.sigma == pytest.approx(0.7 * s_r * math.sqrt(1 - (a * s_r / (a_r * s)) ** 2))
 
 
 def test_what_the_scorer_is_asked(prompts, tmp_path, monkeypatch):
@@ -152,6 +169,12 @@ def test_the_win_rate_is_over_the_base_under_one_noise(prompts, tmp_path, monkey
     spo(SPOConfig(**how | {"max_train_steps": 2}))
     record = json.loads(path.read_text())
     assert record["base"] == base and record["rounds"][-1]["scores"] != base
+    # From an older checkpoint on, what was measured later is measured again.
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "result.json").unlink()
+    path.write_text(json.dumps(record | {"rounds": [{**record["rounds"][-1], "scores": [9, 9]}]}))
+    spo(SPOConfig(**how | {"max_train_steps": 2}))
+    assert json.loads(path.read_text())["rounds"][-1] == record["rounds"][-1]
 
 
 def test_a_round_is_counted_once_where_its_first_update_fails(
