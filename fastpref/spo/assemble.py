@@ -104,7 +104,8 @@ def assemble(
     def stopping() -> bool:
         return bool(getattr(run, "stop", False))
 
-    how = {"device": device, "dtype": dtype, "timeout": config.scorer_timeout}
+    # In float32: half a digit of a logit in bfloat16 is a good part of a threshold.
+    how = {"device": device, "dtype": torch.float32, "timeout": config.scorer_timeout}
     with stage("opening the scorer"):
         scorer = open_scorer(config.scorer, **how, stopping=stopping)
     texts = read_prompts(config.data)

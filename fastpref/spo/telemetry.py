@@ -32,7 +32,10 @@ def announce(run: Run, online: Online) -> None:
     )
     print(f"scorer     {config.scorer}, threshold {config.threshold:g}")
     print(f"objective  {run.objective}")
-    bookkeeping.announce_running(run, "one prediction for both members")
+    mode = "one prediction for both members" + (
+        " of a first step" if sampler.rollout_steps > 1 else ""
+    )
+    bookkeeping.announce_running(run, mode)
 
 
 def note_margin_noise(run: Run, margins: list[Tensor]) -> None:
