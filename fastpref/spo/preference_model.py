@@ -197,8 +197,18 @@ class StepAwarePreferenceModel(nn.Module):
         check_folder(path)
         clip = load_part(CLIPModel, path, "", **arguments(CLIPModel, path, "", dtype))
         tokenizer = load_part(AutoTokenizer, path, "")
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes do with nothing
+            raise ValueError(
+                f"model {path}: its tokenizer knows no words: tokenizer.json, or vocab.json and "
+                "merges.txt, are missing; copy the folder again"
+            )
         record = Path(path) / RECORD
         said = json_object(record, f"model {path}") if record.exists() else {}
+        if record.exists() and said.keys() != {"frames", "num_frames"}:
+            raise ValueError(
+                f"model {path}: {RECORD} expected frames and num_frames, got "
+                f"{', '.join(said) or 'nothing':.80}; copy the folder again"
+            )
         how = {"frames": "mean", "num_frames": 8} | said
         how |= {k: v for k, v in (("frames", frames), ("num_frames", num_frames)) if v is not None}
         try:

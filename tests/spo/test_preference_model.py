@@ -182,7 +182,11 @@ def damage(path: Path, how: str) -> None:
         tensors = load_file(path / STEPS)
         save_file({n: v[:-1].contiguous() for n, v in tensors.items()}, path / STEPS)
     elif how == "record":
-        (path / RECORD).write_text('{"frames": "every"}')
+        (path / RECORD).write_text('{"frames": "every", "num_frames": 8}')
+    elif how == "record empty":
+        (path / RECORD).write_text("{}")
+    elif how == "no words":
+        (path / "tokenizer.json").unlink()
     elif how == "record nested":
         (path / RECORD).write_text("[" * 100_000)
     elif how == "preprocessor":
@@ -201,6 +205,8 @@ def damage(path: Path, how: str) -> None:
         ("record missing", f"{RECORD} is missing"),
         ("steps of another", "does not belong to the CLIP beside it"),
         ("record", "frames: expected mean or tile, got 'every'"),
+        ("record empty", f"{RECORD} expected frames and num_frames, got nothing"),
+        ("no words", "its tokenizer knows no words: tokenizer.json"),
         ("record nested", f"{RECORD} is damaged"),
         ("preprocessor", "expected a bicubic resize"),
     ],
