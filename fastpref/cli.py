@@ -107,13 +107,13 @@ def spo(rest: list[str]) -> None:
     config = parse(rest, "fastpref spo", SPOConfig)
     with alone(Path(config.output_dir), "spo"):
         result = run(config)
-    spent = result["online"]
-    rows, decodes = (spent[f"online/{name}_per_pair"] for name in ("network_rows", "decodes"))
     print(printable(f"{result['artifact']}: step {result['global_step']}"))
-    print(
-        f"{spent['pairs']} pairs kept of {spent['judged']} judged; of each {rows:.1f} rows of the "
-        f"network and {decodes:.1f} decodes in sampling, {spent['seconds']:.0f} s in all"
-    )
+    if spent := result.get("online"):
+        rows, decodes = (spent[f"online/{name}_per_pair"] for name in ("network_rows", "decodes"))
+        print(
+            f"{spent['pairs']} pairs kept of {spent['judged']} judged; to sample one took {rows:.1f} "
+            f"rows of the network and {decodes:.1f} decodes, all of them {spent['seconds']:.0f} s"
+        )
 
 
 def encode(rest: list[str]) -> None:

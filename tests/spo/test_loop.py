@@ -230,7 +230,7 @@ def test_the_command_says_what_it_cost(prompts, tmp_path, capsys):
     flags = arguments(options(prompts, tmp_path / "run", max_train_steps=1, win_rate_prompts=0))
     assert main(["spo", *flags]) == 0
     said = capsys.readouterr().out
-    assert "pairs kept of 12 judged; of each" in said and "decodes in sampling" in said
+    assert "pairs kept of 12 judged; to sample one took" in said and " decodes, all of them" in said
     assert "prompts    8 train; 4 a round" in said
     assert not (tmp_path / "run" / "win_rate.json").exists()
 
