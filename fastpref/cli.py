@@ -111,8 +111,9 @@ def spo(rest: list[str]) -> None:
     if spent := result.get("online"):
         rows, decodes = (spent[f"online/{name}_per_pair"] for name in ("network_rows", "decodes"))
         print(
-            f"{spent['pairs']} pairs kept of {spent['judged']} judged; to sample one took {rows:.1f} "
-            f"rows of the network and {decodes:.1f} decodes, all of them {spent['seconds']:.0f} s"
+            f"{spent['pairs']} pairs kept of {spent['judged']} judged; to sample one took "
+            f"{rows:.1f} rows of the network and {decodes:.1f} decodes, all of them "
+            f"{spent['seconds']:.0f} s"
         )
 
 
