@@ -14,18 +14,22 @@ from ..spo import spm
 from ..spo.config import SPOConfig
 from ..spo.loop import spo
 from ..spo.preference_model import StepAwarePreferenceModel
+from ..spo.prompts import read_prompts
 from ..spo.spm_config import SPMConfig
 from . import clips
 from .pairs import Sampler
 
 CLIP = Path(__file__).parent / "clip"
 QUARTERS = 4
-PAIRS_PER_STEP = 16
+PAIRS_PER_STEP = 32
 LEARNED_PER_STEP = 48
 
 
 def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     """`fastpref spm` on the encoded pairs of `data`, every candidate against every other."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of half a megabyte
     return spm.train(
         SPMConfig(
             family="toy",
@@ -52,7 +56,8 @@ def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[
 def train(
     base: Path, prompts: Path, scorer: str, folder: Path, seed: int, steps: int
 ) -> dict[str, Any]:
-    """`fastpref spo` on the prompts of the pairs, with a checkpoint after every quarter."""
+    """`fastpref spo` on the `prompts` of the pairs, with a checkpoint after every quarter."""
+    count = len(read_prompts(prompts))
     return spo(
         SPOConfig(
             family="toy",
@@ -64,8 +69,13 @@ def train(
             width=clips.SIZE,
             scorer=scorer,
             guidance_scale=1.0,
-            prompts_per_round=len(clips.PAIR_PROMPTS),
-            sample_batch_size=len(clips.PAIR_PROMPTS),
+            sampling_steps=10,
+            # The last steps change too little to be judged, and weigh the most: k grows as r falls.
+            sde_window=(0, 7),
+            first_step=1,
+            threshold=0.1,
+            prompts_per_round=count,
+            sample_batch_size=count,
             sample_rows=48,  # more do not fit a laptop's cache
             decode_batch=144,
             win_rate_prompts=0,  # the judge says who wins

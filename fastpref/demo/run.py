@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -201,14 +202,16 @@ class Demo:
             config = self.config(name, beta, seed, folder)
             return train(config), config.beta, Spent()
         steps, data = self.options.steps, self.folder / "encoded" / "ranked"
-        encode("toy", BASE, self.folder / "pairs" / "ranked.jsonl", data, progress=False)
-        found = online.learn_preferences(BASE, data, self.folder / "spm", steps)
-        seconds = list(elapsed(self.folder / "spm", online.LEARNED_PER_STEP).values())[-1]
-        scorer = found["artifact"]
+        with contextlib.redirect_stderr(sys.stdout):  # into the log
+            encode("toy", BASE, self.folder / "pairs" / "ranked.jsonl", data, progress=False)
+            scorer = online.learn_preferences(BASE, data, self.folder / "spm", steps)["artifact"]
+        seconds = elapsed(self.folder / "spm", online.LEARNED_PER_STEP)
         right = online.accuracy(self.base, scorer, self.validation, VALIDATION_SEED)
-        prompts = self.folder / "pairs"
-        trained = online.train(BASE, prompts, scorer, folder, seed, max(1, steps // 2))
-        return trained, None, Spent(before=seconds, accuracy=right, sampled=trained["online"])
+        trained = online.train(
+            BASE, self.folder / "pairs", scorer, folder, seed, max(1, 3 * steps // 10)
+        )
+        spent = Spent(before=seconds[steps], accuracy=right, sampled=trained["online"])
+        return trained, None, spent
 
     def run(self, name: str, beta: float | None, seed: int, label: str) -> Row:
         """Trains, samples and evaluates one row of the table; writes its folder and report."""
