@@ -25,7 +25,7 @@ CHUNK = 96  # clips sampled at once: what fits a laptop's cache best
 
 # Fixed before anything was tuned. A sample's seed is its block plus its number: no clip of one
 # block shares its starting noise with another's.
-SEEDS = {"pairs": 1_000_000, "validation": 2_000_000, "evaluation": 3_000_000}
+SEEDS = {"pairs": 1_000_000, "validation": 2_000_000, "evaluation": 3_000_000, "ranked": 4_000_000}
 
 
 @dataclass

@@ -35,6 +35,7 @@ OBJECTIVES = [*OFFLINE, "spo"]
 CONTROLS = ("sft", "dpo_windowed", "dpo_shuffled")
 PAIRS_PER_STEP = 8
 VALIDATION_PAIRS = 24
+RANKED = 3  # times as many prompts as pairs are ranked for the preference model
 VALIDATION_SEED = 7
 
 # What an objective needs beside beta. Times are unshifted here, so a grid of 5 steps decides what
@@ -155,18 +156,27 @@ class Demo:
         if not labels.exists():
             count = self.options.pairs
             say(f"1. sampling {CANDIDATES} clips for each of {count} pairs from the base model,")
-            say("   scoring them with a noisy judge, writing the best and the worst as mp4 ...")
-            known = make_pairs(self.base, folder / "pairs", self.options.pairs, "pairs")
-            held_back = min(VALIDATION_PAIRS, count)
-            make_pairs(self.base, folder / "validation", held_back, "validation")
+            say("   scoring them with a noisy judge, writing them as mp4 ...")
+            known = self.make("pairs", count)
+            self.make("validation", min(VALIDATION_PAIRS, count))
             known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
             write_atomic(labels, json.dumps(known).encode())
-        self.labels = read_record(labels, {"right": float, "swapped": list, "gaps": list})
+        self.labels = read_record(labels, {"right": float, "swapped": list, "seconds": float})
         took, right = time.perf_counter() - start, 100 * self.labels["right"]
         rows = folder / "pairs" / "metadata.jsonl"
         say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")
         for name in ("pairs", "validation", "pairs-shuffled"):
             encode("toy", BASE, folder / name, folder / "encoded" / name, progress=False)
+
+    def make(self, block: str, count: int) -> dict[str, Any]:
+        """`make_pairs` into the folder of that name, once; what it says, and its `seconds`."""
+        record = self.folder / f"{block}.json"
+        if not record.exists():
+            start = time.perf_counter()
+            known = make_pairs(self.base, self.folder / block, count, block)
+            known["seconds"] = time.perf_counter() - start
+            write_atomic(record, json.dumps(known).encode())
+        return read_record(record, {"right": float, "gaps": list, "seconds": float})
 
     def errors(self, sampler: Sampler) -> Tensor:
         return evaluate.errors(
@@ -200,17 +210,19 @@ class Demo:
         """What the loop of a row returned, its beta, and what was spent before it began."""
         if name != "spo":
             config = self.config(name, beta, seed, folder)
-            return train(config), config.beta, Spent()
+            return train(config), config.beta, Spent(before=self.labels["seconds"])
         steps, data = self.options.steps, self.folder / "encoded" / "ranked"
+        labelled = self.make("ranked", RANKED * self.options.pairs)["seconds"]
         with contextlib.redirect_stderr(sys.stdout):  # into the log
-            encode("toy", BASE, self.folder / "pairs" / "ranked.jsonl", data, progress=False)
-            scorer = online.learn_preferences(BASE, data, self.folder / "spm", steps)["artifact"]
-        seconds = elapsed(self.folder / "spm", online.LEARNED_PER_STEP)
+            encode("toy", BASE, self.folder / "ranked" / "ranked.jsonl", data, progress=False)
+            taught = online.learn_preferences(BASE, data, self.folder / "spm", 2 * steps)
+        scorer, seconds = taught["artifact"], elapsed(self.folder / "spm", online.LEARNED_PER_STEP)
         right = online.accuracy(self.base, scorer, self.validation, VALIDATION_SEED)
         trained = online.train(
             BASE, self.folder / "pairs", scorer, folder, seed, max(1, 3 * steps // 10)
         )
-        spent = Spent(before=seconds[steps], accuracy=right, sampled=trained["online"])
+        before = labelled + seconds[2 * steps]
+        spent = Spent(before=before, accuracy=right, sampled=trained["online"])
         return trained, None, spent
 
     def run(self, name: str, beta: float | None, seed: int, label: str) -> Row:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 HEADER = ("objective", "training", "before it", "score gain at a quarter, half, ...")
 NOTE = (
-    "Seconds of the training loops: SPO's hold its sampling and judging; before it its preference "
-    "model learns. Both begin from the same labelled clips, whose sampling counts for neither. The "
+    "Seconds of the training loops: SPO's hold its sampling and judging. Before it: clips are "
+    "sampled and labelled (for SPO three times as many), and SPO's preference model learns. The "
     "paper claims a twentieth of DPO's compute for SDXL and a fifth for SD1.5 (arXiv 2406.04314)."
 )
 
@@ -27,9 +27,9 @@ NOTE = (
 class Spent:
     """What a run cost, and its score gain on the way.
 
-    before: seconds in which its preference model learned. curve: (seconds of training, score gain).
-    accuracy: of the preference model on unseen pairs, by quarter of the noise level. sampled: the
-    totals of an online run.
+    before: seconds in which clips were sampled and labelled, and a preference model learned.
+    curve: (seconds of training, score gain). accuracy: of the preference model on unseen pairs, by
+    quarter of the noise level. sampled: the totals of an online run.
     """
 
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -117,16 +117,17 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         if took is None:
             said.append(f"SPO does not reach DPO's score gain, {goal:+.3f} after {end:.0f} s.")
         else:
+            whole = spo.before + took
             said.append(
                 f"DPO's score gain, {goal:+.3f} after {end:.0f} s, SPO has after {took:.0f} s of "
-                f"training ({took / end:.2f} of DPO's), and {took + spo.before:.0f} s with its "
-                f"preference model ({(took + spo.before) / end:.2f})."
+                f"training ({took / end:.2f} of DPO's); with what stands before it after "
+                f"{whole:.0f} s of {dpo.before + end:.0f} s ({whole / (dpo.before + end):.2f})."
             )
     return said
 
 
 def picture(path: Path, rows: Sequence[Row]) -> None:
-    """Score gain against seconds, a line per run; dashed: begun when its preference model did."""
+    """Score gain against seconds, a line per run; dashed: with what stands before it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
@@ -138,7 +139,7 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
         axis.plot(times, gains, color=colour, marker=".", label=row.name)
         if row.spent.before:
             late = [row.spent.before + t for t in times]
-            said = f"{row.name}, with its preference model"
+            said = f"{row.name}, with what stands before it"
             axis.plot(late, gains, color=colour, marker=".", linestyle="--", label=said)
     axis.axhline(0, color="grey", linewidth=0.5)
     axis.set(xlabel="seconds of training", ylabel="score gain over the base")

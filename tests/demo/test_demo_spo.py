@@ -108,9 +108,9 @@ def test_a_small_row_of_spo_learns_samples_trains_and_is_timed(tmp_path):
     assert totals["network"] == 8 * (2 + 2) + totals["decodes"]
     assert 0 < totals["pairs"] < totals["judged"]
     learned = read_metrics(tmp_path / "d" / "spm")[-1]
-    assert learned["global_step"] == 2
+    assert learned["global_step"] == 4
     index = PairDataset(tmp_path / "d" / "encoded" / "ranked")
-    assert len(index) == 8 * 15, "every candidate against every other"
+    assert len(index) == 3 * 8 * 15, "every candidate against every other"
     trained = read_metrics(tmp_path / "d" / "spo")[-1]
     assert trained["global_step"] == 1 and trained["online/kept"] > 0
     assert SAMPLING_STEPS == 20
@@ -147,19 +147,19 @@ def timed(name: str, curve: list[tuple[float, float]], **more):
 
 
 def test_the_words_compare_spo_with_dpo_at_equal_gain(tmp_path):
-    dpo = timed("dpo", [(10.0, 0.03), (20.0, 0.05)])
+    dpo = timed("dpo", [(10.0, 0.03), (20.0, 0.05)], before=14.0)
     how = {"before": 5.0, "accuracy": [0.9, 0.8, 0.7, 0.6], "sampled": TOTALS}
     spo = timed("spo", [(8.0, 0.04), (16.0, 0.06)], **how)
     assert lines([dpo, row("sft", [0.0]), spo]) == [
-        ["dpo", "20 s", "0 s", "+0.030, +0.050"],
+        ["dpo", "20 s", "14 s", "+0.030, +0.050"],
         ["spo", "16 s", "5 s", "+0.040, +0.060"],
     ]
     said = " ".join(sentences([dpo, spo]))
     assert "right on 90, 80, 70, 60 % of unseen pairs" in said
     assert "a pair of 40 of 100 groups" in said
     assert "20.0 samples of the network and 10.0 decodes, and sampling 50 % of the time" in said
-    assert "+0.050 after 20 s, SPO has after 12 s of training (0.60 of DPO's), and 17 s" in said
-    assert "(0.85)" in said
+    assert "+0.050 after 20 s, SPO has after 12 s of training (0.60 of DPO's)" in said
+    assert "with what stands before it after 17 s of 34 s (0.50)." in said
     weak = replace(spo, spent=replace(spo.spent, curve=[(16.0, 0.04)]))
     assert "SPO does not reach DPO's score gain, +0.050 after 20 s." in sentences([dpo, weak])
     assert sentences([dpo]) == []
