@@ -161,7 +161,8 @@ class Demo:
             self.make("validation", min(VALIDATION_PAIRS, count))
             known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
             write_atomic(labels, json.dumps(known).encode())
-        self.labels = read_record(labels, {"right": float, "swapped": list, "seconds": float})
+        wanted = {"right": float, "swapped": list, "gaps": list, "seconds": float}
+        self.labels = read_record(labels, wanted)
         took, right = time.perf_counter() - start, 100 * self.labels["right"]
         rows = folder / "pairs" / "metadata.jsonl"
         say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")
@@ -219,7 +220,7 @@ class Demo:
         scorer, seconds = taught["artifact"], elapsed(self.folder / "spm", online.LEARNED_PER_STEP)
         right = online.accuracy(self.base, scorer, self.validation, VALIDATION_SEED)
         trained = online.train(
-            BASE, self.folder / "pairs", scorer, folder, seed, max(1, 3 * steps // 10)
+            BASE, self.folder / "pairs", scorer, folder, seed, max(1, steps // 5)
         )
         before = labelled + seconds[2 * steps]
         spent = Spent(before=before, accuracy=right, sampled=trained["online"])

@@ -132,6 +132,7 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
+    rows = [row for row in rows if row.spent.curve]
     names = list(dict.fromkeys(row.name for row in rows))
     for row in rows:
         times, gains = zip((0.0, 0.0), *row.spent.curve, strict=True)

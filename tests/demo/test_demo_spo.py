@@ -94,7 +94,7 @@ def test_spo_has_its_own_scale_of_beta_and_is_one_row(tmp_path):
 
 
 def test_a_small_row_of_spo_learns_samples_trains_and_is_timed(tmp_path):
-    demo = Demo(Options(objectives=["spo"], output_dir=tmp_path / "d", pairs=8, steps=2, clips=4))
+    demo = Demo(Options(objectives=["spo"], output_dir=tmp_path / "d", pairs=3, steps=2, clips=2))
     found = demo.run("spo", None, 0, "spo")
     assert found.beta is None
     spent = found.spent
@@ -102,15 +102,15 @@ def test_a_small_row_of_spo_learns_samples_trains_and_is_timed(tmp_path):
     assert len(spent.curve) == 1 and spent.curve[0][0] > 0
     assert spent.curve[0][1] == pytest.approx(found.gain.value, abs=1e-9)
     totals = spent.sampled
-    # 8 prompts a round: of 10 steps six make 4 candidates each, which the network then has seen.
-    assert totals["judged"] == 8 * 6
+    # 3 prompts a round: of 10 steps six make 4 candidates each, which the network then has seen.
+    assert totals["judged"] == 3 * 6
     assert totals["decodes"] == 4 * totals["judged"]
-    assert totals["network"] == 8 * (2 + 2) + totals["decodes"]
+    assert totals["network"] == 3 * (2 + 2) + totals["decodes"]
     assert 0 < totals["pairs"] < totals["judged"]
     learned = read_metrics(tmp_path / "d" / "spm")[-1]
     assert learned["global_step"] == 4
     index = PairDataset(tmp_path / "d" / "encoded" / "ranked")
-    assert len(index) == 3 * 8 * 15, "every candidate against every other"
+    assert len(index) == 3 * 3 * 15, "every candidate against every other"
     trained = read_metrics(tmp_path / "d" / "spo")[-1]
     assert trained["global_step"] == 1 and trained["online/kept"] > 0
     assert SAMPLING_STEPS == 20
