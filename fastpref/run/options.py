@@ -243,13 +243,13 @@ class Looking(Options):
         help="prompts sampled before step 0 and every validation_steps, base beside tuned")
     validation_steps: int | None = option(None, POSITIVE,
         needs=[PROMPTS], default_with=(PROMPTS, 100), free=True,
-        help="optimiser steps between validation samples")
+        help="optimiser steps between validation samples; default: 100")
     validation_sampling_steps: int | None = option(None, POSITIVE,
         needs=[PROMPTS], default_with=(PROMPTS, 20),
-        help="sampler steps of the validation clips")
+        help="sampler steps of the validation clips; default: 20")
     validation_guidance_scale: float | None = option(None, FINITE,
         needs=[PROMPTS], default_with=(PROMPTS, 1.0),
-        help="guidance of the validation clips; 1: none")
+        help="guidance of the validation clips; default: 1, none")
     # fmt: on
 
 

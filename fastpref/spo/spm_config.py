@@ -48,7 +48,7 @@ class SPMConfig(Saving, Media, Optimiser, Estimates, Subject):
         help="clip: who wins is what the model says of the clean clips before it is trained, in "
         "place of the set's own labels")
     tie_margin: float | None = option(None, SHARE, needs=[RELABEL], default_with=(RELABEL, 0.1),
-        help="relabel clip: a smaller difference of the two probabilities is a tie")
+        help="relabel clip: a smaller difference of the two probabilities is a tie; default: 0.1")
     held_out: float = option(0.05, SHARE,
         help="share of the prompts whose pairs do not train but measure accuracy")
     eval_pairs: int = option(100, POSITIVE, help="at most so many held-out pairs are measured")
