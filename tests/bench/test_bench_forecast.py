@@ -97,6 +97,7 @@ def test_a_forecast_beside_the_table_is_the_same():
     assert not worker.is_alive()
 
 
+@pytest.mark.slow
 def test_a_variant_that_is_predicted_not_to_fit_is_not_tried(monkeypatch):
     """As on a card, here with a forecast of the CPU's table: it is named in its row."""
     args = ["--variants", "joint/none", "deferred/none", "--family", "tiny", "--device", "cpu"]

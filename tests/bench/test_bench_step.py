@@ -105,6 +105,7 @@ def test_rows_are_written_where_output_says_alone(results, tmp_path, monkeypatch
     assert f"rows appended to {results.path}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_variant_of_a_cpu_has_b1s_gradient(results, capsys):
     assert results.run(*QUICK) == 0
     rows = results()
@@ -358,6 +359,7 @@ def test_an_unknown_variant_is_one_line(results, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("got joint/some")
 
 
+@pytest.mark.slow
 def test_half_is_said_in_rows_and_table(results, capsys):
     names = ["--adapters", "half", "--variants", "B0", "deferred/attention", "joint/none+cached"]
     assert results.run(*QUICK, *names) == 0

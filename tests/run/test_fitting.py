@@ -365,6 +365,7 @@ def test_doctor_ends_with_a_line_of_flags(capsys):
     Config(**config_values([*arguments(plain), *words], "fastpref train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan", "cogvideox-5b", "sd15", "sdxl"])
 def test_doctor_reads_a_folders_configs_alone(name, capsys, tmp_path):
     family = FAMILIES[name]

@@ -32,6 +32,7 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair_mode", ["joint", "deferred"])
 def test_a_run_in_static_buffers_is_the_run(pair_mode, data, tmp_path, capsys):
     """On a CPU without graphs, but through their buffers, with accumulation: bit for bit."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastpref import models, progress
 from fastpref.pairs import dataset
-from fastpref.run import assemble, caching, checkpoint, checks, parts
+from fastpref.run import assemble, caching, checkpoint, checks, parts, policy
 from fastpref.run.config import Config
 from fastpref.step import compiling
 
@@ -64,7 +64,7 @@ def block_calls(monkeypatch):
             block.register_forward_hook(lambda *_, i=i: calls.update([i]))
         return model
 
-    monkeypatch.setattr(assemble, "load_model", load)
+    monkeypatch.setattr(policy, "load_model", load)
     return calls
 
 
@@ -273,7 +273,7 @@ def test_train_refuses_adapters_that_change_the_base(pairs, tmp_path, monkeypatc
         with torch.no_grad():
             next(p for n, p in model.named_parameters() if "base_layer.weight" in n).mul_(1.01)
 
-    monkeypatch.setattr(assemble, "add_lora", add)
+    monkeypatch.setattr(policy, "add_lora", add)
     with pytest.raises(ValueError, match="self-check: with its adapters off the model differs"):
         run(pairs, tmp_path)
 

@@ -119,6 +119,7 @@ def check(make, expected: int, backend="aot_eager", mode="none", **tolerance) ->
         run.move()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "attention"])
 def test_three_compilations_and_the_same_numbers(mode):
     """Reference, first block, other blocks; checkpointing is part of what is compiled."""
