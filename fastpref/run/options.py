@@ -160,7 +160,7 @@ class Adapters(Options):
     tuning: Literal["lora", "full"] = option("lora",
         help="lora trains adapters; full trains every parameter of the model")
     lora_rank: int | None = option(None, POSITIVE, at_most(8192), needs=[LORA],
-        help="rank of the adapters")
+        help="rank of the adapters; default: 16")
     lora_alpha: float | None = option(None, POSITIVE, needs=[LORA],
         help="scale numerator of the adapters; default: the rank")
     lora_targets: list[str] | None = option(None, AT_LEAST_ONE, needs=[LORA],
