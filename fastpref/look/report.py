@@ -23,6 +23,7 @@ LARGEST = 1e100  # that is drawn: matplotlib squares
 MOST_TEXT, MOST_CAPTION = 1 << 20, 300  # characters of a config.yaml, of a sheet's line
 
 THUMBNAIL = 56  # pixels a frame is wide in the contact sheet, about
+SHARES = ("online/kept", "spo/clamped", "eval/accuracy", "eval/plain_accuracy")
 ERRORS = ("policy_w", "reference_w", "policy_l", "reference_l")
 
 
@@ -167,12 +168,14 @@ def _number(value: Any) -> float:
 
 def curves(run: Path, path: Path) -> None:
     """Plots loss, margins and accuracy, the four errors, and values per noise-level bin; of a run
-    that samples its pairs how many it kept, and its win rate.
+    that samples its pairs how many it kept, and its win rate; of a preference model its accuracy.
     """
     rows = read_metrics(run)
     steps = [row["global_step"] for row in rows]
-    sampled = [row for row in rows if not math.isnan(_number(row.get("online/kept")))]
-    figure, axes = _figure(5 if sampled else 4)
+    shares = {key: _points(rows, key) for key in SHARES}
+    shares["online/win_rate"] = _win_rates(run / "win_rate.json")
+    shares = {key: points for key, points in shares.items() if points}
+    figure, axes = _figure(5 if shares else 4)
 
     def line(axis: Any, key: str, label: str | None = None, **style: Any) -> None:
         values = [_number(row.get(key)) for row in rows]
@@ -192,17 +195,29 @@ def curves(run: Path, path: Path) -> None:
         line(axes[2], f"errors/{name}", name, color=colour, linestyle=dashed)
     axes[2].set(title="errors (w chosen, l rejected)", xlabel="step")
     _levels(axes[3], rows)
-    if sampled:
-        at = [row["global_step"] for row in sampled]
-        for key in ("online/kept", "online/win_rate", "spo/clamped"):
-            values = [_number(row.get(key)) for row in sampled]
-            axes[4].plot(at, values, label=key.partition("/")[2], marker=".")
-        axes[4].set(title="shares: pairs kept, wins, clamped", xlabel="step")
+    for key, points in shares.items():
+        axes[4].plot(*zip(*points, strict=True), label=key.partition("/")[2], marker=".")
+        axes[4].set(title="shares", xlabel="step")
         axes[4].legend(fontsize=7)
     for axis in axes[1:3]:
         if axis.lines[1:]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where a row has a number."""
+    found = [(float(row["global_step"]), _number(row.get(key))) for row in rows]
+    return [point for point in found if not math.isnan(point[1])]
+
+
+def _win_rates(path: Path) -> list[tuple[float, float]]:
+    """(step, win rate) of an online run's win_rate.json, as far as it can be read."""
+    try:
+        rows = json.loads(path.read_bytes())["rounds"]
+        return [(float(row["global_step"]), float(row["win_rate"][0])) for row in rows]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        return []
 
 
 def _levels(axis: Any, rows: list[dict[str, Any]]) -> None:

@@ -183,6 +183,9 @@ def load_part(kind: type, path: str | Path, part: str, **options: Any) -> Any:
     Raises:
         ValueError: it cannot be read, or weights that do not fill its config.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would tear the line that says what is loaded
     is_model, where = issubclass(kind, nn.Module), f"model {path}/{part}".rstrip("/")
     method = None
     if is_model:

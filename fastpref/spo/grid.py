@@ -108,7 +108,9 @@ def steps(
     deterministic ones stand elsewhere; None: all are.
     """
     total = timesteps(process)
-    first, end = window or (0, len(times))
+    first, end = window or (0, len(times) - 1)
+    if end > len(times) - 1:
+        raise ValueError(f"sde_window: expected at most {len(times) - 1} steps, got {end}")
     mixes = process.coefficients(torch.tensor(times, dtype=torch.float64)).T.tolist()
     found = []
     for i, (here, there) in enumerate(pairwise(mixes)):

@@ -119,7 +119,8 @@ def next_round(run: Run, empty: int = 0) -> None:
         run.own["empty"] = 0  # started again it tries as many
         raise ValueError(
             f"{empty} rounds in a row kept no pair: the scorer tells no candidates apart by more "
-            f"than threshold {run.config.threshold}: lower it, or look at the scorer"
+            f"than threshold {run.config.threshold}: lower it in another output_dir (of scores, "
+            "which are logits, 0.3 is a difference of 0.62), or look at the scorer"
         )
 
 

@@ -43,6 +43,8 @@ def read_prompts(data: str | Path) -> list[str]:
         ValueError: there are none, or the file is no text.
     """
     path, bad = Path(data), 0
+    if path.suffix.lower() == ".txt" and not path.is_file():
+        raise ValueError(f"data {data}: no such file; expected a .txt of one prompt a line")
     if path.suffix.lower() == ".txt":
         found = [_text(line, f"{path} line {i}") for i, line in enumerate(lines(path), 1)]
     elif (path / "index.parquet").is_file():

@@ -64,8 +64,9 @@ def win_rate(run: Run, online: Online) -> None:
     write_atomic(path, json.dumps(record).encode())
     run.own["win_rate"] = logged(row)
     if run.step:
-        said = f"step {run.step}: win rate over the base {won}, score gain {gained}"
-        run.bar.write(printable(said))
+        gains = f"{gained.value:+.3g} [{gained.low:+.3g}, {gained.high:+.3g}]"
+        said = f"win rate over the base on {len(base)} prompts {won}, score gain {gains}"
+        run.bar.write(printable(f"step {run.step}: {said}"))
 
 
 def read(path: Path, count: int) -> dict[str, Any]:

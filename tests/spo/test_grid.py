@@ -124,6 +124,13 @@ def test_the_last_step_without_an_offset_has_no_noise():
     assert trailing[-1].sigma > 0 and trailing[0].t == 999
 
 
+def test_a_window_beyond_the_steps_is_refused():
+    times = network_times(FlowMatching(), {}, 6)
+    assert steps(FlowMatching(), times, window=(2, 6))[5].sigma == 0
+    with pytest.raises(ValueError, match="sde_window: expected at most 6 steps, got 9"):
+        steps(FlowMatching(), times, window=(2, 9))
+
+
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(ValueError, match="sampling_steps: expected 1 to 1000, got 1001"):
         network_times(FlowMatching(), {}, 1001)

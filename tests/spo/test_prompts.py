@@ -41,7 +41,7 @@ def test_wherever_they_stand(tmp_path, capsys):
         ("p.txt", "schön".encode("latin-1"), "p.txt line 1: is not UTF-8"),
         ("p.jsonl", b'{"text": "a"}\n', "no prompts"),
         ("p.png", b"", r"expected a folder or a .jsonl, .csv, .parquet file"),
-        ("gone.txt", None, "No such file"),
+        ("gone.txt", None, "data .*gone.txt: no such file; expected a .txt of one prompt a line"),
     ],
 )
 def test_none_is_one_line(name, data, said, tmp_path):
