@@ -85,7 +85,7 @@ def train(
             max_train_steps=steps,
             checkpointing_steps=max(1, steps // QUARTERS),
             checkpoints_total_limit=2 * QUARTERS,
-            logging_steps=max(1, min(5, steps // QUARTERS)),
+            logging_steps=max(1, steps // QUARTERS),
             seed=seed,
         )
     )

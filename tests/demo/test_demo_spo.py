@@ -176,7 +176,7 @@ def test_spo_beats_the_base_in_the_demos_world(tmp_path):
     rows = {row.name: row for row in found}
     assert rows["spo"].wins.value >= 0.8
     assert rows["spo"].gain.low > 0
-    assert min(rows["spo"].spent.accuracy[:3]) > 0.85
+    assert min(rows["spo"].spent.accuracy[:3]) > 0.75
     assert len(rows["spo"].spent.curve) == len(rows["dpo"].spent.curve) == 4
 
 
