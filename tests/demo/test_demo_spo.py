@@ -191,7 +191,7 @@ def test_the_command_shows_spo_in_its_tables_pictures_and_page(tmp_path):
         assert process.returncode == 0, err
         shown.append(out[out.index("objective ") : out.index(str(folder / "report.html"))])
     assert shown[0] == shown[1]
-    tables = [line.split()[0] for line in shown[0].splitlines() if re.match("(dpo|spo) ", line)]
+    tables = [line.split()[0] for line in shown[0].splitlines() if re.match("(dpo|spo)  ", line)]
     assert tables == ["dpo", "spo"] * 2
     page = (folder / "report.html").read_text()
     assert "gain_vs_seconds.png" in page and "spo: win rate" in page
