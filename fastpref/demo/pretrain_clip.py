@@ -1,4 +1,4 @@
-"""Makes the shipped CLIP: `python -m fastpref.demo.pretrain_clip`, two minutes on 2 cores.
+"""Makes the shipped CLIP: `python -m fastpref.demo.pretrain_clip`, four minutes on 2 cores.
 
 It learns which prompt a clip was made for, and nothing of what the judge likes: for the demo it is
 what CLIP is for PickScore, and the preference model learns the rest from labelled clips.
@@ -122,7 +122,7 @@ def compare(model: StepAwarePreferenceModel, videos: Tensor, prompts: list[str])
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "clip")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pretrain(arguments.output, arguments.steps, arguments.seed)

@@ -111,7 +111,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         if spo.curve
         else "",
     ]
-    if dpo and spo.curve:
+    if dpo and spo.curve and dpo.curve[-1][1] > 0:
         end, goal = dpo.curve[-1]
         took = spo.reaches(goal)
         if took is None:

@@ -162,6 +162,8 @@ def test_the_words_compare_spo_with_dpo_at_equal_gain(tmp_path):
     assert "with what stands before it after 17 s of 34 s (0.50)." in said
     weak = replace(spo, spent=replace(spo.spent, curve=[(16.0, 0.04)]))
     assert "SPO does not reach DPO's score gain, +0.050 after 20 s." in sentences([dpo, weak])
+    lost = replace(dpo, spent=Spent(curve=[(20.0, -0.01)]))
+    assert len(sentences([lost, spo])) == 2  # nothing to reach
     assert sentences([dpo]) == []
     timeline.picture(tmp_path / "p.png", [dpo, spo, replace(spo, seed=1)])
     assert (tmp_path / "p.png").stat().st_size > 5000
