@@ -101,9 +101,9 @@ class Resampler:
         cond: dict[str, Tensor],
         epochs: Tensor,
     ) -> Rolled:
-        """Trajectories of prompts from noise to the end, on the device of their cond [P, ...].
+        """Trajectories of prompts from noise to the last step that trains.
 
-        Every draw is a function of (seed, id, epoch) and of its place in the trajectory alone.
+        They run on the device of cond [P, ...]. Every draw is a function of (seed, id, epoch) and of its place in the trajectory alone.
         ids, epochs: [P] int64. shape: of one sample's latents.
         Raises ValueError after more epochs than there are draws, FloatingPointError where a
         candidate is not finite.
@@ -131,7 +131,8 @@ class Resampler:
         every, member = alone.repeat_interleave(k), torch.arange(k, device=device).repeat(count)
         x = normals(alone, 0)
         pred, i = ask(x, 0, alone), 0
-        while i < len(steps):
+        last = max(filter(self.trains, range(len(steps))))
+        while i <= last:  # what comes after nobody looks at
             length = self._length(i)
             if not length:
                 z = normals(alone, self._slot(i)) if steps[i].sigma else None

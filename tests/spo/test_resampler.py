@@ -234,7 +234,8 @@ def test_a_window_makes_pairs_inside_and_is_deterministic_outside():
         return roll(sampler, 2, network, judge), network.calls
 
     out, calls = paths(0)
-    assert [n for _, n in calls] == [2, 2, 2, 6, 6, 2], "the rollout ends with the window"
+    # The rollout ends with the window, and the trajectory with what it is judged by.
+    assert [n for _, n in calls] == [2, 2, 2, 6, 6]
     assert {t.step for t in out.transitions} == {2, 3}
 
 
