@@ -103,8 +103,8 @@ class Resampler:
     ) -> Rolled:
         """Trajectories of prompts from noise to the last step that trains.
 
-        They run on the device of cond [P, ...]. Every draw is a function of (seed, id, epoch) and of
-        its place in the trajectory alone.
+        They run on the device of cond [P, ...]. Every draw is a function of (seed, id, epoch) and
+        of its place in the trajectory alone.
 
         ids, epochs: [P] int64. shape: of one sample's latents.
         Raises ValueError after more epochs than there are draws, FloatingPointError where a
