@@ -76,6 +76,7 @@ def model_card(
         "seed": config["seed"],
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    own = " of the model's own steps" if unit == "prompts" else ""
     kind = "A LoRA adapter" if lora else "A fully fine-tuned model"
     # On the hub only another model of the hub can be linked to.
     linked = "" if Path(config["model"]).exists() else f"base_model: {config['model']}\n"
@@ -84,7 +85,8 @@ def model_card(
         f"---\n{linked}library_name: diffusers\n"
         f"tags: [fastpref, preference-optimization, {config['objective']}"
         f"{', lora' if lora else ''}]\n---\n\n"
-        f"{kind} trained on preference pairs with fastpref. Every setting is in config.yaml.\n\n"
+        f"{kind} trained on preference pairs{own} with fastpref. Every setting is in "
+        "config.yaml.\n\n"
         f"| | |\n|---|---|\n{table}\n```python\n{use}\n```\n"
     )
 

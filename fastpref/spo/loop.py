@@ -114,6 +114,10 @@ def sampling(run: Run) -> Iterator[None]:
 
 def next_round(run: Run, empty: int = 0) -> None:
     """empty: rounds in a row that kept no pair."""
+    if empty:
+        run.bar.write(
+            f"round {run.own['round']}: no pair is kept (threshold {run.config.threshold})"
+        )
     run.own |= {"round": run.own["round"] + 1, "since": run.step, "updates": 0, "empty": empty}
     if empty == MOST_EMPTY:
         run.own["empty"] = 0  # started again it tries as many

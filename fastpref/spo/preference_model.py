@@ -248,9 +248,11 @@ def check_folder(path: str | Path) -> None:
     config = path / "config.json"
     kind = json_object(config, f"model {path}").get("model_type") if config.exists() else None
     if kind != "clip":
+        inside = path / "preference_model"
+        hint = f": take {inside}" if inside.is_dir() else ""
         raise ValueError(
             f"model {path}: config.json expected model_type clip, got {kind}: expected a folder of "
-            "transformers' CLIPModel (CLIP, PickScore) or of a trained preference model"
+            f"transformers' CLIPModel (CLIP, PickScore) or of a trained preference model{hint}"
         )
     if (path / RECORD).exists() != (path / STEPS).exists():
         lost = STEPS if (path / RECORD).exists() else RECORD

@@ -45,6 +45,7 @@ def test_it_trains_and_says_what_it_did(whole, prompts):
     assert own["since"] == max(before, default=0), "the step that sampled its pairs"
     card = (folder / "README.md").read_text()
     assert "| objective | spo |" in card and "(8 prompts, " in card
+    assert "preference pairs of the model's own steps with fastpref" in card
     assert spo(SPOConfig(**options(prompts, folder))) == result, "already done"
     smaller = {"sample_rows": 1, "decode_batch": 1, "scorer_timeout": 9.0, "win_rate_rounds": 5}
     assert spo(SPOConfig(**options(prompts, folder, **smaller))) == result, "no other run"

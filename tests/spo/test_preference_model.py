@@ -240,3 +240,9 @@ def test_old_files_of_a_preprocessor_are_read(tmp_path):
     found = read_preprocessor(tmp_path, model.clip)
     white = torch.full((1, 40, 50, 3), 255, dtype=torch.uint8)
     torch.testing.assert_close(preprocess(white, found), torch.ones(1, 3, 32, 32))
+
+
+def test_a_runs_folder_names_the_model_in_it(tmp_path):
+    load().save_pretrained(tmp_path / "preference_model")
+    with pytest.raises(ValueError, match=r"got None: .*: take .*preference_model$"):
+        load(tmp_path)
