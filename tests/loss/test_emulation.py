@@ -125,6 +125,7 @@ def test_the_functor_is_the_oracles(program: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-300)
 
 
+@pytest.mark.slow
 def test_a_planted_write_behind_a_tensor_is_reported(build) -> None:
     guarded = "if (i < count) to[i] = round_to<T>(values[i]);"
     edit = {"reduce.cuh": (guarded, "to[i] = round_to<T>(values[i]);")}
@@ -149,6 +150,7 @@ PLANTED: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_a_planted_missing_barrier_changes_bits(build, mistake: str) -> None:
     result = run(build("", {"reduce.cuh": PLANTED[mistake]}), "few")
