@@ -103,8 +103,8 @@ def test_a_small_row_of_spo_learns_samples_trains_and_is_timed(tmp_path):
     assert len(spent.curve) == 1 and spent.curve[0][0] > 0
     assert spent.curve[0][1] == pytest.approx(found.gain.value, abs=1e-9)
     totals = spent.sampled
-    # 3 prompts a round: of 10 steps six make 4 candidates each, which the network then has seen; one
-    # before them asks once, and the first at the start.
+    # 3 prompts a round: of 10 steps six make 4 candidates each, which the network then has seen;
+    # before them it is asked at the start and after one step.
     assert totals["judged"] == 3 * 6
     assert totals["decodes"] == 4 * totals["judged"]
     assert totals["network"] == 3 * 2 + totals["decodes"]
