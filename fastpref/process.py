@@ -49,8 +49,7 @@ class Times(NamedTuple):
 def estimates(x_t: Tensor, pred: Tensor, a: Any, s: Any, p: Any, q: Any) -> tuple[Tensor, Tensor]:
     """(x0-hat, eps-hat) of a prediction: the solution of x_t = a x0 + s eps, pred = p eps + q x0.
 
-    a, s, p, q: numbers, or tensors that broadcast over x_t. For epsilon x0-hat is (x_t - s pred) /
-    a, for v a x_t - s pred, for flow x_t - s pred.
+    a, s, p, q: numbers, or tensors that broadcast over x_t.
     """
     determinant = p * a - s * q
     return (p * x_t - s * pred) / determinant, (a * pred - q * x_t) / determinant

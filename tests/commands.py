@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,19 @@ def command(*parts: str, **extra) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **extra,
     )
+
+
+def kill_at(path: Path, *parts: str) -> None:
+    """Runs `fastpref PARTS` in a process and ends it by SIGKILL once `path` is there."""
+    process = command(*parts)
+    end = time.time() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def content(folder: Path) -> dict[str, bytes]:

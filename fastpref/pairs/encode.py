@@ -102,8 +102,7 @@ def encode(
     now = fingerprint(module, model, rows, sampling, dtype, seed)
     check(folder, now, rows.root)  # before anything is written there
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if hasattr(pipe, "to"):
-        pipe = pipe.to(device)
+    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
     index: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     counts = Counts()
@@ -116,8 +115,7 @@ def encode(
             load(pipe, PARTS, progress)
         how = {"seed": seed, "batch_size": batch_size, "progress": loud}
         for item in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
-            fault = counts.add(item)
-            if fault is not None:
+            if (fault := counts.add(item)) is not None:
                 bad.append(fault)
             else:
                 index.append(entry(item, rows.keep_ties))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..files import model_identity
 from ..models.encoders import check_size, open_pipeline
 from ..models.folder import scheduler_config, scheduler_of
+from ..process import Diffusion, FlowMatching
 from ..progress import stage
 from ..run import belong
 from ..run.assemble import Run, restore
@@ -76,6 +77,17 @@ def rows_per_pair(config: SPOConfig) -> int:
     return (1 if config.guidance_scale == 1 else 2) * (1 if config.rollout_steps == 1 else 2)
 
 
+def resampler_of(config: SPOConfig, process: FlowMatching | Diffusion) -> Resampler:
+    """On the steps of a sampler over the model's noising, spaced as its scheduler says."""
+    count, spacing = config.sampling_steps, config.timestep_spacing
+    times = network_times(process, scheduler_config(config.model), count, spacing)
+    return Resampler(
+        steps=steps(process, times, eta=config.eta, window=config.sde_window),
+        rows=config.sample_rows,
+        **config.only("candidates", "first_step", "rollout_steps", "threshold", "seed"),
+    )
+
+
 def assemble(
     config: SPOConfig, device: torch.device, dtype: torch.dtype, start: Path | None = None
 ) -> tuple[Run, Online]:
@@ -92,13 +104,7 @@ def assemble(
     check_size(family, config.model, *size)
     belong.check(family, config.model)
     process = make_process(family, config.model)
-    scheduler = scheduler_config(config.model)
-    times = network_times(process, scheduler, config.sampling_steps, config.timestep_spacing)
-    resampler = Resampler(
-        steps=steps(process, times, eta=config.eta, window=config.sde_window),
-        rows=config.sample_rows,
-        **config.only("candidates", "first_step", "rollout_steps", "threshold", "seed"),
-    )
+    resampler = resampler_of(config, process)
     run: Run | None = None  # made below
 
     def stopping() -> bool:
@@ -121,7 +127,8 @@ def assemble(
     empty = {name: value.to(device) for name, value in prompts.empty_cond.items()}
     predict = guided(predictor(family, device, dtype), empty, config.guidance_scale)
     some = rows[: config.train_batch_size]
-    first, start_at = prompts.cond(some, device), torch.full((len(some),), times[0], device=device)
+    first = prompts.cond(some, device)
+    start_at = torch.full((len(some),), resampler.steps[0].t, device=device)
     generator = torch.Generator().manual_seed(config.seed)
     noisy = torch.randn(len(some), *shape, generator=generator).to(device, dtype)
 
@@ -137,10 +144,8 @@ def assemble(
     if frozen_copy("auto", config.tuning):
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     adapt(config, family, model, probe)
-    largest = (
-        torch.empty(1, *shape, device="meta"),
-        {k: v[:1].to("meta") for k, v in first.items()},
-    )
+    cond = {name: value[:1].to("meta") for name, value in first.items()}
+    largest = (torch.empty(1, *shape, device="meta"), cond)
     needs = {"online": True, "pairs": (config.train_batch_size * rows_per_pair(config) + 1) // 2}
     mode = recomputation(config, family, model, largest, device, dtype, **needs)
     settle(config, family, model, frozen, mode)

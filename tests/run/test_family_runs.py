@@ -3,14 +3,12 @@ with a kill -9 in the middle.
 """
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import arguments, command, options
+from commands import arguments, kill_at, options
 from families import FAMILIES, PROMPTS, Case, generators, ours, run, tiny, write_media
 from safetensors.torch import load_file
 
@@ -22,19 +20,6 @@ from fastpref.run.parts import add_lora
 from fastpref.run.train import train
 
 STEPS = 12
-
-
-def kill_after_checkpoint(folder: Path, step: int, *parts: str) -> None:
-    """Runs the command in a process and ends it by SIGKILL once `checkpoint-step` is there."""
-    process = command(*parts)
-    end = time.time() + 120
-    while not (folder / f"checkpoint-{step}").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
 
 
 def trained(
@@ -67,7 +52,7 @@ def test_from_media_to_an_adapter_that_loads(name, tmp_path):
     change |= {"max_train_steps": STEPS, "checkpointing_steps": 1, "prompt_dropout": 0.2}
     whole, broken = (options(encoded, tmp_path / part, **change) for part in ("whole", "broken"))
     assert main(["train", *arguments(whole)]) == 0
-    kill_after_checkpoint(tmp_path / "broken", 3, "train", *arguments(broken))
+    kill_at(tmp_path / "broken" / "checkpoint-3", "train", *arguments(broken))
     assert not (tmp_path / "broken" / "result.json").exists()
     again = ["--resume_from_checkpoint", "latest"]
     assert main(["train", *arguments(broken), *again]) == 0

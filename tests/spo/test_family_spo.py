@@ -3,13 +3,11 @@ model for a scorer.
 """
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import arguments, command
+from commands import arguments, kill_at
 from families import FAMILIES, PROMPTS, tiny, write_media
 from safetensors.torch import load_file
 from tiny_clip import clip_folder
@@ -48,19 +46,6 @@ def flags(values: dict) -> list[str]:
     return arguments({name: value for name, value in values.items() if value is not None})
 
 
-def kill_at(folder: Path, name: str, *parts: str) -> None:
-    """Ends the command by SIGKILL once the run's folder has a file of that name."""
-    process = command(*parts)
-    end = time.time() + 240
-    while not (folder / name).exists():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_killed_in_either_phase_it_ends_with_equal_parameters(name, tmp_path):
@@ -73,7 +58,7 @@ def test_killed_in_either_phase_it_ends_with_equal_parameters(name, tmp_path):
     scorer = {"scorer": str(tmp_path / "spm" / "preference_model")}
     assert main(["spo", *flags(options(case, whole, **scorer))]) == 0
     for moment in MOMENTS:
-        kill_at(broken, moment, "spo", *flags(options(case, broken, **scorer)))
+        kill_at(broken / moment, "spo", *flags(options(case, broken, **scorer)))
     assert not (broken / "result.json").exists()
     assert main(["spo", *flags(options(case, broken, **scorer))]) == 0
     for file in ("checkpoint-6/parameters", "checkpoint-6/optimizer", "pytorch_lora_weights"):

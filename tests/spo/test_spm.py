@@ -5,14 +5,13 @@ on after a kill.
 import json
 import math
 import signal
-import time
 from collections import Counter
 from functools import partial
 
 import families
 import pytest
 import torch
-from commands import BASE, arguments, command, encoded, fails, write_pairs
+from commands import BASE, arguments, encoded, fails, kill_at, write_pairs
 from families import FAMILIES, PROMPTS, tiny, write_media
 from safetensors.torch import load_file
 from tiny_clip import clip_folder
@@ -377,15 +376,7 @@ def killed_and_resumed(name, tmp_path, **changes) -> None:
     flags |= {"max_train_steps": 8, "checkpointing_steps": 1, "train_batch_size": 1}
     whole, broken = (values(media, tmp_path / part, **flags) for part in ("whole", "broken"))
     assert main(["spm", *arguments(whole)]) == 0
-    process = command("spm", *arguments(broken))
-    end = time.time() + 240
-    while not (tmp_path / "broken" / "checkpoint-2").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    kill_at(tmp_path / "broken" / "checkpoint-2", "spm", *arguments(broken))
     assert not (tmp_path / "broken" / "result.json").exists()
     assert main(["spm", *arguments(broken)]) == 0
     assert same(state(tmp_path / "whole", 8), state(tmp_path / "broken", 8))
