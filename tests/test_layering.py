@@ -18,6 +18,7 @@ HEAVY = {"diffusers", "transformers", "peft", "av", "datasets", "matplotlib", "t
 # The rooms, from the ground up: each imports its own files and what stands below it, no neighbour.
 ORDER = (
     ("files", "progress"),
+    ("ranks",),
     ("faults",),
     ("loss",),
     ("process",),

@@ -297,10 +297,13 @@ def batches(
     seed: int,
     start: int = 0,
     *,
+    share: int = 0,
+    shares: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[tuple[int, Batch], None, None]:
     """Endless (epoch, batch), from batch number `start` on: counting batches is all a resume needs.
+    share of shares: of these every shares-th, from its own on.
 
     Each epoch goes once through a new permutation of the pairs, in batches of equal shapes; pairs
     that fill no batch are left out of that epoch. `dataset` needs len(), [i] -> Pair and, where
@@ -324,7 +327,7 @@ def batches(
                 yield epoch, rows
             epoch, skip = epoch + 1, 0
 
-    return map_ahead(load, plan(), num_workers)
+    return map_ahead(load, islice(plan(), share, None, shares), num_workers)
 
 
 def map_ahead(
