@@ -1,14 +1,17 @@
 """The processes of one run, as torchrun starts them: which this is, what they tell each other.
 
-Without torchrun there is one process, and every function here is what it is for one. Objects go
-through gloo, on the CPU, also where tensors go through nccl.
+Without torchrun there is one process, and every function here is what it is for one. What they tell
+each other goes through gloo, by a group of its own, in one kind of exchange (`gathered`): a process
+that fails takes part in whichever is next with its failure (`fail`), so nobody waits for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,9 +20,19 @@ from .files import differences
 
 T = TypeVar("T")
 
+LEAVE = 10  # seconds that a failing process waits for the others to hear it
+
 
 class Elsewhere(RuntimeError):
-    """Another process of the run failed, and has said why."""
+    """Another process of the run failed, and has said why. saves: it takes part in a last save."""
+
+    def __init__(self, text: str, saves: bool = False) -> None:
+        super().__init__(text)
+        self.saves = saves
+
+
+class Lost(RuntimeError):
+    """Another process of the run is gone, or does not come."""
 
 
 def rank() -> int:
@@ -44,85 +57,161 @@ def local_device() -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', rank())}"
 
 
+# ---- The group
+
+_control: Any = None  # its process group
+_store: Any = None
+_seconds = 0.0
+_exchanges = 0
+
+
 @contextmanager
 def group(seconds: float = 1800) -> Iterator[None]:
     """Around a command: the processes that torchrun has started know each other. seconds: that one
-    waits for another.
+    waits for another. What fails inside on one is told to the others.
     """
+    global _control, _seconds, _exchanges
+    if world() == 1 or _control is not None:
+        yield
+        return
     import torch
     import torch.distributed as dist
 
-    if world() == 1 or dist.is_initialized():
-        yield
-        return
     backend = "cpu:gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
         backend += ",cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    # Of tensors twice as long: who is late is named by the exchange, not by nccl's watchdog.
+    waits = timedelta(seconds=2 * seconds)
+    dist.init_process_group(
+        backend, store=_rendezvous(), rank=rank(), world_size=world(), timeout=waits
+    )
+    _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    _seconds, _exchanges = seconds, 0
     try:
         yield
-    finally:
+    except Exception as error:
+        fail(error)
+        os.environ["TORCH_NCCL_ABORT_IN_DESTROY_PG"] = "1"
+        raise
+    else:
+        barrier()  # rank 0 may hold what the others still ask for
         dist.destroy_process_group()
+    finally:
+        _control = None
+
+
+def _rendezvous() -> Any:
+    """torchrun's store, which outlives the processes."""
+    global _store
+    if _store is None:
+        import torch.distributed as dist
+
+        _store, _, _ = next(dist.rendezvous("env://", rank=rank(), world_size=world()))
+    return _store
+
+
+def first_to(what: str) -> bool:
+    """Whether no other process has asked this before."""
+    if world() == 1:
+        return True
+    with suppress(Exception):  # the store may be gone with its process
+        name = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        return _rendezvous().add(f"fastpref/first/{name}", 1) == 1
+    return True
+
+
+# ---- What they tell each other
+
+
+def gathered(value: T) -> list[T]:
+    """What every process says, by rank; on all of them.
+
+    Raises:
+        Elsewhere: one has failed.
+        Lost: one is gone, or has not come within the group's seconds; it is named.
+    """
+    return [value] if world() == 1 else _exchange((None, value))
+
+
+def _exchange(mine: tuple[tuple[str, bool] | None, Any]) -> list[Any]:
+    global _exchanges
+    import torch.distributed as dist
+
+    _exchanges += 1
+    with suppress(Exception):
+        _rendezvous().set(f"fastpref/at/{rank()}", str(_exchanges))
+    found: list[Any] = [None] * world()
+    try:
+        dist.all_gather_object(found, mine, group=_control)
+    except RuntimeError as error:
+        raise Lost(_lost(str(error))) from None
+    for other, (failure, _) in enumerate(found):
+        if failure is not None and other != rank():
+            raise Elsewhere(f"rank {other}: {failure[0]}", failure[1])
+    return [value for _, value in found]
+
+
+def _lost(reason: str) -> str:
+    """Who has not come to the exchange that this process waited in."""
+    late = []
+    with suppress(Exception):
+        store = _rendezvous()
+        for other in range(world()):
+            name = f"fastpref/at/{other}"
+            if not store.check([name]) or int(store.get(name)) < _exchanges:
+                late.append(str(other))
+    if "imed out" in reason and late:
+        return (
+            f"rank {', '.join(late)} of {world()} did not come within {_seconds:g} s: look at its "
+            "machine, or raise --timeout; run the same command to go on"
+        )
+    return "another process of the run is gone; run the same command to go on"
+
+
+def fail(error: BaseException, saves: bool = False) -> bool:
+    """Tells the others, in the exchange that they come to next, that this process fails; whether
+    they heard it. saves: it takes part in a last save.
+    """
+    if world() == 1 or _control is None or isinstance(error, Elsewhere | Lost):
+        return True
+    if getattr(error, "told", False):
+        return True
+    error.told = True  # type: ignore[attr-defined]
+    heard = threading.Event()
+
+    def tell() -> None:
+        with suppress(Exception):
+            with suppress(Elsewhere):  # who fails at the same time
+                _exchange(((str(error), saves), None))
+            heard.set()
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(LEAVE)
+    return heard.is_set()
 
 
 def barrier() -> None:
     """Until all are here."""
-    if world() > 1:
-        gathered(None)
-
-
-def gathered(value: T) -> list[T]:
-    """What every process says, by rank; on all of them."""
-    if world() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    gathered(None)
 
 
 def by_main(function: Callable[[], T]) -> T:
     """What rank 0 makes of it, told to all. Its error is raised there, and `Elsewhere` here."""
-    if world() == 1:
-        return function()
-    import torch.distributed as dist
-
-    told: list[Any] = [None]
-    failure: BaseException | None = None
-    if main():
-        try:
-            told = [("done", function())]
-        except BaseException as error:
-            failure, told = error, [("failed", str(error))]
-    dist.broadcast_object_list(told, src=0)
-    if failure is not None:
-        raise failure
-    how, value = told[0]
-    if how == "failed":
-        raise Elsewhere(f"rank 0: {value}")
-    return value
+    return on_all(lambda: function() if main() else None)[0]
 
 
-def on_all(function: Callable[[], T]) -> T:
-    """What each process makes of it. Where one fails, all do: it with its error, the others with
-    `Elsewhere`. function: without any other exchange of the processes in it.
+def on_all(function: Callable[[], T]) -> list[T]:
+    """What each process makes of it, by rank. Where one fails, all do: it with its error, the
+    others with `Elsewhere`. function: without an exchange in it.
     """
-    if world() == 1:
-        return function()
-    failure: BaseException | None = None
     try:
-        result = function()
-    except BaseException as error:
-        failure = error
-    told = gathered(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for other, text in enumerate(told):
-        if text is not None:
-            raise Elsewhere(f"rank {other}: {text}")
-    return result
+        value = function()
+    except Exception as error:
+        fail(error, saves=isinstance(error, OSError))
+        raise
+    return gathered(value)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -143,6 +232,33 @@ def check_same(what: str, values: dict[str, Any]) -> None:
             )
 
 
+# ---- A step's tensors
+
+
+def sum_gradients(parameters: Sequence[Any], dtype: Any) -> None:
+    """Each parameter's gradient becomes its sum over all processes, by one reduction of one flat
+    buffer in `dtype`. Sharded ones are left out: FSDP has reduced them. All processes must have
+    gradients of the same parameters.
+    """
+    if world() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    counts = gathered(sum(grad.numel() for grad in grads))
+    if len(set(counts)) > 1:
+        raise RuntimeError(f"gradients of {counts} elements, by rank: expected the same on all")
+    if not grads:
+        return
+    flat = torch.cat([grad.reshape(-1).to(dtype) for grad in grads])
+    dist.all_reduce(flat)
+    parts = flat.split([grad.numel() for grad in grads])
+    # In place: a recorded optimiser reads them where they are.
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+
+
 @dataclass(frozen=True)
 class Mesh:
     """data x pair x context: how the processes share a step. Neighbours work on one batch: members
@@ -156,8 +272,8 @@ class Mesh:
         each = self.members * self.contexts
         if world() % each:
             raise ValueError(
-                f"{world()} processes do not divide by {each} that share a batch (pair_mode split "
-                f"takes {self.members}, context parallelism {self.contexts}): start a multiple"
+                f"{world()} processes, expected a multiple of {each}: so many share a batch "
+                "(pair_mode split 2, times ulysses_degree, times ring_degree)"
             )
 
     @property
@@ -183,3 +299,23 @@ class Mesh:
     def counts(self) -> bool:
         """Whether this process counts its batches: one of those that share a batch."""
         return self.member == 0 and self.context == 0
+
+    def exchange(self) -> Callable[[Any], Any]:
+        """values [n] -> [2, n], the winners' and the losers', of the two processes that have the
+        members of one batch. All must call this at the same place.
+        """
+        import torch.distributed as dist
+
+        size, mine = self.members * self.contexts, None
+        for first in range(0, world(), size):
+            for context in range(self.contexts):
+                pair = [first + context, first + self.contexts + context]
+                made = dist.new_group(pair)
+                mine = made if rank() in pair else mine
+
+        def exchanged(values: Any) -> Any:
+            both = values.new_empty(2, len(values))
+            dist.all_gather_into_tensor(both.view(-1), values.contiguous(), group=mine)
+            return both
+
+        return exchanged
