@@ -74,38 +74,41 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
+    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .run.train import train as run
 
     config = parse(rest)
-    with alone(Path(config.output_dir)):
+    with ranks.group(config.timeout), alone(Path(config.output_dir)):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))
 
 
 def spm(rest: list[str]) -> None:
+    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .spo.spm import train as run
     from .spo.spm_config import SPMConfig
 
     config = parse(rest, "fastpref spm", SPMConfig)
-    with alone(Path(config.output_dir), "spm"):
+    with ranks.group(config.timeout), alone(Path(config.output_dir), "spm"):
         result = run(config)
     speed = f"{result['seconds_per_pair']:.3g} s/pair"
     print(printable(f"{result['artifact']}: step {result['global_step']}, {speed}"))
 
 
 def spo(rest: list[str]) -> None:
+    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .spo.config import SPOConfig
     from .spo.loop import spo as run
 
     config = parse(rest, "fastpref spo", SPOConfig)
-    with alone(Path(config.output_dir), "spo"):
+    with ranks.group(config.timeout), alone(Path(config.output_dir), "spo"):
         result = run(config)
     print(printable(f"{result['artifact']}: step {result['global_step']}"))
     if spent := result.get("online"):

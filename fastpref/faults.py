@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .progress import printable
+from . import ranks
+from .progress import printable, speaks
 
 OK, USER_ERROR, INTERRUPTED = 0, 1, 75
 ENDS = {"Diverged": 2, "Interrupted": INTERRUPTED}  # of run/guard.py, by name: it imports torch
@@ -73,7 +74,8 @@ def leaving(name: str) -> Callable[[int, Any], None]:
     """A handler that leaves at once, where nothing is to be saved yet."""
 
     def leave(number: int, frame: Any) -> None:
-        say(f"fastpref {name}: {AGAIN}")
+        if speaks():
+            say(f"fastpref {name}: {AGAIN}")
         os._exit(INTERRUPTED)
 
     return leave
@@ -89,18 +91,26 @@ def ended(name: str, command: Callable[[], None]) -> int:
         except BrokenPipeError:  # fastpref ... | head
             return INTERRUPTED
         except KeyboardInterrupt:
-            say(f"{who}: {AGAIN}")
+            once(f"{who}: {AGAIN}")
             return INTERRUPTED
+        except ranks.Elsewhere:  # where it failed it is said
+            return USER_ERROR
         except Exception as error:
             kind = type(error).__name__
             if kind in ENDS:
-                say(f"{who}: {kind.lower()}: {cut(str(error))}")
+                once(f"{who}: {kind.lower()}: {cut(str(error))}")
                 return ENDS[kind]
             if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
                 raise
-            say(f"{who}: {told(error, name)}")
+            once(f"{who}: {told(error, name)}")
             return USER_ERROR
     return OK
+
+
+def once(text: str) -> None:
+    """One line, said by the first of the processes that want to."""
+    if ranks.first_to(text):
+        say(text)
 
 
 class _Terminal(io.FileIO):
@@ -120,6 +130,8 @@ def output() -> Iterator[None]:
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_lasting, before)
+    if not speaks():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ text that is not ours made fit for a screen.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def speaks() -> bool:
+    """Whether this process does: of several that torchrun has started the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(text: str) -> None:
     """`warning: TEXT` in a line of its own, above a bar where there is one."""
+    if not speaks():
+        return
     from tqdm import tqdm
 
     tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
@@ -65,5 +73,5 @@ def steps_bar(total: int, done: int) -> tqdm:
     """
     from tqdm import tqdm
 
-    how = {"unit": "step", "disable": None, "delay": 1e-9, "file": sys.stderr}
+    how = {"unit": "step", "disable": None if speaks() else True, "delay": 1e-9, "file": sys.stderr}
     return tqdm(total=total, initial=done, **how)

@@ -92,7 +92,6 @@ def group(seconds: float = 1800) -> Iterator[None]:
         yield
     except Exception as error:
         fail(error)
-        os.environ["TORCH_NCCL_ABORT_IN_DESTROY_PG"] = "1"
         raise
     else:
         barrier()  # rank 0 may hold what the others still ask for

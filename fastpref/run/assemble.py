@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import ranks
 from ..files import differences, identity, model_identity
 from ..look.validation import Prompts
 from ..loss.functional import Draws
@@ -22,6 +23,7 @@ from ..loss.objectives import Objective
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..process import Diffusion, FlowMatching
 from ..progress import printable
+from ..ranks import Mesh
 from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
 from . import belong, checkpoint
@@ -75,6 +77,7 @@ class Loop:
     cache: cache.ErrorCache | None = None
     prepare: filling.Prepare | None = None  # None: its batches are the loop's own
 
+    mesh: Mesh = field(default_factory=Mesh)  # how several processes share a step
     start: Path | None = None  # the checkpoint that it goes on from
     begin: int = 0  # its step
     step: int = 0  # optimiser steps that are done
@@ -93,7 +96,20 @@ class Loop:
 
     @property
     def pairs_per_step(self) -> int:
+        """Of all processes together."""
         return self.config.train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of this process. ValueError: the processes cannot share a step's evenly."""
+        every, shares = self.config.gradient_accumulation_steps, self.mesh.shares
+        if every % shares:
+            raise ValueError(
+                f"gradient_accumulation_steps {every}: expected a multiple of {shares}, the "
+                f"batches of a step are shared by {ranks.world()} processes"
+                + (f" in groups of {ranks.world() // shares}" if shares < ranks.world() else "")
+            )
+        return every // shares
 
     @property
     def done(self) -> bool:
@@ -120,6 +136,7 @@ class Run(Loop):
     attention: attention.Choice
     checkpointing: str
     known: Known = nothing_known
+    exchange: Callable[[Tensor], Tensor] | None = None  # with whom has a pair's other member
     prompts: Prompts | None = None  # to validate with
 
 
@@ -172,6 +189,7 @@ def assemble(
     recorded = device if config.cuda_graphs and device.type == "cuda" else None
     made_of = {"data": identity(dataset.folder / "index.parquet")}
     made_of["model"] = model_identity(config.model)
+    mesh = Mesh(members=2 if config.pair_mode == "split" else 1)
     run = Run(
         config=config,
         folder=folder,
@@ -195,11 +213,22 @@ def assemble(
         attention=backend,
         checkpointing=recomputed,
         settings=settings,
+        mesh=mesh,
+        exchange=mesh.exchange() if mesh.members == 2 else None,
         **trained(config, model, device, recorded),
     )
+    begun(run, start)
+    return run
+
+
+def begun(run: Loop, start: Path | None) -> None:
+    """A look at whether all processes are of one run, and the state of the checkpoint that it goes
+    on from.
+    """
+    ranks.check_same("what the run is made of", run.made_of)
+    run.batches_per_step  # raises  # noqa: B018
     if start is not None:
         restore(run, start)
-    return run
 
 
 def restore(run: Loop, start: Path) -> None:
@@ -214,7 +243,8 @@ def restore(run: Loop, start: Path) -> None:
     run.margin_noise, run.metrics = state["margin_noise"], state["metrics"]
     run.own = state.get("own", {})
     run.meter.restore(state["meter"], start)
-    (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
+    if ranks.main():
+        (run.folder / "result.json").unlink(missing_ok=True)  # of fewer steps
     run.start = start
     print(printable(f"resumed from {start}"))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..faults import out_of_memory
 from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
@@ -28,7 +29,9 @@ from .config import Config
 from .fitting import MENDS, exhausted
 from .guard import Diverged, Interrupted, Signals, within_memory
 from .options import Options
-from .telemetry import Clock, Log, pair_values, postfix
+from .telemetry import Clock, Log, extremes, pair_values, postfix
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---- Before the first step
 
@@ -87,6 +90,10 @@ def announce_running(run: Run, mode: str) -> None:
         else f"{torch.get_num_threads()} CPU threads"
     )
     precision = str(run.dtype).removeprefix("torch.")
+    if ranks.world() > 1:
+        mesh = run.mesh
+        apart = ", winners and losers apart" if mesh.members == 2 else ""
+        where = f"{ranks.world()} processes{apart}, each on {where}"
     print(
         f"running    {where}, {precision}, {mode}, checkpointing {run.checkpointing}"
         + (", compiled blocks" if run.config.compile else "")
@@ -129,10 +136,11 @@ def working(run: Loop) -> Iterator[None]:
     Raises:
         ValueError: out of memory, and the line says what to change.
         OSError: a file that cannot be read or written, or BrokenPipeError: nobody reads any more
-            what is printed; Changed: a file of the set. What was done before any of these is saved.
+            what is printed; Changed: a file of the set. What was done before any of these is saved,
+            also where it is another process that failed.
     """
     config = run.config
-    config.save(run.folder / "config.yaml")
+    ranks.by_main(partial(config.save, run.folder / "config.yaml"))
     run.journal = Log(run.folder, config.trackers, config.to_dict(), run.step)
     run.bar = steps_bar(config.max_train_steps, run.step)
     run.stop = Signals()
@@ -141,13 +149,15 @@ def working(run: Loop) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError | Changed) or out_of_memory(error)):
+        saves = isinstance(error, OSError | Changed) or out_of_memory(error)
+        heard = ranks.fail(error, saves)
+        if not (getattr(error, "saves", saves) and heard):
             raise
         run.meter.forget()
         if run.step > run.saved:
-            with suppress(OSError):  # the disk may be what is full
+            with suppress(OSError, ranks.Elsewhere, ranks.Lost):  # the disk may be what is full
                 save(run)
-        if isinstance(error, OSError | Changed):
+        if not out_of_memory(error):
             raise
         raise exhausted(error, run.folder, **mends(config)) from None
     finally:
@@ -165,13 +175,17 @@ def mends(config: Options) -> dict[str, Any]:
 
 
 def stream(run: Loop) -> Generator[tuple[int, Batch], None, None]:
-    """(epoch, batch) from the step that the run is at, read ahead until it is closed."""
+    """(epoch, batch) from the step that the run is at, those of this process, read ahead until it
+    is closed.
+    """
     config = run.config
     return dataset.batches(
         run.dataset,
         config.train_batch_size,
         config.seed,
         start=run.step * config.gradient_accumulation_steps,
+        share=run.mesh.share,
+        shares=run.mesh.shares,
         num_workers=config.num_workers,
         pin_memory=run.device.type == "cuda",
     )
@@ -204,11 +218,15 @@ def recorded(run: Run, step: Callable[..., PairLoss]) -> Callable[..., tuple[Pai
 
 
 def update(run: Loop) -> Tensor:
-    """One step of the optimiser at its learning rate; the gradients' norm, left on the device."""
+    """One step of the optimiser at its learning rate, by the gradients of all processes; their
+    norm, left on the device.
+    """
     config, plan = run.config, ("lr_scheduler", "lr_warmup_steps", "max_train_steps")
     factor = optimisation.schedule(run.step, **config.only(*plan))
     run.learning_rate = config.learning_rate * factor
     optimisation.set_rate(run.optimizer, run.learning_rate)
+    run.stop.agree()
+    ranks.sum_gradients(run.parameters, DTYPES[config.reduce_dtype])
     norm = run.take_step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -243,10 +261,13 @@ def log(run: Loop, epoch: int, grad_norm: Tensor, **more: Any) -> None:
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.device)
         run.metrics["perf/peak_memory_gb"] = peak / 1e9
-    run.journal.write({"global_step": run.step, "epoch": epoch, **run.metrics})
+    if ranks.world() > 1:
+        run.metrics |= extremes(run.metrics)
+    last = max(ranks.gathered(epoch))  # of the step's batches
+    run.journal.write({"global_step": run.step, "epoch": last, **run.metrics})
     said = postfix(run.metrics)
     run.bar.set_postfix_str(said)
-    if run.bar.disable:  # no terminal
+    if run.bar.disable and ranks.main():  # no terminal
         print(f"step {run.step} of {run.config.max_train_steps}: {said}", file=sys.stderr)
     warning = run.guard.judge(run.metrics, run.step)
     if warning:
@@ -260,7 +281,8 @@ def save(run: Loop) -> None:
     state = {"margin_noise": run.margin_noise, "made_of": run.made_of}
     state |= {"meter": run.meter.state(), "metrics": run.metrics, "own": run.own}
     keep = run.config.checkpoints_total_limit
-    checkpoint.save(run.folder, run.step, run.model, run.optimizer, state, keep)
+    kept = (run.folder, run.step, run.model, run.optimizer, state, keep)
+    ranks.by_main(lambda: checkpoint.save(*kept))
     run.saved = run.step
 
 
@@ -302,12 +324,12 @@ def finish(run: Run, **more: Any) -> dict[str, Any]:
     folder = run.folder
     if not all(p.isfinite().all() for p in run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
-    exported = artifact.export(folder, run.model)
+    exported = ranks.by_main(partial(artifact.export, folder, run.model))
     name = run.objective.name if run.objective else "sft"
     values, data = {"objective": name} | run.config.to_dict(), run.made_of["data"]
     unit = getattr(run.dataset, "unit", "pairs")
     card = artifact.model_card(values, exported.name, data, len(run.dataset), unit)
-    write_atomic(folder / "README.md", card.encode())
+    ranks.by_main(partial(write_atomic, folder / "README.md", card.encode()))
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
     result = {
         "global_step": run.step,
@@ -318,5 +340,6 @@ def finish(run: Run, **more: Any) -> dict[str, Any]:
         "metrics": run.metrics,
         **more,
     }
-    write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
+    text = json.dumps(result, indent=1).encode()
+    ranks.by_main(partial(write_atomic, folder / "result.json", text))
     return result

@@ -19,6 +19,7 @@ from .options import (
     Need,
     Optimiser,
     Options,
+    Processes,
     Rule,
     Saving,
     Speed,
@@ -50,6 +51,10 @@ ZERO_GRADIENTS: Need = (
 NO_GRAPHS: Need = (
     "waits for the device, which a recorded step cannot: remove cuda_graphs",
     lambda c: not c.cuda_graphs,
+)
+SPLIT: Need = (
+    "split exchanges errors in the middle of a step, which is not recorded: remove cuda_graphs",
+    lambda c: c.pair_mode != "split" or not c.cuda_graphs,
 )
 ADAPTERS: Need = (
     "adapters_off needs tuning lora: with tuning full use frozen_copy",
@@ -110,9 +115,10 @@ class Pairs(Options):
     reference_cache: str | None = option(None, needs=[CACHED], free=True,
         help="folder of the cached reference errors, for any number of runs; default: reference/ "
         "in the encoded set")
-    pair_mode: Literal["joint", "deferred"] = option("joint", free=True,
+    pair_mode: Literal["joint", "deferred", "split"] = option("joint", needs=[SPLIT], free=True,
         help="joint runs all members of a batch at once; deferred one after the other, with half "
-        "the activation memory of one pair and the same gradient")
+        "the activation memory of one pair and the same gradient; split has winners and losers on "
+        "two processes each, which exchange two numbers a pair")
     skip_zeros: bool = option(False, needs=[NO_SFT_WEIGHT, ZERO_GRADIENTS, NO_GRAPHS],
         help="pairs whose gradient is exactly zero (masked, beyond hinge's margin) skip their "
         "backward (joint: where that is every pair of the batch); the host waits for the device "
@@ -128,7 +134,7 @@ class Pairs(Options):
 
 @documented
 @dataclass(kw_only=True)
-class Config(Looking, Saving, Media, Speed, Optimiser, Adapters, Pairs, Subject):
+class Config(Looking, Saving, Media, Processes, Speed, Optimiser, Adapters, Pairs, Subject):
     """Every option of `fastpref train`; each is a YAML key and a flag of the same name."""
 
     def __post_init__(self) -> None:

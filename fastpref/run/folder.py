@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .. import ranks
 from ..files import differences, locked, mark
 from ..progress import printable, warn
 from . import artifact, checkpoint
@@ -32,8 +33,10 @@ def claim(folder: Path, kind: str = "train") -> Path:
 
 @contextmanager
 def alone(folder: Path, kind: str = "train") -> Iterator[None]:
-    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile."""
-    with locked(claim(folder, kind)):
+    """No other process writes into `folder`, the output of `fastpref KIND`, meanwhile, but those
+    of the same run.
+    """
+    with locked(claim(folder, kind)) if ranks.main() else nullcontext():
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..faults import on_signals, out_of_memory
 
 
@@ -84,10 +85,13 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """True once one of `faults.STOPS` has arrived, until `restore`; the loop saves and leaves."""
+    """True once one of `faults.STOPS` has arrived, until `restore`; the loop saves and leaves. Of
+    several processes: once they have agreed that one has arrived at any, so that all leave at the
+    same step.
+    """
 
     def __init__(self) -> None:
-        self.arrived = self.asked = False
+        self.arrived = self.asked = self.agreed = False
         self.previous = on_signals(self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -98,8 +102,11 @@ class Signals:
             raise KeyboardInterrupt
         self.arrived, self.asked = True, self.asked or wish
 
+    def agree(self) -> None:
+        self.agreed = any(ranks.gathered(self.arrived))
+
     def __bool__(self) -> bool:
-        return self.arrived
+        return self.agreed if ranks.world() > 1 else self.arrived
 
     def restore(self) -> None:
         for number, handler in self.previous.items():

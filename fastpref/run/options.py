@@ -185,7 +185,9 @@ class Optimiser(Options):
         help="gradients are clipped to this norm; 0 turns clipping off")
     max_train_steps: int = option(1000, POSITIVE, free=True, help="optimiser steps")
     train_batch_size: int = option(1, POSITIVE, help="pairs per forward and backward")
-    gradient_accumulation_steps: int = option(1, POSITIVE, help="batches per optimiser step")
+    gradient_accumulation_steps: int = option(1, POSITIVE,
+        help="batches per optimiser step; several processes share them, so the same command is "
+        "the same run on any number that divides it")
     # fmt: on
 
 
@@ -206,6 +208,18 @@ class Speed(Options):
     compile: bool = option(False,
         help="compile every block with its adapters (torch.compile): three compilations per shape "
         "of batch (four where some blocks have no adapter), in the first step")
+    # fmt: on
+
+
+@dataclass(kw_only=True)
+class Processes(Options):
+    """Several processes, as torchrun starts them."""
+
+    # fmt: off
+    reduce_dtype: Literal["fp32", "bf16"] = option("fp32",
+        help="fp32 or bf16: what gradients are summed in over several processes")
+    timeout: float = option(1800.0, POSITIVE, free=True,
+        help="seconds that a process waits for the others; who is later is named")
     # fmt: on
 
 

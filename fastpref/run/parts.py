@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import models, ranks
 from ..loss.functional import Draws
 from ..loss.oracle import PROMPT_DROPOUT, uniform
 from ..pairs import encode
@@ -28,7 +28,12 @@ from . import belong, checkpoint
 
 def place(device: str | None, mixed_precision: str = "no") -> tuple[torch.device, torch.dtype]:
     """Where a run computes, and in which precision."""
-    found = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device and ":" in device and ranks.world() > 1:
+        raise ValueError(
+            f"device {device}: is one of several processes' alone; expected cuda or cpu"
+        )
+    own = device if device == "cpu" else ranks.local_device()
+    found = device_of(own or device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return found, torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 

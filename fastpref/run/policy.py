@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import models, ranks
 from ..files import write_atomic
 from ..progress import stage
 from ..step import attention, checkpointing, compiling, memory
@@ -34,6 +34,7 @@ STEP_ALONE = {"pair_mode": "joint", "reference": "auto", "cuda_graphs": False}
 def begin(config: Options) -> ModuleType:
     """What a process of any run begins with; the family."""
     check_trackers(config.trackers)
+    ranks.check_same("the config", config.to_dict())
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -60,11 +61,16 @@ def attention_of(
     `earlier`, where that is given.
     """
     record = Path(config.output_dir) / "attention.json"
-    if earlier is None:
-        earlier = read_record(record) if record.exists() and config.attention == "auto" else {}
-    found = pick_attention(config.attention, model, probe, device, earlier)
-    write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
-    return found
+
+    def pick() -> attention.Choice:
+        before = earlier
+        if before is None:
+            before = read_record(record) if record.exists() and config.attention == "auto" else {}
+        found = pick_attention(config.attention, model, probe, device, before)
+        write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
+        return found
+
+    return ranks.by_main(pick)
 
 
 def adapt(
@@ -104,7 +110,8 @@ def recomputation(
     step = {name: asked[name] for name in STEP} | {"train_batch_size": pairs}
     step = memory_step(family, model, largest, dtype, online=online, **step)
     record, on = Path(config.output_dir) / "memory.json", memory.card_of(device)
-    return pick_checkpointing(step, on, record, {name: asked[name] for name in DECIDES})
+    decides = {name: asked[name] for name in DECIDES}
+    return ranks.by_main(partial(pick_checkpointing, step, on, record, decides))
 
 
 def settle(

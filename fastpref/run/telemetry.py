@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files import write_atomic, writing
 from ..look.report import metric_lines
 from ..loss.functional import PairLoss
@@ -60,15 +61,27 @@ class Meter:
         if sums:
             self.sums, self.counts = sums
 
+    def totals(self) -> tuple[list[str], Tensor, Tensor] | None:
+        """(names, sums, counts) of all processes, on the CPU; None: none has added anything."""
+        own = (self.names, self.sums.cpu(), self.counts.cpu()) if self.names else None
+        every = [said for said in ranks.gathered(own) if said is not None]
+        if not every:
+            return None
+        names, *_ = every[0]
+        sums, counts = (torch.stack([said[i] for said in every]).sum(0) for i in (1, 2))
+        return names, sums, counts
+
     def state(self) -> dict[str, Any]:
         """What was added since the last flush, for a checkpoint; `restore` takes it back."""
-        if not self.names:
+        totals = self.totals()
+        if totals is None:
             return {}
+        names, sums, counts = totals
         # Lists of floats: JSON gives a float64 back to the bit.
-        return {"names": self.names, "sums": self.sums.tolist(), "counts": self.counts.tolist()}
+        return {"names": names, "sums": sums.tolist(), "counts": counts.tolist()}
 
     def restore(self, state: Any, checkpoint: Path) -> None:
-        """ValueError: not what `state` gave; checkpoint: where it was read."""
+        """ValueError: not what `state` gave; checkpoint: where it was read. Rank 0 takes it."""
         if state == {}:
             self.names = []
             return
@@ -86,20 +99,23 @@ class Meter:
                 f"[{BINS}, 1]: resume from another checkpoint"
             )
         self.names, self.sums, self.counts = names, sums, counts
+        if not ranks.main():
+            self.names = []
 
     def flush(self, by_level: tuple[str, ...] = ()) -> dict[str, Any]:
         """Means since the last flush, and for `by_level` names a list of BINS means (null where
         empty).
         """
-        if not self.names:
+        totals = self.totals()
+        if totals is None:
             return {}
-        table = torch.cat([self.sums, self.counts], dim=1).cpu()
-        means = (table[:, :-1].sum(0) / table[:, -1].sum()).tolist()
-        result: dict[str, Any] = dict(zip(self.names, means, strict=True))
+        names, sums, counts = totals
+        means = (sums.sum(0) / counts.sum()).tolist()
+        result: dict[str, Any] = dict(zip(names, means, strict=True))
         for name in by_level:
-            if name in self.names:
-                column = table[:, self.names.index(name)] / table[:, -1]
-                filled = table[:, -1] > 0
+            if name in names:
+                column = sums[:, names.index(name)] / counts[:, 0]
+                filled = counts[:, 0] > 0
                 result[f"{name}/by_level"] = [
                     v if ok and math.isfinite(v) else None
                     for v, ok in zip(column.tolist(), filled.tolist(), strict=True)
@@ -146,6 +162,18 @@ class Clock:
         return spent / (steps * pairs) if steps else None
 
 
+def extremes(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of what is each process's own the least and the most, and whose that is."""
+    found: dict[str, Any] = {}
+    own = ("perf/data_wait_fraction", "perf/peak_memory_gb")
+    every = ranks.gathered({name: metrics[name] for name in own if name in metrics})
+    for name in every[0]:
+        values = [said[name] for said in every]
+        found |= {f"{name}_min": min(values), f"{name}_max": max(values)}
+        found[f"{name}_max_rank"] = values.index(max(values))
+    return found
+
+
 def check_trackers(names: list[str]) -> None:
     """ValueError names a tracker that is not installed."""
     for name in names:
@@ -155,20 +183,23 @@ def check_trackers(names: list[str]) -> None:
 
 class Log:
     """metrics.jsonl always; TensorBoard, wandb and trackio on request. A resumed run drops later
-    lines.
+    lines. Of several processes rank 0 writes it.
     """
 
     def __init__(
         self, folder: Path, trackers: list[str], config: dict[str, Any], step: int
     ) -> None:
         self.path = folder / "metrics.jsonl"
+        self.writers: list[Any] = []
+        self.file: Any = None
+        if not ranks.main():
+            return
         kept = b""
         if step and self.path.exists():  # from the start: another attempt's
             lines = metric_lines(self.path)  # none that a kill has cut
             kept = b"".join(line for line, row in lines if row["global_step"] <= step)
         write_atomic(self.path, kept)
         self.file = self.path.open("a")
-        self.writers: list[Any] = []
         for tracker in trackers:
             if tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -180,6 +211,8 @@ class Log:
                 self.writers.append(module)
 
     def write(self, row: dict[str, Any]) -> None:
+        if self.file is None:
+            return
         # JSON has no NaN: a value that is not finite is written as null and named in "not_finite".
         finite, bad = {}, []
         for key, value in row.items():
@@ -200,6 +233,8 @@ class Log:
             writer.log(scalars, step=row["global_step"])
 
     def close(self) -> None:
+        if self.file is None:
+            return
         try:
             with writing(self.path):  # it tries once more to write what did not fit
                 self.file.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
+from fastpref import ranks
 from fastpref.loss.functional import Draws
 from fastpref.process import Times
 from fastpref.run import bookkeeping as book
@@ -14,7 +16,7 @@ from fastpref.run.assemble import assemble
 from fastpref.run.config import Config
 from fastpref.run.folder import open_run
 from fastpref.run.parts import place
-from fastpref.step.pair import backward, deferred, training_loss
+from fastpref.step.pair import backward, deferred, split, training_loss
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -31,12 +33,12 @@ def train(config: Config) -> dict[str, Any]:
         Diverged: too many steps in a row were not finite, or a parameter is not in the end.
     """
     device, dtype = place(config.device, config.mixed_precision)
-    start, result = open_run(config)
+    start, result = ranks.by_main(partial(open_run, config))
     if result is not None:
         return result
     run = assemble(config, device, dtype, start)  # with start's state in it
-    accumulate = config.gradient_accumulation_steps
-    how = {"parameters": run.parameters, "skip_zeros": config.skip_zeros, "scale": 1 / accumulate}
+    how = {"parameters": run.parameters, "skip_zeros": config.skip_zeros}
+    how["scale"] = 1 / config.gradient_accumulation_steps  # of all processes together
 
     def one_batch(latents, weight, pair_id, index, times, known, **cond):
         draws, at = Draws(config.seed, pair_id, index), Times(*times)
@@ -44,6 +46,9 @@ def train(config: Config) -> dict[str, Any]:
         pair = {"objective": run.objective, "gain": at.gain, "weight": weight}
         if config.pair_mode == "deferred":  # member by member, with half the activations
             return deferred(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
+        if config.pair_mode == "split":  # one member here, the other by a neighbour
+            pair |= {"member_of": run.mesh.member, "exchange": run.exchange}
+            return split(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
         ref = run.reference(noisy, t, cond) if known is None else known
         pred = run.policy(noisy, t, cond)
         out = training_loss(pred, target, ref, **pair)
@@ -57,7 +62,7 @@ def train(config: Config) -> dict[str, Any]:
 
     with book.at_work(run):
         while not run.done:
-            for epoch, batch, draws in islice(run.batches, accumulate):
+            for epoch, batch, draws in islice(run.batches, run.batches_per_step):
                 times = torch.stack(run.process.times(draws)).to(device, non_blocking=True)
                 out, values = one_batch(
                     latents=batch.latents,
@@ -68,7 +73,8 @@ def train(config: Config) -> dict[str, Any]:
                     known=run.known(epoch, batch, draws),
                     **batch.cond,
                 )
-                run.meter.add(values, Times(*times).level)
+                if run.mesh.counts:  # of those that share a batch
+                    run.meter.add(values, Times(*times).level)
             grad_norm = book.update(run)
             book.self_check(run, out)
             if run.due(config.logging_steps):

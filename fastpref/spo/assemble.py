@@ -17,7 +17,7 @@ from ..models.folder import scheduler_config, scheduler_of
 from ..process import Diffusion, FlowMatching
 from ..progress import stage
 from ..run import belong
-from ..run.assemble import Run, restore
+from ..run.assemble import Run, begun
 from ..run.parts import frozen_copy, make_process, predictor
 from ..run.policy import adapt, attention_of, base_model, begin, recomputation, settle, trained
 from ..run.telemetry import Meter
@@ -174,8 +174,7 @@ def assemble(
         settings=settings,
         **trained(config, model, device),
     )
-    if start is not None:
-        restore(run, start)
+    begun(run, start)
     online = Online(
         prompts=prompts,
         rows=rows,

@@ -17,6 +17,7 @@ from ..run.options import (
     Looking,
     Optimiser,
     Options,
+    Processes,
     Rule,
     Saving,
     Speed,
@@ -96,7 +97,9 @@ class Sampling(Options):
 
 @documented
 @dataclass(kw_only=True)
-class SPOConfig(Looking, Saving, Speed, Optimiser, Adapters, Estimates, Sampling, Subject):
+class SPOConfig(
+    Looking, Saving, Processes, Speed, Optimiser, Adapters, Estimates, Sampling, Subject
+):
     """Every option of `fastpref spo`; each is a YAML key and a flag of the same name."""
 
     @property

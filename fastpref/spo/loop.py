@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from fastpref import ranks
 from fastpref.run import bookkeeping as book
 from fastpref.run.assemble import Run
 from fastpref.run.folder import open_run
@@ -39,7 +41,7 @@ def spo(config: SPOConfig) -> dict[str, Any]:
         Diverged: too many steps in a row were not finite, or a sample or parameter is not.
     """
     device, dtype = place(config.device, config.mixed_precision)
-    start, result = open_run(config, "spo")
+    start, result = ranks.by_main(partial(open_run, config, "spo"))
     if result is not None:
         return result
     run, online = assemble(config, device, dtype, start)  # with start's state in it

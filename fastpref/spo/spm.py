@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .. import ranks
 from ..files import identity, model_identity, write_atomic
 from ..loss.functional import Draws
 from ..models.encoders import open_pipeline
@@ -28,7 +29,7 @@ from ..process import Diffusion, FlowMatching, Times, estimates
 from ..progress import printable, stage, warn
 from ..run import belong
 from ..run import bookkeeping as book
-from ..run.assemble import DATA, Loop, restore
+from ..run.assemble import DATA, Loop, begun
 from ..run.folder import open_run
 from ..run.guard import Diverged, within_memory
 from ..run.parts import load_model, make_process, open_data, place, predictor, preparer
@@ -77,7 +78,7 @@ def train(config: SPMConfig) -> dict[str, Any]:
         Diverged: too many steps in a row were not finite, or a parameter is not in the end.
     """
     device, dtype = place(config.device, config.mixed_precision)
-    start, result = open_run(config, "spm")
+    start, result = ranks.by_main(partial(open_run, config, "spm"))
     if result is not None:
         return result
     run = assemble(config, device, dtype, start)
@@ -203,8 +204,7 @@ def assemble(
         settings=ExitStack(),
         **trained(config, model, device),
     )
-    if start is not None:
-        restore(run, start)
+    begun(run, start)
     return run
 
 

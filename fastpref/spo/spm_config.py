@@ -14,6 +14,7 @@ from ..run.options import (
     Media,
     Need,
     Optimiser,
+    Processes,
     Saving,
     Subject,
     at_most,
@@ -27,7 +28,7 @@ RELABEL: Need = ("has no effect with relabel {relabel}: remove it", lambda c: c.
 
 @documented
 @dataclass(kw_only=True)
-class SPMConfig(Saving, Media, Optimiser, Estimates, Subject):
+class SPMConfig(Saving, Media, Processes, Optimiser, Estimates, Subject):
     """Every option of `fastpref spm`; each is a YAML key and a flag of the same name."""
 
     # fmt: off

@@ -149,7 +149,7 @@ def predictions(
     step: Step,
     on: Card,
     *,
-    pair_modes: Sequence[PairMode] = get_args(PairMode),
+    pair_modes: Sequence[PairMode] = ("joint", "deferred"),
     checkpointing: Sequence[Mode] = MODES,
     compile: Sequence[bool] = (False, True),
 ) -> Iterator[Prediction]:
@@ -179,13 +179,15 @@ def predictions(
 def predict(
     step: Step, found: Passes, on: Card, pair_mode: PairMode, checkpointing: Mode, compile: bool
 ) -> Prediction:
-    """From one sample's passes to a step: deferred has one sample's alive at a time, joint all."""
+    """From one sample's passes to a step: deferred has one sample's alive at a time, joint all of a
+    batch, split (of two processes) half of them.
+    """
     tensors = [*step.model.parameters(), *step.model.buffers()]
     trained = [p for p in step.model.parameters() if p.requires_grad]
     values = sum(p.nbytes for p in trained)
     noisy, _, cond = step.inputs
     inputs = 2 * noisy.nbytes + sum(v.nbytes for v in cond.values())  # latents and noisy
-    rows = 1 if pair_mode == "deferred" else 2 * step.pairs
+    rows = {"joint": 2 * step.pairs, "deferred": 1, "split": step.pairs}[pair_mode]
     most = max(found.peak, found.reference_peak if step.online else 0)
     frozen = sum(t.nbytes for t in tensors) - values
     copied = frozen if adapter_layers(step.model) else frozen + values  # without adapters, or all

@@ -1,11 +1,13 @@
-"""One pair step's loss and backward: all members at once, or one after the other (deferred).
+"""One pair step's loss and backward: all members at once (joint), one after the other (deferred),
+or winners and losers on two processes (split).
 
-Both leave the same gradient of `scale * loss` in `.grad`; they differ in what they hold on the way.
+All leave the same gradient of `scale * loss` in `.grad` (split: its part of that sum); they differ
+in what they hold on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -127,6 +129,49 @@ def deferred(
     # Once more over all pairs: the numbers of a joint step.
     every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
     return finish(*every, objective, gain, weight)
+
+
+def split(
+    policy: Policy,
+    reference: Reference | None,
+    noisy: Tensor,
+    t: Tensor,
+    target: Tensor | Target,
+    cond: dict[str, Tensor],
+    ref_err: Tensor | None = None,
+    *,
+    member_of: int,
+    exchange: Callable[[Tensor], Tensor],
+    objective: Objective | None,
+    gain: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+    parameters: Sequence[Tensor],
+    skip_zeros: bool = False,
+) -> PairLoss:
+    """The step of the process that has one member of every pair: its part of the gradient of
+    `backward(training_loss(...))`, which is the sum of both processes' parts.
+
+    noisy, t, target, cond: [2B, ...], winners first, of which member_of 0 takes the winners, 1 the
+    losers. exchange: values [n] -> [2, n], those of both processes, winners' first. ref_err: as in
+    `deferred`.
+
+    Between forward and backward a pair's two processes tell each other two float64 numbers, e and
+    r; either then knows the loss, and what its own error's gradient counts in it. Exact for every
+    objective of four errors, with half the activations of a batch.
+    """
+    pairs = len(noisy) // 2
+    inputs, y = member(noisy, t, target, cond, member_of * pairs, pairs, pairs)
+    own_ref = (
+        pair_error(reference(*inputs), y) if ref_err is None else ref_err.view(2, -1)[member_of]
+    )
+    err = pair_error(policy(*inputs), y)
+    said = exchange(torch.cat([err.detach(), own_ref])).view(2, 2, pairs)  # [member, e or r, pair]
+    every = list(said[:, 0])
+    every[member_of] = err
+    out = finish(torch.cat(every), said[:, 1].reshape(-1), objective, gain, weight)
+    backward(out, scale=scale, parameters=parameters, skip_zeros=skip_zeros)
+    return out
 
 
 def finish(

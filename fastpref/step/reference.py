@@ -21,7 +21,7 @@ from .prefix import Prefix
 Predict = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
 Policy = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 Reference = Policy
-PairMode = Literal["joint", "deferred"]
+PairMode = Literal["joint", "deferred", "split"]
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -127,11 +127,14 @@ def member(
     cond: dict[str, Tensor],
     row: int,
     pairs: int,
+    count: int = 1,
 ) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor | Target]:
-    """((noisy, t, cond), target) of one row of 2 * pairs: a batch of one member."""
-    here = slice(row, row + 1)
+    """((noisy, t, cond), target) of `count` rows of 2 * pairs, all winners or all losers, from
+    `row` on.
+    """
+    here = slice(row, row + count)
     if isinstance(target, Target):
-        pair = slice(row % pairs, row % pairs + 1)
+        pair = slice(row % pairs, row % pairs + count)
         draws = Draws(target.draws.seed, target.draws.pair_id[pair], target.draws.index[pair])
         own: Tensor | Target = Target(target.x0[here], draws, target.p[pair], target.q[pair])
     else:
@@ -142,16 +145,17 @@ def member(
 def passes(
     process: Any, batch: Batch, draws: Draws, pair_mode: PairMode
 ) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor | Target]]:
-    """What a training step asks of a model: all members at once (joint), or one after the other
-    (deferred). Each time ((noisy, t, cond), target).
+    """What a training step asks of a model: all members at once (joint), one after the other
+    (deferred), or winners and losers apart (split). Each time ((noisy, t, cond), target).
     """
     noisy, t, target = process.noise(batch.latents, draws)
     if pair_mode == "joint":
         yield (noisy, t, batch.cond), target
         return
     pairs = len(draws.pair_id)
-    for row in range(2 * pairs):
-        yield member(noisy, t, target, batch.cond, row, pairs)
+    count = 1 if pair_mode == "deferred" else pairs
+    for row in range(0, 2 * pairs, count):
+        yield member(noisy, t, target, batch.cond, row, pairs, count)
 
 
 @torch.no_grad()
