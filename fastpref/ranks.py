@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ def local_device() -> str | None:
 # ---- The group
 
 _control: Any = None  # its process group
-_store: Any = None
+_store: Any = None  # what any of them can write and read, also where one is gone
 _seconds = 0.0
 _exchanges = 0
 
@@ -70,7 +72,7 @@ def group(seconds: float = 1800) -> Iterator[None]:
     """Around a command: the processes that torchrun has started know each other. seconds: that one
     waits for another. What fails inside on one is told to the others.
     """
-    global _control, _seconds, _exchanges
+    global _control, _store, _seconds, _exchanges
     if world() == 1 or _control is not None:
         yield
         return
@@ -81,11 +83,10 @@ def group(seconds: float = 1800) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
         backend += ",cuda:nccl"
+    _store = _own_part(_of_torchrun(seconds), seconds)
     # Of tensors twice as long: who is late is named by the exchange, not by nccl's watchdog.
-    waits = timedelta(seconds=2 * seconds)
-    dist.init_process_group(
-        backend, store=_rendezvous(), rank=rank(), world_size=world(), timeout=waits
-    )
+    how = {"store": _store, "rank": rank(), "world_size": world()}
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * seconds), **how)
     _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
     _seconds, _exchanges = seconds, 0
     try:
@@ -100,14 +101,36 @@ def group(seconds: float = 1800) -> Iterator[None]:
         _control = None
 
 
-def _rendezvous() -> Any:
-    """torchrun's store, which outlives the processes."""
-    global _store
-    if _store is None:
-        import torch.distributed as dist
+def _of_torchrun(seconds: float) -> Any:
+    import torch.distributed as dist
 
-        _store, _, _ = next(dist.rendezvous("env://", rank=rank(), world_size=world()))
-    return _store
+    waits = timedelta(seconds=seconds)
+    return next(dist.rendezvous("env://", rank=rank(), world_size=world(), timeout=waits))[0]
+
+
+def _own_part(store: Any, seconds: float) -> Any:
+    """A part of the store that no earlier attempt has written in: torchrun keeps one store over its
+    restarts, and gloo would read there where processes listened that are gone.
+
+    Rank 0 names it to each process that asks by a name of its own, until that one has heard it.
+    """
+    import torch.distributed as dist
+
+    name = secrets.token_hex(8)
+    if not main():
+        store.set(f"fastpref/asks/{rank()}", name)
+        name = store.get(f"fastpref/answer/{name}").decode()
+        store.set(f"fastpref/{name}/{rank()}", "heard")
+    end = time.monotonic() + seconds
+    for other in range(1, world()) if main() else ():
+        while not store.check([f"fastpref/{name}/{other}"]):
+            if store.check([f"fastpref/asks/{other}"]):
+                asked = store.get(f"fastpref/asks/{other}").decode()
+                store.set(f"fastpref/answer/{asked}", name)
+            if time.monotonic() > end:
+                raise Lost(f"rank {other} of {world()} did not start within {seconds:g} s")
+            time.sleep(0.01)
+    return dist.PrefixStore(f"fastpref/{name}", store)
 
 
 def first_to(what: str) -> bool:
@@ -115,8 +138,10 @@ def first_to(what: str) -> bool:
     if world() == 1:
         return True
     with suppress(Exception):  # the store may be gone with its process
-        name = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
-        return _rendezvous().add(f"fastpref/first/{name}", 1) == 1
+        store = _store or _of_torchrun(LEAVE)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        name = hashlib.blake2b(f"{attempt} {what}".encode(), digest_size=16).hexdigest()
+        return store.add(f"fastpref/first/{name}", 1) == 1
     return True
 
 
@@ -139,7 +164,7 @@ def _exchange(mine: tuple[tuple[str, bool] | None, Any]) -> list[Any]:
 
     _exchanges += 1
     with suppress(Exception):
-        _rendezvous().set(f"fastpref/at/{rank()}", str(_exchanges))
+        _store.set(f"fastpref/at/{rank()}", str(_exchanges))
     found: list[Any] = [None] * world()
     try:
         dist.all_gather_object(found, mine, group=_control)
@@ -155,10 +180,9 @@ def _lost(reason: str) -> str:
     """Who has not come to the exchange that this process waited in."""
     late = []
     with suppress(Exception):
-        store = _rendezvous()
         for other in range(world()):
             name = f"fastpref/at/{other}"
-            if not store.check([name]) or int(store.get(name)) < _exchanges:
+            if not _store.check([name]) or int(_store.get(name)) < _exchanges:
                 late.append(str(other))
     if "imed out" in reason and late:
         return (
