@@ -207,6 +207,7 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
+    from . import ranks
     from .run.config import OFFLINE
     from .run.folder import alone
     from .run.parsing import betas, config_values, names
@@ -222,7 +223,7 @@ def sweep(rest: list[str]) -> None:
     values = config_values(rest, "fastpref sweep", objective=None)
     runs = configs(values, objectives, strengths)
     folder = Path(values["output_dir"])
-    with alone(folder, "sweep"):
+    with ranks.group(runs[0].timeout), alone(folder, "sweep"):
         encode_once(runs, folder)
         results = []
         for config in runs:

@@ -237,6 +237,18 @@ def on_all(function: Callable[[], T]) -> list[T]:
     return gathered(value)
 
 
+def of_main(value: T) -> list[T]:
+    """What every process says, by rank; on rank 0 alone, elsewhere nothing: for what is large."""
+    if world() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    barrier()  # nobody has failed
+    found: list[Any] | None = [None] * world() if main() else None
+    dist.gather_object(value, found, group=_control)
+    return found or []
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """Those of this process: every world-th from its own."""
     return items[rank() :: world()]
@@ -308,6 +320,10 @@ class Mesh:
     def share(self) -> int:
         """Which of them is this process's."""
         return rank() // (self.members * self.contexts)
+
+    def dealt(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of this process's share, every one of which some process has."""
+        return items[self.share :: self.shares]
 
     @property
     def member(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import ranks
 from ..loss.functional import Draws
 from ..pairs.dataset import PairDataset, collate
 from ..process import estimates
@@ -23,6 +24,12 @@ CLIP = Path(__file__).parent / "clip"
 QUARTERS = 4
 PAIRS_PER_STEP = 32
 LEARNED_PER_STEP = 48
+
+
+def shared(pairs: int) -> dict[str, int]:
+    """The batches of a step of so many pairs: as many as there are processes."""
+    count = ranks.world()
+    return {"train_batch_size": max(1, pairs // count), "gradient_accumulation_steps": count}
 
 
 def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
@@ -45,7 +52,7 @@ def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[
             lr_warmup_steps=min(10, steps),
             weight_decay=0.01,
             adam_beta2=0.98,
-            train_batch_size=LEARNED_PER_STEP,
+            **shared(LEARNED_PER_STEP),
             max_train_steps=steps,
             checkpointing_steps=steps,
             logging_steps=min(10, steps),
@@ -81,7 +88,7 @@ def train(
             win_rate_prompts=0,  # the judge says who wins
             lora_rank=8,
             learning_rate=5e-4,
-            train_batch_size=PAIRS_PER_STEP,
+            **shared(PAIRS_PER_STEP),
             max_train_steps=steps,
             checkpointing_steps=max(1, steps // QUARTERS),
             checkpoints_total_limit=2 * QUARTERS,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import ranks
 from ..files import write_atomic
 from ..look import evaluate
 from ..look.report import Comparison, run_report
@@ -114,13 +117,14 @@ class Demo:
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, options.output_dir
         self.base = base_sampler()
-        self.claim()
+        ranks.by_main(self.claim)
         self.prepare_data()
         self.prompts, self.seeds = evaluation_set(options.clips)
-        self.base_clips = self.base.clips(self.prompts, self.seeds)
-        self.base_scores = judge_all(self.prompts, self.base_clips)
         self.validation = PairDataset(self.folder / "encoded" / "validation")
-        self.base_errors = self.errors(self.base)
+        if ranks.main():  # which looks at the runs of all
+            self.base_clips = self.base.clips(self.prompts, self.seeds)
+            self.base_scores = judge_all(self.prompts, self.base_clips)
+            self.base_errors = self.errors(self.base)
         # Whose way to their score gain is looked at.
         self.timed = ("dpo", "spo") if "spo" in options.objectives else ()
 
@@ -153,6 +157,18 @@ class Demo:
         """Candidates, labels, clips on disk, and the encoded sets made of them."""
         start, folder = time.perf_counter(), self.folder
         labels = folder / "labels.json"
+        ranks.by_main(partial(self.label, labels))
+        wanted = {"right": float, "swapped": list, "gaps": list, "seconds": float}
+        self.labels = read_record(labels, wanted)
+        took, right = time.perf_counter() - start, 100 * self.labels["right"]
+        rows = folder / "pairs" / "metadata.jsonl"
+        say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")
+        for name in ("pairs", "validation", "pairs-shuffled"):
+            encode("toy", BASE, folder / name, folder / "encoded" / name, progress=False)
+
+    def label(self, labels: Path) -> None:
+        """Pairs, and the same with shuffled labels, onto the disk, once."""
+        folder = self.folder
         if not labels.exists():
             count = self.options.pairs
             say(f"1. sampling {CANDIDATES} clips for each of {count} pairs from the base model,")
@@ -161,13 +177,6 @@ class Demo:
             self.make("validation", min(VALIDATION_PAIRS, count))
             known["swapped"] = shuffle_labels(folder / "pairs", folder / "pairs-shuffled")
             write_atomic(labels, json.dumps(known).encode())
-        wanted = {"right": float, "swapped": list, "gaps": list, "seconds": float}
-        self.labels = read_record(labels, wanted)
-        took, right = time.perf_counter() - start, 100 * self.labels["right"]
-        rows = folder / "pairs" / "metadata.jsonl"
-        say(f"   {rows}: {self.options.pairs} pairs, {right:.0f} % labelled right, {took:.0f} s")
-        for name in ("pairs", "validation", "pairs-shuffled"):
-            encode("toy", BASE, folder / name, folder / "encoded" / name, progress=False)
 
     def make(self, block: str, count: int) -> dict[str, Any]:
         """`make_pairs` into the folder of that name, once; what it says, and its `seconds`."""
@@ -196,7 +205,7 @@ class Demo:
             output_dir=str(folder),
             lora_rank=8,
             learning_rate=5e-4,
-            train_batch_size=PAIRS_PER_STEP,
+            **online.shared(PAIRS_PER_STEP),
             max_train_steps=self.options.steps,
             checkpointing_steps=max(1, self.options.steps // every),
             checkpoints_total_limit=2 * every,
@@ -213,7 +222,8 @@ class Demo:
             config = self.config(name, beta, seed, folder)
             return train(config), config.beta, Spent(before=self.labels["seconds"])
         steps, data = self.options.steps, self.folder / "encoded" / "ranked"
-        labelled = self.make("ranked", RANKED * self.options.pairs)["seconds"]
+        made = ranks.by_main(partial(self.make, "ranked", RANKED * self.options.pairs))
+        labelled = made["seconds"]
         with contextlib.redirect_stderr(sys.stdout):  # into the log
             encode("toy", BASE, self.folder / "ranked" / "ranked.jsonl", data, progress=False)
             taught = online.learn_preferences(BASE, data, self.folder / "spm", 2 * steps)
@@ -231,8 +241,27 @@ class Demo:
         start = time.perf_counter()
         folder = self.folder / label
         folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{label}.log").open("w") as log, contextlib.redirect_stdout(log):
+        where = self.folder / f"{label}.log" if ranks.main() else os.devnull
+        with open(where, "w") as log, contextlib.redirect_stdout(log):
             trained, beta, spent = self.train(name, beta, seed, folder)
+
+        def look() -> Row:
+            row = self.evaluated(name, beta, seed, folder, trained, spent)
+            say(f"   {label}: {row.line()} ({time.perf_counter() - start:.0f} s)")
+            return row
+
+        return ranks.by_main(look)
+
+    def evaluated(
+        self,
+        name: str,
+        beta: float | None,
+        seed: int,
+        folder: Path,
+        trained: dict[str, Any],
+        spent: Spent,
+    ) -> Row:
+        """A row's clips, scores and errors, and its report."""
         model = adapters.load_lora(trained["artifact"], toy.load(BASE)).eval()
         tuned = Sampler(model, toy, self.base.process, self.base.pipe)
         if name in self.timed:
@@ -255,7 +284,6 @@ class Demo:
             spent=spent,
         )
         run_report(folder, self.comparisons(videos, scores["score"]), row.results())
-        say(f"   {label}: {row.line()} ({time.perf_counter() - start:.0f} s)")
         return row
 
     def gain(self, sampler: Sampler) -> float:
@@ -282,7 +310,7 @@ def main(arguments: Sequence[str] = ()) -> list[Row]:
     start = time.perf_counter()
     names = ", ".join(options.objectives)
     say(f"fastpref demo: {names} and three controls, into {options.output_dir}")
-    with alone(options.output_dir, "demo"):
+    with ranks.group(), alone(options.output_dir, "demo"):
         demo = Demo(options)
         # The controls stand beside the first beta only.
         wanted = [
@@ -301,5 +329,6 @@ def main(arguments: Sequence[str] = ()) -> list[Row]:
                 if options.seeds > 1:
                     label += f"-seed{seed}"
                 rows.append(demo.run(name, beta, seed, label))
-        summarise(demo.folder, rows, demo.labels, time.perf_counter() - start)
+        if ranks.main():
+            summarise(demo.folder, rows, demo.labels, time.perf_counter() - start)
     return rows

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from .. import ranks
 from ..files import write_atomic
 from ..models.encoders import open_pipeline
 from ..models.folder import scheduler_of
@@ -38,12 +39,17 @@ class Prompts:
     ) -> None:
         self.family, self.path, self.guidance = family, path, guidance_scale
         self.prompts, self.device = list(prompts), device
-        pipe = open_pipeline(family, path, dtype, device)
-        with stage("text encoder: loading, and the prompts"):
-            *rows, empty = family.encode_text(pipe, [*self.prompts, ""])
-        for i, cut in enumerate(pipe.cut(self.prompts) if hasattr(pipe, "cut") else (), 1):
-            if cut:
-                warn(f"prompt {i} is cut: {cut}")
+
+        def embedded() -> list[dict[str, Tensor]]:
+            pipe = open_pipeline(family, path, dtype, device)
+            with stage("text encoder: loading, and the prompts"):
+                rows = family.encode_text(pipe, [*self.prompts, ""])
+            for i, cut in enumerate(pipe.cut(self.prompts) if hasattr(pipe, "cut") else (), 1):
+                if cut:
+                    warn(f"prompt {i} is cut: {cut}")
+            return [{name: value.cpu() for name, value in row.items()} for row in rows]
+
+        *rows, empty = ranks.by_main(embedded)  # a large encoder is in memory once
         self.cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         for value in self.cond.values():
             check_finite(value, "the prompts' embeddings", self.prompts)
@@ -58,27 +64,34 @@ class Prompts:
         return self.family.encode_media(self.pipe, blank).shape
 
     def clips(
-        self, model: nn.Module, shape: Sequence[int], steps: int, seeds: Sequence[int]
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        steps: int,
+        seeds: Sequence[int],
+        rows: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """One clip per prompt and seed, uint8 [F, H, W, 3].
+        """One clip per prompt and seed, uint8 [F, H, W, 3]; rows: of these prompts alone.
 
         Raises:
             ValueError: as `sample`, or a clip's pixels are not finite.
         """
+        rows = list(range(len(self.prompts)) if rows is None else rows)
+        prompts = [self.prompts[row] for row in rows]
         latents = sample(
             model,
             self.family,
             scheduler_of(self.pipe, self.path),
-            self.cond,
+            {name: value[rows] for name, value in self.cond.items()},
             shape,
             steps=steps,
             seeds=seeds,
             guidance_scale=self.guidance,
-            negative=self.negative,
-            names=self.prompts,
+            negative=self.negative and {k: v[rows] for k, v in self.negative.items()},
+            names=prompts,
         )
         clips = []
-        for prompt, latent in zip(self.prompts, latents, strict=True):
+        for prompt, latent in zip(prompts, latents, strict=True):
             try:
                 clips.append(self.family.decode(self.pipe, latent).cpu())
             except ValueError as error:
@@ -87,21 +100,45 @@ class Prompts:
 
 
 def draw_sheet(
-    folder: Path, step: int, prompts: Prompts, model: nn.Module, shape: Sequence[int], steps: int
+    folder: Path,
+    step: int,
+    prompts: Prompts,
+    model: nn.Module,
+    shape: Sequence[int],
+    steps: int,
+    mesh: ranks.Mesh,
 ) -> None:
     """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's.
+    Several processes share the prompts.
 
     Those that a policy cannot make are left out with a warning: they are no reason to stop.
     """
     said = stage("validation clips of the base") if step == 0 else nullcontext()
+    # One that has none left draws the first again: of a sharded model all must call it.
+    rows = list(mesh.dealt(range(len(prompts.prompts)))) or [0]
+    drawn: dict[int, Tensor] | str
     try:
         with said, compiling.eagerly():
-            clips = prompts.clips(model, shape, steps, range(len(prompts.prompts)))
-        write_sheet(folder, step, prompts.prompts, clips)
+            clips = prompts.clips(model, shape, steps, rows, rows)
+        drawn = dict(zip(rows, clips, strict=True))
     except ValueError as error:
-        if step == 0:
-            raise
-        warn(f"step {step}: no validation clips: {error}")
+        drawn = str(error)
+    every = ranks.of_main(drawn)
+
+    def write() -> None:
+        found: dict[int, Tensor] = {}
+        try:
+            for some in every:
+                if isinstance(some, str):
+                    raise ValueError(some)
+                found |= some
+            write_sheet(folder, step, prompts.prompts, [found[row] for row in sorted(found)])
+        except ValueError as error:
+            if step == 0:
+                raise
+            warn(f"step {step}: no validation clips: {error}")
+
+    ranks.by_main(write)
 
 
 def write_sheet(folder: Path, step: int, prompts: list[str], clips: list[Tensor]) -> None:

@@ -292,8 +292,10 @@ def validate(run: Run) -> None:
     if config.validation_prompts and not run.prompts:
         names, scale = config.validation_prompts, config.validation_guidance_scale
         run.prompts = Prompts(run.family, config.model, names, run.device, run.dtype, scale)
-    there = run.step == run.begin and (folder / f"step-{run.step:06d}.png").exists()
-    if not run.prompts or run.step % config.validation_steps or there:
+    if not run.prompts or run.step % config.validation_steps:
+        return
+    sheet = folder / f"step-{run.step:06d}.png"
+    if run.step == run.begin and ranks.by_main(sheet.exists):
         return
     shape, steps = run.sample_shape(), config.validation_sampling_steps
     what = (
@@ -301,7 +303,7 @@ def validate(run: Run) -> None:
         "validation_steps"
     )
     with within_memory(what):
-        draw_sheet(folder, run.step, run.prompts, run.model, shape, steps)
+        draw_sheet(folder, run.step, run.prompts, run.model, shape, steps, run.mesh)
 
 
 def leave_if_asked(run: Loop, *, left: bool = False) -> None:

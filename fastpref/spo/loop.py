@@ -52,7 +52,8 @@ def spo(config: SPOConfig) -> dict[str, Any]:
 
     with book.working(run):
         while not run.done:
-            rounds.prune(run.folder / "rounds", run.folder, own["round"])
+            prune = partial(rounds.prune, run.folder / "rounds", run.folder, own["round"])
+            ranks.by_main(prune)
             with sampling(run):
                 if own["updates"] == 0 and own["round"] % config.win_rate_rounds == 0:
                     with run.clock.paused():
@@ -64,13 +65,16 @@ def spo(config: SPOConfig) -> dict[str, Any]:
                     next_round(run, empty=own["empty"] + 1)
             for batches in updates[own["updates"] :]:
                 total, margins = sum(map(len, batches)), []
-                for some in batches:
+                # Of several processes one that has no batch of these adds zeros to their sum.
+                mine = run.mesh.dealt(batches)
+                for some in mine or batches[:1]:
                     cond = online.prompts.cond([pair.row for pair in some], device)
                     batch = collate(some, online.resampler.steps, cond, device, dtype)
                     out = step_loss(run.policy, run.reference, batch, run.objective)
-                    (out.loss * (len(some) / total)).backward()
+                    (out.loss * (len(some) / total if mine else 0)).backward()
                     margins.append(out.margin)
-                    run.meter.add(telemetry.values(out, batch, run.objective), batch.level)
+                    if mine:
+                        run.meter.add(telemetry.values(out, batch, run.objective), batch.level)
                 telemetry.note_margin_noise(run, margins)
                 grad_norm = book.update(run)
                 own["updates"] += 1
@@ -105,8 +109,9 @@ def sampling(run: Run) -> Iterator[None]:
     try:
         with within_memory(MEMORY):
             yield
-    except (ValueError, KeyboardInterrupt):
-        if run.stop or run.step > run.saved:
+    except (ValueError, KeyboardInterrupt, ranks.Elsewhere) as error:
+        heard = ranks.fail(error, saves=True)
+        if heard and getattr(error, "saves", True) and (run.stop or run.step > run.saved):
             book.save(run)
         book.leave_if_asked(run, left=True)
         raise
@@ -132,27 +137,41 @@ def next_round(run: Run, empty: int = 0) -> None:
 
 def sampled_pairs(run: Run, online: Online) -> list[Transition]:
     """The transitions of the round that the run is in: those on the disk, and those that are
-    lacking sampled by the policy as it is. Once the round trains all must be there.
+    lacking sampled by the policy as it is, by several processes a part each. Once the round trains
+    all must be there.
     """
     config, own, folder, mark = run.config, run.own, run.folder / "rounds", rounds.mark(run)
     size, seed = config.prompts_per_round, config.seed
     chosen = rounds.prompts_of(own["round"], size, online.rows, seed)
-    found: list[Transition] = []
-    counts: dict[str, Any] = {}
-    for part, (epochs, rows) in enumerate(rounds.batches_of(chosen, config.sample_batch_size)):
-        path = rounds.part_file(folder, own["round"], part)
-        rolled = rounds.read_part(path, mark)
-        if rolled is None and own["updates"]:
+    parts = list(rounds.batches_of(chosen, config.sample_batch_size))
+    paths = [rounds.part_file(folder, own["round"], part) for part in range(len(parts))]
+
+    def lacking() -> list[int]:
+        gone = [i for i, path in enumerate(paths) if rounds.read_part(path, mark) is None]
+        if gone and own["updates"]:
             raise ValueError(
-                f"{path}: is missing or damaged, and its round has begun to train: put it back, or "
-                "move the newest checkpoint away to go on from an older one"
+                f"{paths[gone[0]]}: is missing or damaged, and its round has begun to train: put "
+                "it back, or move the newest checkpoint away to go on from an older one"
             )
-        if rolled is None:
+        return gone
+
+    gone = ranks.by_main(lacking)
+    for first in range(0, len(gone), run.mesh.shares):  # a part each
+        for part in run.mesh.dealt(gone[first : first + run.mesh.shares]):
+            epochs, rows = parts[part]
             began = time.perf_counter()
             rolled = roll(run, online, rows, epochs)
             rolled.seconds = time.perf_counter() - began
-            rounds.write_part(path, mark, rows, rolled)
-            rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
+            rounds.write_part(paths[part], mark, rows, rolled)
+        run.stop.agree()
+        if run.stop:
+            raise KeyboardInterrupt
+    found: list[Transition] = []
+    counts: dict[str, Any] = {}
+    for path in paths:
+        rolled = rounds.read_part(path, mark)  # as a run that goes on reads it
+        if rolled is None:
+            raise ValueError(f"{path}: is not as it was written; run the same command to go on")
         found += rolled.transitions
         rounds.add(counts, rolled)
     if own["counted"] < own["round"]:  # once, wherever the round is gone on with

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files import differences, model_identity, tidy, write_atomic
 from ..models.encoders import open_pipeline
 from ..models.folder import encoders_of
@@ -108,18 +109,22 @@ class PromptSet:
             "encoders": encoders_of(model),
             "dtype": str(dtype).removeprefix("torch."),
         }
-        record = folder / "fingerprint.json"
-        if record.exists():
-            listed = differences(read_fingerprint(folder), now)
-            if listed:
-                raise ValueError(
-                    f"{folder}: embedded with another {listed}; choose another output_dir"
-                )
-            tidy(folder)
-        else:
-            write_atomic(record, (json.dumps(now, indent=1) + "\n").encode())
         self._encoding = encoding_of(now)
-        self._embed(family, model, dtype, device)
+
+        def embedded() -> None:
+            record = folder / "fingerprint.json"
+            if record.exists():
+                listed = differences(read_fingerprint(folder), now)
+                if listed:
+                    raise ValueError(
+                        f"{folder}: embedded with another {listed}; choose another output_dir"
+                    )
+                tidy(folder)
+            else:
+                write_atomic(record, (json.dumps(now, indent=1) + "\n").encode())
+            self._embed(family, model, dtype, device)
+
+        ranks.by_main(embedded)
         self.empty_cond = self._read("")
         whole = json.dumps([self._encoding, *self.prompts])
         self.identity = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()

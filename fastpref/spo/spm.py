@@ -87,7 +87,7 @@ def train(config: SPMConfig) -> dict[str, Any]:
         if run.step == 0:
             evaluate(run)
         while not run.done:
-            for _ in range(config.gradient_accumulation_steps):
+            for _ in range(run.batches_per_step):
                 epoch, batch, draws = next(run.batches)
                 times = run.process.times(draws)
                 clips = decoded_estimates(run, batch, draws, times)
@@ -181,7 +181,7 @@ def assemble(
     if config.relabel == "clip":
         mark = made_of | config.only(*JUDGED)
         judge = partial(clean_margin, model, decode, dtype)
-        labels = relabelled(whole, folder, mark, config.tie_margin, judge)
+        labels = ranks.by_main(partial(relabelled, whole, folder, mark, config.tie_margin, judge))
     won = [i for i in held if labels[whole.pair_ids[i]] != 0.5]
     run = Run(
         config=config,
@@ -268,8 +268,9 @@ def evaluate(run: Run) -> None:
         return
     meter, process = Meter(run.device), run.process.replace(strata=BINS)
     run.model.eval()
-    rows = epoch_batches(run.held.shapes, run.config.train_batch_size, seed=0, epoch=0, rest=True)
-    for batch in (collate([run.held[i] for i in some]) for some in rows):
+    size = run.config.train_batch_size
+    rows = list(epoch_batches(run.held.shapes, size, seed=0, epoch=0, rest=True))
+    for batch in (collate([run.held[i] for i in some]) for some in run.mesh.dealt(rows)):
         for index in range(BINS):
             on_device, draws = run.prepare(index, batch)
             times = process.times(draws)
@@ -295,7 +296,7 @@ def finish(run: Run) -> dict[str, Any]:
     folder, exported = run.folder, run.folder / ARTIFACT
     if not all(p.isfinite().all() for p in run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
-    run.model.save_pretrained(exported)
+    ranks.by_main(partial(run.model.save_pretrained, exported))
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)
     result = {
         "global_step": run.step,
@@ -304,5 +305,6 @@ def finish(run: Run) -> dict[str, Any]:
         "output_dir": str(folder),
         "metrics": run.metrics | run.own,
     }
-    write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
+    text = json.dumps(result, indent=1).encode()
+    ranks.by_main(partial(write_atomic, folder / "result.json", text))
     return result

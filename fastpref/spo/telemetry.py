@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..loss.functional import PairLoss
 from ..loss.objectives import SPO
 from ..run import bookkeeping
@@ -43,7 +44,8 @@ def note_margin_noise(run: Run, margins: list[Tensor]) -> None:
     is what rounding makes of it.
     """
     if run.step == 0:
-        run.margin_noise = noted_noise(torch.cat(margins).abs().max().item())
+        worst = torch.cat(margins).abs().max().item()
+        run.margin_noise = noted_noise(max(ranks.gathered(worst)))
 
 
 def values(out: PairLoss, batch: Batch, objective: SPO) -> dict[str, Tensor]:

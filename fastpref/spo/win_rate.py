@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files import write_atomic
 from ..look.evaluate import gain
 from ..look.evaluate import win_rate as rate
@@ -25,6 +27,10 @@ def forget_later(run: Run, online: Online) -> None:
     which another attempt may have measured with other options.
     """
     path = run.folder / "win_rate.json"
+    ranks.by_main(partial(_forget, path, run, online))
+
+
+def _forget(path: Path, run: Run, online: Online) -> None:
     if run.start is None:
         path.unlink(missing_ok=True)
     elif path.exists():
@@ -39,7 +45,7 @@ def win_rate(run: Run, online: Online) -> None:
     cannot make is left out with a warning.
     """
     path = run.folder / "win_rate.json"
-    record = read(path, len(online.held_out))
+    record = ranks.by_main(partial(read, path, len(online.held_out)))
     done = [row for row in record["rounds"] if row["global_step"] == run.step]
     if not online.held_out or done:
         run.own |= {"win_rate": logged(done[0])} if done else {}
@@ -50,7 +56,7 @@ def win_rate(run: Run, online: Online) -> None:
             return
         with stage("win rate: clips of the base"), disabled(adapter_layers(run.model)):
             record["base"] = scores(run, online).tolist()
-        write_atomic(path, json.dumps(record).encode())
+        ranks.by_main(lambda: write_atomic(path, json.dumps(record).encode()))
     base = torch.tensor(record["base"], dtype=torch.float64)
     try:
         tuned = scores(run, online) if run.step else base
@@ -61,7 +67,7 @@ def win_rate(run: Run, online: Online) -> None:
     row = {"global_step": run.step, "round": run.own["round"], "win_rate": list(won)}
     row |= {"score_gain": list(gained), "scores": tuned.tolist()}
     record["rounds"].append(row)
-    write_atomic(path, json.dumps(record).encode())
+    ranks.by_main(lambda: write_atomic(path, json.dumps(record).encode()))
     run.own["win_rate"] = logged(row)
     if run.step:
         gains = f"{gained.value:+.3g} [{gained.low:+.3g}, {gained.high:+.3g}]"
@@ -93,16 +99,34 @@ def logged(row: dict[str, Any]) -> dict[str, float]:
 
 
 def scores(run: Run, online: Online) -> Tensor:
-    """[held out] float64 of the model as it is."""
+    """[held out] float64 of the model as it is; several processes share the samples.
+
+    Raises:
+        ValueError: some cannot be made or scored, on any process.
+    """
+    try:
+        mine: dict[int, Tensor] | str = _scores(run, online)
+    except ValueError as error:
+        mine = str(error)
+    every = ranks.gathered(mine)
+    for said in every:
+        if isinstance(said, str):
+            raise ValueError(said)
+    found = {first: values for said in every for first, values in said.items()}
+    return torch.cat([found[first] for first in sorted(found)])
+
+
+def _scores(run: Run, online: Online) -> dict[int, Tensor]:
+    """Those of this process, by the place of the first of each batch."""
     rows, config = online.held_out, run.config
     cond = online.prompts.cond(rows, run.device)
     negative = None
     if config.guidance_scale != 1:
         empty = online.prompts.empty_cond
         negative = {name: torch.stack([value] * len(rows)) for name, value in empty.items()}
-    found = []
+    found = {}
     size = min(config.sample_batch_size, config.sample_rows or len(rows))
-    for some in torch.arange(len(rows)).split(size):
+    for some in run.mesh.dealt(torch.arange(len(rows)).split(size)):
         take = slice(int(some[0]), int(some[-1]) + 1)
         with compiling.eagerly():
             latents = sample(
@@ -117,5 +141,5 @@ def scores(run: Run, online: Online) -> Tensor:
                 negative=negative and {name: value[take] for name, value in negative.items()},
                 names=[online.prompts.prompts[row] for row in rows[take]],
             )
-        found.append(online.score(latents, rows[take], 0.0).cpu())
-    return torch.cat(found)
+        found[int(some[0])] = online.score(latents, rows[take], 0.0).cpu()
+    return found
