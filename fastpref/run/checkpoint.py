@@ -3,6 +3,9 @@
 A checkpoint is a folder `checkpoint-N` of safetensors and JSON (never pickle), written under
 another name, flushed to disk and renamed: it exists whole or not at all. `manifest.json` lists each
 file's size and digest, so that a truncated one is noticed and the one before it is used.
+
+Of a model in shards each process writes its own, beside the loop (torch.distributed.checkpoint).
+Either form is read by any number of processes, into a whole model or shards.
 """
 
 from __future__ import annotations
@@ -10,25 +13,42 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from .. import ranks
 from ..files import flush, share, tidy, writing
 
 PREFIX = "checkpoint-"
-TENSORS = ("parameters", "optimizer", "generators")
 STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
-FILES = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
+WHOLE = {"parameters.safetensors", "optimizer.safetensors"}
+FILES = {"state.json", "generators.safetensors"}  # and those, or shards in their place
+GENERATORS = ("cpu", "cuda")
+SHARD = "shard-"  # how DCP begins their names
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimiser keeps, as NAME/exp_avg and so on: torch's own state_dict knows a parameter
+    by its place alone.
+    """
+    return {
+        f"{name}/{key}": value.detach()
+        for name, p in trainable(model).items()
+        for key, value in optimizer.state[p].items()
+    }
 
 
 def save(
@@ -42,44 +62,96 @@ def save(
     """Writes checkpoint-`step` with parameters, optimiser, generators and `state`; then deletes
     older ones beyond `keep`. (Newer ones are damaged: the run has fallen back from them.)
     """
-    parameters = trainable(model)
-    # By name: torch's own state_dict knows a parameter by its place alone.
-    moments = {
-        f"{name}/{key}": value.detach().contiguous()  # safetensors refuses other strides
-        for name, p in parameters.items()
-        for key, value in optimizer.state[p].items()
-    }
-    # Draws need none, a model's dropout does. To ask CUDA for its state would initialise it.
+    parts = {"parameters": trainable(model), "optimizer": moments(model, optimizer)}
+    final = folder / f"{PREFIX}{step}"
+    with writing(final):
+        temporary = _begin(final, {"step": step, **state})
+        for name, tensors in parts.items():
+            # safetensors refuses other strides
+            tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        _seal(temporary, final, keep)
+    return final
+
+
+def save_shards(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    group: Any,
+) -> Callable[[], Path]:
+    """As `save`, of a model in shards: all processes call it, and go on as soon as theirs are
+    copied. What it returns waits for the rest, and is to be called before the next save.
+
+    group: of all processes, gloo, for nothing else.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    final = folder / f"{PREFIX}{step}"
+
+    class Writer(HuggingFaceStorageWriter):
+        def finish(self, *written: Any) -> None:  # on rank 0, when all have flushed theirs
+            _seal(temporary, final, keep)
+
+    def begin() -> Path:
+        with writing(final):
+            return _begin(final, {"step": step, **state})
+
+    temporary = ranks.by_main(begin)
+    tensors = {name: p.detach() for name, p in trainable(model).items()}
+    saved = async_save(
+        tensors | moments(model, optimizer),
+        storage_writer=Writer(str(temporary), save_distributed=True),
+        process_group=group,
+    )
+
+    def wait() -> Path:
+        with writing(final):
+            try:
+                saved.result()
+            except CheckpointException as error:  # the same on all
+                raise next(iter(error.failures.values()))[0] from None
+        return final
+
+    return wait
+
+
+def _begin(final: Path, state: dict[str, Any]) -> Path:
+    """The folder that will be `final`, with all that is small in it."""
+    # Draws need no generator, a model's dropout does. To ask CUDA for its state would initialise it
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state()
-    final = folder / f"{PREFIX}{step}"
-    temporary = folder / f".{PREFIX}{step}.tmp"
-    with writing(final):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(
-            {k: p.detach().contiguous() for k, p in parameters.items()},
-            temporary / "parameters.safetensors",
-        )
-        save_file(moments, temporary / "optimizer.safetensors")
-        save_file(generators, temporary / "generators.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        manifest = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        # Before the rename, or after a power cut the name could stand for empty files.
-        for path in sorted(temporary.iterdir()):
-            share(path)
-            flush(path)
-        flush(temporary)
-        if final.exists():  # nothing is renamed over a folder that holds files
-            shutil.rmtree(final)
-        temporary.rename(final)
-        flush(folder)  # the new name is a part of it
-    saved = folders(folder)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(generators, temporary / "generators.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    return temporary
+
+
+def _seal(temporary: Path, final: Path, keep: int) -> None:
+    """Lists the files, sees them to the disk and gives the folder its name."""
+    files = sorted(temporary.iterdir())
+    listed = zip(files, _digests(files), strict=True)
+    manifest = {path.name: [path.stat().st_size, digest] for path, digest in listed}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    # Before the rename, or after a power cut the name could stand for empty files.
+    for path in sorted(temporary.iterdir()):
+        share(path)
+        flush(path)
+    flush(temporary)
+    if final.exists():  # nothing is renamed over a folder that holds files
+        shutil.rmtree(final)
+    temporary.rename(final)
+    flush(final.parent)  # the new name is a part of it
+    saved = folders(final.parent)
     for old in saved[saved.index(final) + keep :]:
         shutil.rmtree(old)
-    return final
 
 
 def folders(folder: Path) -> list[Path]:
@@ -102,22 +174,29 @@ def clean(folder: Path) -> None:
     tidy(folder / "validation")
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+def _digests(paths: list[Path]) -> list[str]:
+    def one(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+    with ThreadPoolExecutor(8) as pool:  # 0.5 GB/s each; 14B fully tuned are 168 GB
+        return list(pool.map(one, paths))
 
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name in sorted(FILES - manifest.keys()):
+        needed = FILES | (set() if any(n.startswith(SHARD) for n in manifest) else WHOLE)
+        for name in sorted(needed - manifest.keys()):
             return f"manifest.json does not list {name}"
-        for name, (size, digest) in manifest.items():
+        for name, (size, _) in manifest.items():
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes, expected {size}"
-            if _digest(checkpoint / name) != digest:
+        digests = _digests([checkpoint / name for name in manifest])
+        for (name, (_, digest)), found in zip(manifest.items(), digests, strict=True):
+            if found != digest:
                 return f"{name} was changed after it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -143,13 +222,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restores parameters, optimiser and generators in place; returns the saved state (with
-    `step`).
+    `step`). All processes call it.
     """
-    problem = fault(checkpoint)
+    problem = ranks.by_main(lambda: fault(checkpoint))
     if problem is not None:
         raise ValueError(f"{checkpoint} is damaged ({problem}): resume from another checkpoint")
+    parameters = trainable(model)
     try:
-        values, moments, generators = (load_file(checkpoint / f"{n}.safetensors") for n in TENSORS)
+        generators = load_file(checkpoint / "generators.safetensors")
+        sizes, read = _opened(checkpoint, any(hasattr(p, "to_local") for p in parameters.values()))
     except SafetensorError as error:
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
@@ -161,31 +242,31 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             f"{checkpoint}: state.json expected {', '.join(STATE)}, got no {', '.join(lacking)}: "
             "it is another version's; go on with that version, or choose another output_dir"
         )
-    parameters = trainable(model)
-    if parameters.keys() != values.keys():
-        odd = sorted(parameters.keys() ^ values.keys())[0]
+    stored = {name for name in sizes if "/" not in name}
+    if parameters.keys() != stored:
+        odd = sorted(parameters.keys() ^ stored)[0]
         raise ValueError(
             f"{checkpoint} belongs to another model or adapter: parameter {odd} is on one side only"
         )
     for name, p in parameters.items():
-        if p.shape != values[name].shape:
+        if p.shape != sizes[name]:
             raise ValueError(
-                f"{checkpoint} belongs to another adapter: {name} is {list(values[name].shape)} "
+                f"{checkpoint} belongs to another adapter: {name} is {list(sizes[name])} "
                 f"there, {list(p.shape)} here"
             )
-        with torch.no_grad():
-            p.copy_(values[name])  # in place: the optimiser and a recorded step hold it
+    # Parameters in place: the optimiser and a recorded step hold them.
+    wanted = {name: p.detach() for name, p in parameters.items()}
+    entries: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for path in sizes.keys() - parameters.keys():
+        name, key = path.rsplit("/", 1)
+        like = wanted[name]
+        value = torch.empty_like(like) if sizes[path] == like.shape else torch.empty(sizes[path])
+        wanted[path] = entries[name][key] = value
+    read(wanted)
     saved = optimizer.state_dict()
     order = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in parameters.items()}
-    saved["state"] = {
-        i: {
-            k.rsplit("/", 1)[1]: v
-            for k, v in moments.items()
-            if k.rsplit("/", 1)[0] == names[id(p)]
-        }
-        for i, p in enumerate(order)
-    }
+    saved["state"] = {i: entries[names[id(p)]] for i, p in enumerate(order)}
     # AdamW has no entry for a parameter that never had a gradient.
     saved["state"] = {i: entry for i, entry in saved["state"].items() if entry}
     optimizer.load_state_dict(saved)
@@ -193,3 +274,33 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
     return state
+
+
+def _opened(
+    checkpoint: Path, in_shards: bool
+) -> tuple[dict[str, torch.Size], Callable[[dict[str, Tensor]], None]]:
+    """(The sizes of the tensors that a checkpoint holds, what reads some into tensors like them.)
+    in_shards: of a model that is.
+    """
+    if not in_shards and not any(checkpoint.glob(f"{SHARD}*")):
+        held = {k: v for name in WHOLE for k, v in load_file(checkpoint / name).items()}
+
+        def read(wanted: dict[str, Tensor]) -> None:
+            for name, tensor in wanted.items():
+                tensor.copy_(held[name])
+
+        return {name: value.shape for name, value in held.items()}, read
+
+    # Whole ones too: it reads any safetensors. A second to import.
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    listed = reader.read_metadata().state_dict_metadata
+    sizes = {name: of.size for name, of in listed.items() if name not in GENERATORS}
+
+    def read_shards(wanted: dict[str, Tensor]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is meant: each process reads for itself
+            dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+    return sizes, read_shards

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import sharding
 from .guard import Guard
 
 
@@ -59,12 +60,13 @@ def update(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], guard: Guard, max_norm: float
 ) -> Tensor:
     """Clips the gradients, has the guard look at them, and steps; their total norm before
-    clipping (max_norm 0: they are not), left on the device.
+    clipping (max_norm 0: they are not), left on the device. Of shards it is that of the whole.
     """
     if max_norm:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = sharding.full(norm)
     guard.watch(optimizer, norm)
     optimizer.step()
     return norm
