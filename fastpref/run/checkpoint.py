@@ -94,7 +94,7 @@ def save_shards(
     final = folder / f"{PREFIX}{step}"
 
     class Writer(HuggingFaceStorageWriter):
-        def finish(self, *written: Any) -> None:  # on rank 0, when all have flushed theirs
+        def finish(self, metadata: Any, results: Any) -> None:  # rank 0, when all is on disk
             _seal(temporary, final, keep)
 
     def begin() -> Path:
@@ -257,7 +257,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     # Parameters in place: the optimiser and a recorded step hold them.
     wanted = {name: p.detach() for name, p in parameters.items()}
     entries: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for path in sizes.keys() - parameters.keys():
+    for path in sorted(sizes.keys() - parameters.keys()):  # in one order on all processes
         name, key = path.rsplit("/", 1)
         like = wanted[name]
         value = torch.empty_like(like) if sizes[path] == like.shape else torch.empty(sizes[path])
