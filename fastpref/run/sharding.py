@@ -48,7 +48,7 @@ def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool 
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor in it
 
 
-def sum_gradients(model: nn.Module, now: bool) -> None:
+def sum_in_backward(model: nn.Module, now: bool) -> None:
     """Whether the backwards from here on sum their gradients over the processes. Those of one that
     does not wait, whole on each process, for the next that does; p.grad stays as it was.
     """

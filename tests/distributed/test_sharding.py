@@ -10,10 +10,10 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import pytest
 import tiny
 import torch
@@ -60,7 +60,7 @@ class Tuning:
     def step(self) -> float:
         c, mine = self.case, ranks.share(range(BATCHES))
         for i in mine:
-            sharding.sum_gradients(self.model, now=i == mine[-1])
+            sharding.sum_in_backward(self.model, now=i == mine[-1])
             rows, own = [i, BATCHES + i], slice(i, i + 1)
             draws = fastpref.Draws(c.draws.seed, c.draws.pair_id[own], c.draws.index[own])
             noisy, t, target = c.process.noise(c.latents[rows], draws)
@@ -211,26 +211,15 @@ def main(what: str, folder: Path) -> None:
 # ---- What is asked of it
 
 
-def launch(count: int, what: str, folder: Path) -> None:
-    command = "-m torch.distributed.run --standalone --nproc-per-node"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    done = subprocess.run(
-        [sys.executable, *command.split(), str(count), __file__, what, str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """NAME/N: the same run by N processes; NAME/NtoM: gone on with by M from its checkpoint."""
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
         train(name, folder / name / "1")
-    launch(4, "train", folder)
-    launch(2, "resume", folder)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    for count, what in ((4, "train"), (2, "resume")):
+        launch.run(count, __file__, what, str(folder), PYTHONPATH=paths)
     for name in NAMES:
         resume(name, folder / name / "4", folder / name / "4to1")
     return folder
