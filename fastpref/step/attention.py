@@ -106,7 +106,7 @@ def use(model: nn.Module, name: str) -> Iterator[None]:
             stack.callback(model.set_attention_backend, "native")
             model.set_attention_backend(dispatched)
             if name == "flash_attn":
-                stack.enter_context(_casting(model))
+                stack.enter_context(casting(model))
         elif name == "xformers":
             model.enable_xformers_memory_efficient_attention()
             stack.callback(model.disable_xformers_memory_efficient_attention)
@@ -137,7 +137,7 @@ def natively(model: nn.Module) -> Iterator[None]:
 
 def through_dispatcher(model: nn.Module) -> bool:
     """Whether the model's attention asks diffusers' dispatcher which backend to run."""
-    return bool(_dispatched(model))
+    return bool(dispatched(model))
 
 
 def why_not(name: str, model: nn.Module, calls: list[Call], device: torch.device) -> str | None:
@@ -168,7 +168,7 @@ def _swappable(model: nn.Module) -> bool:
     }  # fmt: skip
 
 
-def _dispatched(model: nn.Module) -> list[Any]:
+def dispatched(model: nn.Module) -> list[Any]:
     """The attention processors that ask diffusers' dispatcher."""
     processors = (getattr(module, "processor", None) for module in model.modules())
     return [p for p in processors if hasattr(p, "_attention_backend")]
@@ -185,14 +185,14 @@ def _cast(
 
 
 @contextmanager
-def _casting(model: nn.Module) -> Iterator[None]:
+def casting(model: nn.Module) -> Iterator[None]:
     """What `model` asks the dispatcher for has autocast's dtype inside.
 
     Autocast casts for PyTorch's attention, not for a package's, and leaves the norms of queries and
     keys in float32.
     """
     with ExitStack() as stack:
-        for module in {sys.modules[type(p).__module__] for p in _dispatched(model)}:
+        for module in {sys.modules[type(p).__module__] for p in dispatched(model)}:
             dispatch = getattr(module, "dispatch_attention_fn", None)
             if dispatch is None:
                 raise ValueError(f"{module.__name__} has no dispatch_attention_fn")

@@ -233,7 +233,7 @@ def test_a_package_gets_what_autocast_would_cast(monkeypatch):
     model, probe = as_on_a_gpu(*wan())
     before = probe()
     assert asked == 4 * [{torch.float32, torch.bfloat16}]
-    with attention._casting(model):
+    with attention.casting(model):
         inside = probe()
     assert asked[4:] == 4 * [{torch.bfloat16}]
     assert torch.equal(inside, before)
