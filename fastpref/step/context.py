@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -38,7 +39,9 @@ def settled(choice: Choice) -> Choice:
     return replace(choice, name=min(fit, key=fit.__getitem__) if fit else "native")
 
 
-def check(model: nn.Module, *, ulysses: int, ring: int, backend: str) -> None:
+def check(
+    model: nn.Module, *, ulysses: int, ring: int, backend: str, checkpointing: str, compiled: bool
+) -> None:
     """ValueError: why `model` cannot train so, and what to do. backend: of its attention."""
     kind, off = type(model).__name__, "use ulysses_degree 1 and ring_degree 1"
     version = importlib.metadata.version("diffusers")
@@ -53,51 +56,63 @@ def check(model: nn.Module, *, ulysses: int, ring: int, backend: str) -> None:
     # Behind the gathering every process has all tokens, and a layer's gradient would count as often
     # as there are processes. Modules are named in the order of their calls.
     gathered = [name for name, part in plan.items() if not isinstance(part, dict)]
-    layers = [name for name, part in model.named_modules() if any(part.parameters(recurse=False))]
-    if len(gathered) != 1 or not f"{layers[-1]}.".startswith(f"{gathered[0]}."):
+    parts = model.named_modules()
+    last = [name for name, part in parts if next(part.parameters(recurse=False), None) is not None]
+    if len(gathered) != 1 or not f"{last[-1]}.".startswith(f"{gathered[0]}."):
         raise ValueError(
             f"context parallelism: {kind} gathers its tokens at {', '.join(gathered[:3])}, and its "
-            f"last layer is {layers[-1]}: gradients behind a gathering would count twice: {off}"
+            f"last layer is {last[-1]}: gradients behind a gathering would count twice: {off}"
         )
     heads = math.gcd(*(part.heads for part in model.modules() if hasattr(part, "heads")))
     if heads % ulysses:
-        fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ValueError(
             f"ulysses_degree {ulysses}: does not divide the {heads} attention heads of {kind}, "
-            f"expected one of {fit}"
+            f"expected one of {_divisors(heads)}"
         )
     if backend not in ("native", *WITH_LSE):
         raise ValueError(
-            f"context parallelism: diffusers cannot share out attention {backend}: use attention "
-            f"native, or on a GPU {', '.join(WITH_LSE)}"
+            f"context parallelism: diffusers cannot share out attention {backend}, use one of "
+            f"native, {', '.join(WITH_LSE)}"
         )
-    if ring > 1 and backend not in WITH_LSE:
+    others = f"with attention {', '.join(WITH_LSE)}, on a GPU with mixed_precision bf16"
+    if ring > 1 and backend == "native":
         raise ValueError(
-            f"ring_degree {ring}: attention {backend} gives no log-sum-exp: use ulysses_degree, or "
-            f"on a GPU with mixed_precision bf16 attention {' or '.join(WITH_LSE)}"
+            f"ring_degree {ring}: runs {others}, got {backend}: use one of them or ulysses_degree"
+        )
+    if ring > 1 and checkpointing != "none" and not compiled:
+        raise ValueError(
+            f"ring_degree {ring}: reads twice in the backward what it kept, which checkpointing "
+            f"{checkpointing} refuses: use compile, ulysses_degree, or checkpointing none"
+        )
+    if compiled and backend == "native":
+        raise ValueError(
+            f"context parallelism: compile runs {others}, got {backend}: use one of them or no "
+            "compile"
         )
 
 
 def check_shape(model: nn.Module, latents: Sequence[int], text: int, *, contexts: int) -> None:
-    """ValueError: a sample cannot be shared out by so many processes. latents: its shape
+    """ValueError: so many processes cannot have equal parts of a sample. latents: its shape
     [C, F, h, w]; text: the tokens of its prompt.
     """
     sides, patch = latents[1:], getattr(model.config, "patch_size", 1)
     if isinstance(patch, int):
         patch = [1] * (len(sides) - 2) + [patch] * 2
-    counts = {
-        "latents of " + "x".join(map(str, sides)): math.prod(map(int.__floordiv__, sides, patch))
-    }
-    split = [name for part in model._cp_plan.values() if isinstance(part, dict) for name in part]
-    if "encoder_hidden_states" in split:
+    tokens = math.prod(side // n for side, n in zip(sides, patch, strict=True))
+    counts = {f"latents of {'x'.join(map(str, sides))}": tokens}
+    if any("encoder_hidden_states" in part for part in model._cp_plan.values()):
         counts["a prompt"] = text
     for what, tokens in counts.items():
         if tokens % contexts:
-            fit = ", ".join(str(n) for n in range(1, contexts) if tokens % n == 0)
             raise ValueError(
-                f"ulysses_degree x ring_degree = {contexts}: {what} has {tokens} tokens, which do "
-                f"not divide by it: expected one of {fit}, or clips of another size"
+                f"ulysses_degree x ring_degree = {contexts}: {what} has {tokens} tokens, expected "
+                f"a multiple: use {_divisors(tokens, contexts)}, or other clips"
             )
+
+
+def _divisors(number: int, below: int | None = None) -> str:
+    found = [n for n in range(1, (below or number + 1)) if number % n == 0]
+    return ", ".join(map(str, found))
 
 
 @contextmanager
@@ -105,9 +120,11 @@ def use(
     models: Sequence[nn.Module], *, ulysses: int, ring: int, device: torch.device
 ) -> Iterator[None]:
     """Inside, each of `models` (the policy, a frozen reference) is called by all processes of a
-    context at once, with equal inputs, and each is told the whole prediction. Those are ulysses *
-    ring neighbouring ranks; the world is a multiple. After adapters, checkpointing and compiling:
-    those replace a block's forward, this goes around it.
+    context at once, with equal inputs, and each is told the whole prediction. A context is ulysses
+    * ring neighbouring ranks; the world is a multiple.
+
+    Enter it after adapters, checkpointing and compiling: they replace a block's forward, and this
+    goes around it.
     """
     from diffusers import ContextParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
@@ -119,16 +136,17 @@ def use(
     parts = ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=mesh)
     config = ParallelConfig(context_parallel_config=parts)
     config.setup(rank(), world(), device, mesh=mesh)
-    # It says of a time per clip, at each start, that it is no time per token.
+    # They say of a time per clip that it is none per token, and of a function that it is renamed.
     logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*all_gather_tensor", FutureWarning)
     with ExitStack() as stack:
         for model in models:
-            # What enable_parallelism does, but that counts the machine's GPUs, and fails without.
+            # What enable_parallelism does, which divides by the number of GPUs, on a CPU by 0.
             for processor in dispatched(model):
                 processor._parallel_config = config
                 stack.callback(setattr, processor, "_parallel_config", None)
             apply_context_parallel(model, parts, model._cp_plan)
             stack.callback(remove_context_parallel, model, model._cp_plan)
-            # Its operators are called below autocast, which would have made one type of theirs.
+            # Its operators run below autocast, which would have given them one dtype.
             stack.enter_context(casting(model))
         yield
