@@ -100,13 +100,14 @@ def check_shape(model: nn.Module, latents: Sequence[int], text: int, *, contexts
         patch = [1] * (len(sides) - 2) + [patch] * 2
     tokens = math.prod(side // n for side, n in zip(sides, patch, strict=True))
     counts = {f"latents of {'x'.join(map(str, sides))}": tokens}
-    if any("encoder_hidden_states" in part for part in model._cp_plan.values()):
+    plan = [part for part in model._cp_plan.values() if isinstance(part, dict)]
+    if any("encoder_hidden_states" in part for part in plan):
         counts["a prompt"] = text
     for what, tokens in counts.items():
         if tokens % contexts:
             raise ValueError(
-                f"ulysses_degree x ring_degree = {contexts}: {what} has {tokens} tokens, expected "
-                f"a multiple: use {_divisors(tokens, contexts)}, or other clips"
+                f"ulysses_degree x ring_degree = {contexts}: does not divide the {tokens} tokens "
+                f"of {what}: expected one of {_divisors(tokens, contexts)}, or another size of clips"
             )
 
 
