@@ -107,7 +107,7 @@ def check_shape(model: nn.Module, latents: Sequence[int], text: int, *, contexts
         if tokens % contexts:
             raise ValueError(
                 f"ulysses_degree x ring_degree = {contexts}: does not divide the {tokens} tokens "
-                f"of {what}: expected one of {_divisors(tokens, contexts)}, or another size of clips"
+                f"of {what}: expected one of {_divisors(tokens, contexts)}, or other clips"
             )
 
 
