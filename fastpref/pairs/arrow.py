@@ -14,6 +14,7 @@ from typing import Any
 UNPACKED, TIMES = 64 << 20, 100  # bytes of a file's columns: at most this, or so many times its own
 ROWS, ROWS_PER_BYTE = 1 << 20, 16  # its rows: at most this, or so many for each of its bytes
 LISTED = 1 << 24  # values of one row group's lists
+PART = 1 << 17  # rows of a column that are Python's at a time; each time costs a dictionary
 BATCH = 256 << 20  # bytes of the rows that are read at a time, where that is more than one
 
 
@@ -96,23 +97,60 @@ def weighed(file: Any, path: Path, fields: Container[str]) -> tuple[list[int], l
     return sizes, shared
 
 
-def columns_of(path: Path) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """All of a Parquet file at once, by column, and its schema's metadata. ValueError: beyond the
-    bounds, also of what texts that stand there once and are repeated would be in full.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class Columns:
+    """The columns of a Parquet file, one by one.
 
-    file = pq.ParquetFile(path)
-    schema = file.schema_arrow
-    weighed(file, path, schema.names)
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
-    table = pq.ParquetFile(path, read_dictionary=texts).read()
-    columns = {name: values(table[name]) for name in schema.names}
-    length = sum(len(text or "") for name in texts for text in columns[name])
-    if length > max(UNPACKED, TIMES * path.stat().st_size):
-        raise ValueError(f"holds {length} characters of texts that are repeated")
-    return columns, {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+    ValueError: beyond the bounds, also of what a column's texts, that stand there once and are
+    repeated, would be in full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        self.names = schema.names
+        self.marks = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+        weighed(file, path, self.names)
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        self._most = max(UNPACKED, TIMES * path.stat().st_size)
+        self._file = pq.ParquetFile(path, read_dictionary=texts)
+
+    def whole(self, name: str) -> Any:
+        """A column as Arrow holds it: of texts a dictionary for each row group. KeyError: none."""
+        column = self._file.read(columns=[name])[name]
+        self._check(column.chunks, 0)
+        return column
+
+    def parts(self, name: str) -> Iterator[list[Any]]:
+        """A column as Python values, some rows at a time."""
+        length = 0
+        for batch in self._file.iter_batches(PART, columns=[name]):
+            length = self._check(batch.columns, length)
+            yield values(plain(batch.column(0)))
+
+    def _check(self, chunks: list[Any], length: int) -> int:
+        """`length` and the bytes of the texts of `chunks`."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for chunk in chunks:
+            if pa.types.is_dictionary(chunk.type):
+                each = pc.binary_length(chunk.dictionary).take(chunk.indices)
+                length += pc.sum(each).as_py() or 0
+        if length > self._most:
+            raise ValueError(f"holds {length} bytes of texts that are repeated")
+        return length
+
+
+def plain(column: Any) -> Any:
+    """Of a dictionary's column the column that it stands for, any other as it is."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        return pa.chunked_array(map(plain, column.chunks)) if column.num_chunks else column
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def records(batch: Any) -> Iterator[dict[str, Any]]:
@@ -132,8 +170,11 @@ def values(column: Any) -> list[Any]:
     if isinstance(column, pa.ChunkedArray):
         return [value for chunk in column.chunks for value in values(chunk)]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            raw = column.cast(pa.large_binary()).to_pylist()
+            return [None if v is None else v.decode(errors="surrogateescape") for v in raw]
     if pa.types.is_dictionary(kind):
         places = column.indices.to_pylist()
         known = {i: values(column.dictionary.slice(i, 1))[0] for i in set(places) - {None}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,20 +12,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .arrow import columns_of
+from .index import Index, Kinds, damaged, read_index
 from .shards import (
     Changed,
     conditions,
     digest,
     encoding_of,
-    index_digest,
     pair_file,
     read_fingerprint,
     read_tensors,
 )
+
+PART = 1 << 14  # rows of an epoch's order that are planned at a time
 
 
 class Pair(NamedTuple):
@@ -90,68 +92,34 @@ class PairDataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        import pyarrow as pa
-
         self.folder = Path(folder)
-        index = self.folder / "index.parquet"
-        if not index.is_file():
+        self._path = self.folder / "index.parquet"
+        if not self._path.is_file():
             lost = "no index.parquet" if self.folder.is_dir() else "no such folder"
             raise ValueError(
                 f"{folder}: {lost}; expected a set made by fastpref encode "
                 "(if its encoding was interrupted, run the same command again)"
             )
-        try:
-            columns, marks = columns_of(index)
-            self.pair_ids: list[int] = columns["pair_id"]
-            self.prompts: list[str] = columns["prompt"]
-            self.weights: list[float] = columns["weight"]
-            self.shapes: list[str] = columns["shapes"]
-            self.ties: list[bool] = columns.get("tie") or [False] * len(self.pair_ids)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise self._damaged(f"is damaged ({reason})") from None
-        self._check_index()
+        index = read_index(self._path)
+        self.pair_ids: Sequence[int] = index.pair_ids
+        self.prompts: Sequence[str] = index.prompts
+        self.weights, self.ties = index.weights, index.ties
+        self.shapes: Sequence[str] = index.shapes
         self.fingerprint: dict[str, Any] = read_fingerprint(self.folder)
         self._encoding = encoding_of(self.fingerprint)
-        self._digests: list[str] | None = columns.get("digest")  # None: a set from before them
-        if self._digests or "digests" in self.fingerprint:
-            self._check_digests(columns, marks)
+        self._digests = index.digests  # None: a set from before them
+        if self._digests is not None or "digests" in self.fingerprint:
+            self._check_digests(index)
         path = self.folder / "empty.safetensors"
         tensors = read_tensors(path)
-        self._check_content(path, tensors, marks.get("empty"))
+        self._check_content(path, tensors, index.marks.get("empty"))
         self.empty_cond = conditions(tensors)
 
-    def _damaged(self, reason: str) -> ValueError:
-        return ValueError(
-            f"{self.folder / 'index.parquet'}: {reason}; delete it and run the same fastpref "
-            "encode again"
-        )
-
-    def _check_index(self) -> None:
-        if not self.pair_ids:
-            raise self._damaged("has no rows, expected one per pair")
-        columns = zip(self.pair_ids, self.weights, self.prompts, self.shapes, strict=True)
-        for row, (pair_id, weight, prompt, shapes) in enumerate(columns, 1):
-            if type(pair_id) is not int or not 0 <= pair_id < 2**63:
-                raise self._damaged(
-                    f"row {row}: pair_id expected an integer in [0, 2^63), got {pair_id!r:.40}"
-                )
-            where = f"row {row} (pair {pair_id})"
-            number = isinstance(weight, (int, float)) and math.isfinite(weight)
-            if not number or weight < 0:
-                raise self._damaged(f"{where}: weight expected 0 or more, got {weight!r:.40}")
-            for name, value in (("prompt", prompt), ("shapes", shapes)):
-                if not isinstance(value, str):
-                    raise self._damaged(f"{where}: {name} expected a text, got {value!r:.40}")
-        twice, count = Counter(self.pair_ids).most_common(1)[0]
-        if count > 1:
-            raise self._damaged(f"pair {twice} stands in {count} rows, expected one")
-
-    def _check_digests(self, columns: dict[str, list], marks: dict[str, str]) -> None:
+    def _check_digests(self, index: Index) -> None:
         """Whether the index and the fingerprint are what was written."""
-        if not self._digests or marks.get("rows") != index_digest(columns):
-            raise self._damaged("was changed after it was written")
-        if marks.get("encoding") != self._encoding:
+        if index.rows is None or index.marks.get("rows") != index.rows:
+            raise damaged(self._path, "was changed after it was written")
+        if index.marks.get("encoding") != self._encoding:
             raise ValueError(
                 f"{self.folder / 'fingerprint.json'}: was changed after the set was encoded; put "
                 "it back, or encode into another output_dir"
@@ -159,7 +127,7 @@ class PairDataset:
 
     def _check_content(self, path: Path, tensors: dict[str, Tensor], wanted: str | None) -> None:
         # At every read, in the threads that read ahead: blake2b does 1.5 GB/s without the GIL.
-        if self._digests and digest(path, tensors, self._encoding) != wanted:
+        if self._digests is not None and digest(path, tensors, self._encoding) != wanted:
             raise Changed(
                 f"{path}: was changed after it was written; delete it and run the same fastpref "
                 "encode again"
@@ -176,12 +144,12 @@ class PairDataset:
             return {name: [int(n) for n in shape.split("x")] for name, _, shape in named}
 
         try:
-            found = max(map(sizes, set(self.shapes)), key=lambda s: math.prod(s["latents_w"]))
+            kinds = map(sizes, Kinds.of(self.shapes).kinds)
+            found = max(kinds, key=lambda s: math.prod(s["latents_w"]))
             made = {name: torch.empty(1, *size, device="meta") for name, size in found.items()}
         except (ValueError, KeyError, RuntimeError):
-            raise self._damaged(
-                "has shapes that are none, expected latents_w:CxFxhxw ..."
-            ) from None
+            reason = "has shapes that are none, expected latents_w:CxFxhxw ..."
+            raise damaged(self._path, reason) from None
         return made["latents_w"], conditions(made)
 
     def __getitem__(self, i: int) -> Pair:
@@ -200,7 +168,8 @@ class PairDataset:
                 f"{path}: expected {self.shapes[i]} as the index says, got {got}; delete it and "
                 "run the same fastpref encode again"
             )
-        self._check_content(path, tensors, self._digests and self._digests[i])
+        wanted = None if self._digests is None else self._digests[i].tobytes().hex()
+        self._check_content(path, tensors, wanted)
         return Pair(
             tensors["latents_w"],
             tensors["latents_l"],
@@ -236,41 +205,67 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     )
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> Iterator[int]:
-    """A permutation of range(n): a function of the seed and the epoch alone."""
+def _parts(n: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """`epoch_order`, a part at a time."""
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
     # manual_seed takes all 64 bits; without the shift every run's order would be another one.
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    # As int32 the same permutation in a third of the time; turned into numbers a part at a time:
-    # all of 1e6 at once would stop the loop at an epoch's end.
-    for part in torch.randperm(n, generator=generator, dtype=torch.int32).split(4096):
+    # As int32 the same permutation in a third of the time.
+    order = torch.randperm(n, generator=generator, dtype=torch.int32).numpy()
+    return (order[i : i + PART] for i in range(0, n, PART))
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Iterator[int]:
+    """A permutation of range(n): a function of the seed and the epoch alone."""
+    for part in _parts(n, seed, epoch):
         yield from part.tolist()
 
 
 def epoch_batches(
-    shapes: Sequence[str], batch_size: int, seed: int, epoch: int, *, rest: bool = False
+    shapes: Sequence[str],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    skip: int = 0,
+    step: int = 1,
+    rest: bool = False,
 ) -> Iterator[tuple[int, ...]]:
     """One epoch's batches of row numbers, each of equal shapes, found as they are asked for; what
-    fills no batch is left out, or (rest) comes last, as batches that are not full.
+    fills no batch is left out, or (rest) comes last, as batches that are not full. Of these every
+    `step`-th from number `skip` on: the others cost 0.1 us a pair.
     """
-    waiting: dict[str, list[int]] = {}
-    for i in epoch_order(len(shapes), seed, epoch):
-        bucket = waiting.setdefault(shapes[i], [])
-        bucket.append(i)
-        if len(bucket) == batch_size:
-            yield tuple(bucket)
-            bucket.clear()
+    shapes = Kinds.of(shapes)
+    left, seen = np.empty(0, np.int32), {}
+    for part in _parts(len(shapes), seed, epoch):
+        rows = np.concatenate([left, part])
+        codes = shapes.codes[rows]
+        by_code = codes.argsort(kind="stable")  # places in rows
+        counts = np.bincount(codes)
+        place = np.arange(len(rows)) - (counts.cumsum() - counts)[codes[by_code]]
+        fills = place < (counts - counts % batch_size)[codes[by_code]]
+        places = by_code[fills].reshape(-1, batch_size)
+        places = places[places[:, -1].argsort()]  # as the last pair of each comes
+        yield from map(tuple, rows[places[skip::step]].tolist())
+        skip += step * len(range(skip, len(places), step)) - len(places)
+        left = rows[np.sort(by_code[~fills])]
+        if rest:
+            new, at = np.unique(codes, return_index=True)
+            seen |= dict.fromkeys(new[at.argsort()].tolist())
     if rest:
-        yield from (tuple(bucket) for bucket in waiting.values() if bucket)
+        ends: dict[int, list[int]] = {code: [] for code in seen}
+        for row, code in zip(left.tolist(), shapes.codes[left].tolist(), strict=True):
+            ends[code].append(row)
+        yield from islice((tuple(rows) for rows in ends.values() if rows), skip, None, step)
 
 
-def batches_per_epoch(shapes: Iterable[str], batch_size: int) -> int:
+def batches_per_epoch(shapes: Sequence[str], batch_size: int) -> int:
     """How many whole batches of equal shapes there are: the same number in every epoch.
 
     Raises:
         ValueError: fewer pairs of one shape than `batch_size`.
     """
-    counts = Counter(shapes)
+    counts = Kinds.of(shapes).counts()
     total = sum(count // batch_size for count in counts.values())
     if not total:
         kinds = f" of one shape ({len(counts)} shapes)" if len(counts) > 1 else ""
@@ -283,7 +278,8 @@ def batches_per_epoch(shapes: Iterable[str], batch_size: int) -> int:
 
 def left_out(shapes: Sequence[str], batch_size: int) -> str | None:
     """Which pairs no epoch trains on, in words; None: each is in some."""
-    never = {shape: n for shape, n in Counter(shapes).items() if n < batch_size}
+    counts = Kinds.of(shapes).counts()
+    never = {shape: n for shape, n in counts.items() if n < batch_size}
     said = (
         f"{sum(never.values())} of {len(shapes)} pairs never train: fewer than train_batch_size = "
         f"{batch_size} pairs have their shape ({'; '.join(never)}); encode them all at one size"
@@ -312,7 +308,7 @@ def batches(
     Raises:
         ValueError: fewer pairs of one shape than `batch_size`.
     """
-    shapes = getattr(dataset, "shapes", None) or [""] * len(dataset)
+    shapes = Kinds.of(getattr(dataset, "shapes", None) or [""] * len(dataset))
     per_epoch = batches_per_epoch(shapes, batch_size)
 
     def load(planned: tuple[int, tuple[int, ...]]) -> tuple[int, Batch]:
@@ -321,13 +317,14 @@ def batches(
         return epoch, batch.pin_memory() if pin_memory else batch
 
     def plan() -> Iterator[tuple[int, tuple[int, ...]]]:
-        epoch, skip = divmod(start, per_epoch)
+        number = start + share
         while True:
-            for rows in islice(epoch_batches(shapes, batch_size, seed, epoch), skip, None):
+            epoch, skip = divmod(number, per_epoch)
+            for rows in epoch_batches(shapes, batch_size, seed, epoch, skip=skip, step=shares):
                 yield epoch, rows
-            epoch, skip = epoch + 1, 0
+                number += shares
 
-    return map_ahead(load, islice(plan(), share, None, shares), num_workers)
+    return map_ahead(load, plan(), num_workers)
 
 
 def map_ahead(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..models.folder import encoders_of
+from .arrow import values
 from .media import Sampling
 from .notes import Note
 from .prepare import Prepared
@@ -165,7 +166,8 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     table = pa.table(columns, schema=schema)
     if "digests" in fingerprint:
         empty = written_digest(folder / "empty.safetensors")
-        rows = index_digest(table.to_pydict())  # as they will be read back
+        parts = ((name, map(values, table[name].chunks)) for name in table.column_names)
+        rows = index_digest(parts)  # as they will be read back
         marks = {"rows": rows, "encoding": encoding_of(fingerprint), "empty": empty}
         table = table.replace_schema_metadata(marks)
     sink = pa.BufferOutputStream()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,16 @@ def digest(path: Path, tensors: dict[str, Tensor], encoding: str) -> str:
     return found.hexdigest()
 
 
-def index_digest(columns: dict[str, list[Any]]) -> str:
-    """Of the rows of an index."""
+def index_digest(columns: Iterable[tuple[str, Iterable[list[Any]]]]) -> str:
+    """Of the rows of an index, whose columns come in parts: of JSON as of whole columns."""
     found = hashlib.blake2b(digest_size=16)
-    for name, values in columns.items():
-        found.update(json.dumps([name, values], default=str).encode())
+    for name, parts in columns:
+        found.update(json.dumps([name, []])[:-2].encode())
+        between = ""
+        for part in filter(None, parts):
+            found.update(f"{between}{json.dumps(part, default=str)[1:-1]}".encode())
+            between = ", "
+        found.update(b"]]")
     return found.hexdigest()
 
 

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class ErrorCache:
         self.dataset = dataset
         self._compare(recorded(self.folder))
         tidy(self.folder)
-        self.ids, self.order = torch.tensor(dataset.pair_ids).sort()
+        self.ids, self.order = torch.from_numpy(np.array(dataset.pair_ids)).sort()
         shape = (len(self.ids), fingerprint["draws_per_pair"], 2)
         try:  # rows as the set has them
             # NaN: not known. No error is: what is not finite is never kept.
