@@ -151,25 +151,30 @@ def write_index(folder: Path, index: list[dict[str, Any]]) -> None:
     stand digests of its rows, of the fingerprint and of the empty prompt's file.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     index = sorted(index, key=lambda line: line["pair_id"])
     columns = {name: [line[name] for line in index] for name in index[0]}
     files = [pair_file(folder, i) for i in columns["pair_id"]]
     columns["shapes"] = [stored_shapes(file) for file in files]
-    fingerprint = read_fingerprint(folder)
-    if "digests" in fingerprint:
+    if "digests" in read_fingerprint(folder):
         columns["digest"] = [written_digest(file) for file in files]
     numbers = {"pair_id": pa.int64(), "weight": pa.float64()}
     numbers |= {"score_chosen": pa.float64(), "score_rejected": pa.float64(), "tie": pa.bool_()}
     schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
-    table = pa.table(columns, schema=schema)
-    if "digests" in fingerprint:
+    write_table(folder, pa.table(columns, schema=schema))
+
+
+def write_table(folder: Path, table: Any) -> None:
+    """index.parquet of an Arrow table, with its digests where it has the pairs'."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if "digest" in table.column_names:
+        encoding = encoding_of(read_fingerprint(folder))
         empty = written_digest(folder / "empty.safetensors")
         parts = ((name, map(values, table[name].chunks)) for name in table.column_names)
         rows = index_digest(parts)  # as they will be read back
-        marks = {"rows": rows, "encoding": encoding_of(fingerprint), "empty": empty}
-        table = table.replace_schema_metadata(marks)
+        table = table.replace_schema_metadata({"rows": rows, "encoding": encoding, "empty": empty})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     write_atomic(folder / "index.parquet", sink.getvalue().to_pybytes())
