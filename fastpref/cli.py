@@ -33,6 +33,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
 """
 
 FAMILY = "wan, cogvideox, stable_diffusion, toy, or a module"
+DAY = 86_400.0  # seconds
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
 
 
@@ -121,11 +122,11 @@ def spo(rest: list[str]) -> None:
 
 
 def encode(rest: list[str]) -> None:
-    from . import models
+    from . import models, ranks
     from .pairs.encode import DTYPES, POSTERIORS
     from .pairs.encode import encode as run
     from .run import belong
-    from .run.parts import device_of
+    from .run.parts import place
 
     options = parser("encode", "Media and prompts to latents and embeddings, one file per pair.")
     add = options.add_argument
@@ -153,10 +154,10 @@ def encode(rest: list[str]) -> None:
     missing = [f"--{n}" for n in ("family", "model", "output_dir") if found[n] is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} required (except with --dry_run)")
-    if found["device"]:
-        device_of(found["device"])
+    place(found["device"])
     belong.check(models.family(found["family"]), found["model"])
-    run(**found)
+    with ranks.group(DAY):  # for the longest share, and while rank 0 goes over all rows
+        run(**found)
 
 
 def survey(options: dict) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import models
+from .. import models, ranks
 from ..files import locked, mark
 from ..loss import oracle
 from ..models.encoders import Sizes
@@ -35,7 +37,7 @@ from .media import Sampling
 from .notes import Note
 from .parts import PARTS, load, loaded, text_progress
 from .prepare import Counts, Prepared, finish, prepared
-from .rows import BadRow, Rows
+from .rows import BadRow, Row, Rows
 from .shards import pair_file, read_fingerprint, stored_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,9 +73,10 @@ def encode(
     Written: pairs/XX/ID.safetensors (`latents_w`, `latents_l`, `cond.NAME`), empty.safetensors
     (the empty prompt), bad_rows.jsonl, counts.json (`prepare.Counts`, also printed),
     fingerprint.json and, last, index.parquet.
-    Called again after an interruption it goes on and encodes nothing twice. With the same
-    `batch_size` it ends with the same bytes as an unbroken call, as far as the text encoder's rows
-    do not depend on their neighbours in a batch of one shape.
+    Each of several processes encodes its share of the rows; rank 0 writes all but the pairs. Called
+    again after an interruption, by as many or not, it goes on and encodes nothing twice. With the
+    same `batch_size` it ends with the same bytes as an unbroken call of one process, as far as the
+    text encoder's rows do not depend on their neighbours in a batch of one shape.
 
     Args:
         family: `toy`, or an importable module; model: its diffusers folder.
@@ -100,51 +103,91 @@ def encode(
     sizes = getattr(pipe, "sizes", Sizes())
     sizes.check(num_frames, height, width)
     now = fingerprint(module, model, rows, sampling, dtype, seed)
+    ranks.check_same("what is encoded, and how,", now | {"batch_size": batch_size})
     check(folder, now, rows.root)  # before anything is written there
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = None if str(device) == "cpu" else ranks.local_device()
+    device = own or device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
-    index: list[dict[str, Any]] = []
-    bad: list[BadRow] = []
+    progress = progress and ranks.main()
     counts = Counts()
-    waiting: list[Prepared | BadRow] = []  # from the first pair on that waits for its batch
-    new = 0  # pairs among them
 
-    def flush() -> None:
-        loud = progress and not (bar.disable and loaded(pipe, "text"))  # in a log its first batch
-        if new:
-            load(pipe, PARTS, progress)
-        how = {"seed": seed, "batch_size": batch_size, "progress": loud}
-        for item in encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how):
+    def worked(some: Iterable[Row | BadRow], what: str) -> Iterator[tuple[bool, Prepared | BadRow]]:
+        """(whether it was encoded now, what became of it) of each row."""
+        items = unmixed(prepared(some, sampling, folder, num_workers, sizes), folder)
+        with tqdm(total=rows.total, desc=what, unit="row", disable=not progress or None) as bar:
+            for waiting in in_batches(items, batch_size):
+                new = [is_new(item) for item in waiting]
+                # In a log the text encoder's first batch alone.
+                loud = progress and not (bar.disable and loaded(pipe, "text"))
+                load(pipe, PARTS if any(new) else (), progress)
+                how = {"seed": seed, "batch_size": batch_size, "progress": loud}
+                done = encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how)
+                yield from zip(new, done, strict=True)
+                bar.update(rows.records - bar.n)
+
+    def share() -> set[int]:
+        """The pairs that this process encodes, of its share of the rows."""
+        mine = islice(rows, ranks.rank(), None, ranks.world())
+        found = worthwhile(worked(mine, "encode"))
+        return {item.pair_id for new, item in found if new and item.fault is None}
+
+    def whole(before: set[int]) -> str | None:
+        """Over all rows; why there is no pair, or None. before: pairs that are encoded by now."""
+        index: list[dict[str, Any]] = []
+        bad: list[BadRow] = []
+        for _, item in worthwhile(worked(rows, "encode" if ranks.world() == 1 else "index")):
             if (fault := counts.add(item)) is not None:
                 bad.append(fault)
             else:
                 index.append(entry(item, rows.keep_ties))
-        waiting.clear()
-
-    with locked(mark(folder, "encode")):
-        claim(folder, now, rows.root)
-        with tqdm(total=rows.total, desc="encode", unit="row", disable=not progress or None) as bar:
-            for item in unmixed(prepared(rows, sampling, folder, num_workers, sizes), folder):
-                waiting.append(item)
-                new += is_new(item)
-                if new in (0, batch_size):
-                    flush()
-                    new = 0
-                if len(bad) >= FIRST and not (index or waiting):
-                    refuse_sizes(bad)
-                bar.update(rows.records - bar.n)
-                bar.set_postfix(pairs=len(index), bad=len(bad), ties=rows.ties, refresh=False)
-            flush()
-            bar.update(rows.records - bar.n)
+        counts.already_encoded -= len(before)
         refused = finish(folder, rows, counts, bad)
         if not refused:
             encode_empty(module, pipe, folder, DTYPES[dtype], batch_size, progress)
             write_index(folder, index)
+        return refused
+
+    with locked(mark(folder, "encode")) if ranks.main() else nullcontext():
+        ranks.by_main(partial(claim, folder, now, rows.root))
+        # Several share the rows; then rank 0 finds the files of all as after an interruption.
+        every = ranks.gathered(share()) if ranks.world() > 1 else []
+        refused = ranks.by_main(partial(whole, set().union(*every)))
     if progress:
         print(counts if refused else f"{printable(str(folder))}: {counts}")
     if refused:
         raise ValueError(refused)
     return folder
+
+
+def in_batches(items: Iterable[Prepared | BadRow], size: int) -> Iterator[list[Prepared | BadRow]]:
+    """All of them, in order: as many at once as hold `size` new ones, or one that waits for none
+    of those.
+    """
+    waiting: list[Prepared | BadRow] = []  # from the first pair on that waits for its batch
+    new = 0  # pairs among them
+    for item in items:
+        waiting.append(item)
+        new += is_new(item)
+        if new in (0, size):
+            yield waiting
+            waiting, new = [], 0
+    yield waiting
+
+
+def worthwhile(
+    items: Iterator[tuple[bool, Prepared | BadRow]],
+) -> Iterator[tuple[bool, Prepared | BadRow]]:
+    """`items` as they are. ValueError: the first FIRST have sizes that the model does not take."""
+    bad: list[BadRow] = []
+    for new, item in items:
+        yield new, item
+        fault = item if isinstance(item, BadRow) else item.fault
+        if fault is None:
+            break
+        bad.append(fault)
+        if len(bad) == FIRST:
+            refuse_sizes(bad)
+    yield from items
 
 
 def encode_empty(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def _without_bytes(row: Row) -> Row:
 
 
 def prepared(
-    rows: Rows,
+    rows: Iterable[Row | BadRow],
     sampling: Sampling,
     folder: Path | None,
     num_workers: int,

@@ -101,7 +101,7 @@ def test_a_family_that_tells_no_sizes_is_asked_for_the_first_pairs(tmp_path):
     vars(mine).update({name: getattr(toy, name) for name in models.NAMES})
     mine.pipeline = lambda path, dtype: SimpleNamespace(dtype=dtype)
     data = odd(tmp_path / "data", 100, size=(10, 10))
-    with pytest.raises(ValueError, match="the model takes none of the first 35 pairs; first: meta"):
+    with pytest.raises(ValueError, match="the model takes none of the first 32 pairs; first: meta"):
         encode(mine, BASE, data, tmp_path / "set", batch_size=5, progress=False)
 
 
