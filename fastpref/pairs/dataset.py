@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,21 +135,27 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.pair_ids)
 
-    def largest(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents [1, C, F, h, w] and condition of the largest shape, without values (meta)."""
+    def every_shape(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Latents [1, C, F, h, w] and condition of each shape that there is, without values (meta),
+        the largest first.
+        """
 
-        def sizes(text: str) -> dict[str, list[int]]:
+        def made(text: str) -> dict[str, Tensor]:
             named = (part.rpartition(":") for part in text.split())
-            return {name: [int(n) for n in shape.split("x")] for name, _, shape in named}
+            sizes = {name: [int(n) for n in shape.split("x")] for name, _, shape in named}
+            return {name: torch.empty(1, *of, device="meta") for name, of in sizes.items()}
 
         try:
-            kinds = map(sizes, Kinds.of(self.shapes).kinds)
-            found = max(kinds, key=lambda s: math.prod(s["latents_w"]))
-            made = {name: torch.empty(1, *size, device="meta") for name, size in found.items()}
+            kinds = [
+                (m["latents_w"], conditions(m)) for m in map(made, Kinds.of(self.shapes).kinds)
+            ]
         except (ValueError, KeyError, RuntimeError):
             reason = "has shapes that are none, expected latents_w:CxFxhxw ..."
             raise damaged(self._path, reason) from None
-        return made["latents_w"], conditions(made)
+        return sorted(kinds, key=lambda kind: -kind[0].numel())
+
+    def largest(self) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.every_shape()[0]
 
     def __getitem__(self, i: int) -> Pair:
         path = pair_file(self.folder, self.pair_ids[i])

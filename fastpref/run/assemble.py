@@ -26,7 +26,7 @@ from ..progress import printable
 from ..ranks import Mesh
 from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
-from . import belong, checkpoint
+from . import belong, checkpoint, sharding
 from .config import Config
 from .guard import Guard, Signals
 from .options import Options
@@ -41,7 +41,19 @@ from .parts import (
     preparer,
     weights_dtype,
 )
-from .policy import adapt, attention_of, base_model, begin, recomputation, settle, trained
+from .policy import (
+    adapt,
+    attention_of,
+    base_copy,
+    base_model,
+    begin,
+    in_shards,
+    mesh_of,
+    recomputation,
+    settle,
+    share_out,
+    trained,
+)
 from .telemetry import Clock, Log, Meter
 
 # Fields of a config that are options of what is built from them.
@@ -78,6 +90,9 @@ class Loop:
     prepare: filling.Prepare | None = None  # None: its batches are the loop's own
 
     mesh: Mesh = field(default_factory=Mesh)  # how several processes share a step
+    lockstep: bool = False  # whether they exchange tensors within it
+    saving: Callable[[], Path] | None = None  # waits for a save that is under way
+    saves_by: Any = None  # the process group of such saves
     start: Path | None = None  # the checkpoint that it goes on from
     begin: int = 0  # its step
     step: int = 0  # optimiser steps that are done
@@ -152,6 +167,7 @@ def assemble(
     """
     folder = Path(config.output_dir)
     family = begin(config)
+    mesh, shards = mesh_of(config), in_shards(config)
     dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))
@@ -166,7 +182,7 @@ def assemble(
     kept = None  # attention of the cached errors that a new run begins with
     if config.reference == "cached" and start is None:
         kept = cache.recorded(cache_folder(config.reference_cache, dataset))
-    backend = attention_of(config, model, probe, device, kept)
+    backend = attention_of(config, model, probe, device, kept, contexts=mesh.contexts)
     settings = ExitStack()
     settings.enter_context(attention.use(model, backend.name))
 
@@ -175,12 +191,18 @@ def assemble(
         store, asked = cached(config, dataset, process, device, dtype, backend.name)
     frozen = None
     if asked and frozen_copy(config.reference, config.tuning):
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        # Of one in shards from disk again: two whole ones may not fit a card.
+        frozen = base_copy(config, family, dtype) if shards else copy.deepcopy(model)
+        frozen = frozen.eval().requires_grad_(False)
+        settings.enter_context(attention.use(frozen, backend.name))
     adapt(config, family, model, probe)
     needs = {"online": asked, "pairs": config.train_batch_size}
     recomputed = recomputation(config, family, model, dataset.largest(), device, dtype, **needs)
     settle(config, family, model, frozen, recomputed)
-    policy, says = reference.of_run(model, frozen, predict, shared=store is None)
+    share_out(config, family, model, frozen, dataset, settings, device, backend.name, recomputed)
+    # What stands below the first adapter runs once; not of shards, which are gathered by each pass.
+    shared = store is None and not shards
+    policy, says = reference.of_run(model, frozen, predict, shared=shared)
     known: Known = nothing_known
     if store:
         one = recorded_pass(says, device) if config.cuda_graphs and says else says
@@ -189,7 +211,6 @@ def assemble(
     recorded = device if config.cuda_graphs and device.type == "cuda" else None
     made_of = {"data": identity(dataset.folder / "index.parquet")}
     made_of["model"] = model_identity(config.model)
-    mesh = Mesh(members=2 if config.pair_mode == "split" else 1)
     run = Run(
         config=config,
         folder=folder,
@@ -214,6 +235,7 @@ def assemble(
         checkpointing=recomputed,
         settings=settings,
         mesh=mesh,
+        lockstep=shards or mesh.shares < ranks.world(),
         exchange=mesh.exchange() if mesh.members == 2 else None,
         **trained(config, model, device, recorded),
     )
@@ -227,6 +249,8 @@ def begun(run: Loop, start: Path | None) -> None:
     """
     ranks.check_same("what the run is made of", run.made_of)
     run.batches_per_step  # raises  # noqa: B018
+    if sharding.any_of(run.parameters):
+        run.saves_by = torch.distributed.new_group(backend="gloo")
     if start is not None:
         restore(run, start)
 
@@ -263,7 +287,8 @@ def cached(
     mark = cache_mark(config, dataset, process, device, dtype, backend)
     folder = cache_folder(config.reference_cache, dataset)
     count = config.max_train_steps * config.gradient_accumulation_steps
-    return open_cache(folder, mark, dataset, device, model=config.model, batches=count)
+    store, asked = open_cache(folder, mark, dataset, device, model=config.model, batches=count)
+    return store, any(ranks.gathered(asked))
 
 
 def cache_folder(reference_cache: str | None, dataset: PairDataset) -> Path:

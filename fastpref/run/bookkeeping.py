@@ -18,14 +18,13 @@ from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
 from ..pairs import dataset
-from ..pairs.dataset import Batch, left_out
+from ..pairs.dataset import Batch
 from ..pairs.shards import Changed
-from ..progress import announced, printable, steps_bar, warn
+from ..progress import announced, steps_bar, warn
 from ..step import reference
 from ..step.graphs import StepGraph
-from . import artifact, checkpoint, checks, optimisation
+from . import artifact, checkpoint, checks, optimisation, sharding
 from .assemble import Loop, Run
-from .config import Config
 from .fitting import MENDS, exhausted
 from .guard import Diverged, Interrupted, Signals, within_memory
 from .options import Options
@@ -56,62 +55,6 @@ def check(run: Run) -> None:
         if not out_of_memory(error):
             raise
         raise exhausted(error, run.folder, **mends(config)) from None
-
-
-def announce(run: Run) -> None:
-    """Says what was picked, a line each."""
-    config = run.config
-    warn_of_repeats(config, run.dataset.shapes)
-    auto = "adapters_off" if config.tuning == "lora" else "frozen_copy"
-    mode = auto if config.reference == "auto" else config.reference
-    noise = "" if run.margin_noise is None else f", margin noise {run.margin_noise:.2g}"
-    announce_model(run)
-    print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
-    if lost := left_out(run.dataset.shapes, config.train_batch_size):
-        warn(lost)
-    print(f"objective  {run.objective or 'sft on the chosen clips'}")
-    print(f"reference  {mode}{noise}")
-    announce_running(run, config.pair_mode + (", CUDA graphs" if config.cuda_graphs else ""))
-    if run.cache:
-        print(printable(f"cache      {run.cache}"))
-
-
-def announce_model(run: Run) -> None:
-    trained = sum(p.numel() for p in run.parameters)
-    total = sum(p.numel() for p in run.model.parameters())
-    model = printable(f"{run.config.family} {run.config.model}")
-    print(f"model      {model}: {trained:,} of {total:,} parameters train")
-
-
-def announce_running(run: Run, mode: str) -> None:
-    where = (
-        torch.cuda.get_device_name(run.device)
-        if run.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    precision = str(run.dtype).removeprefix("torch.")
-    if ranks.world() > 1:
-        mesh = run.mesh
-        apart = ", winners and losers apart" if mesh.members == 2 else ""
-        where = f"{ranks.world()} processes{apart}, each on {where}"
-    print(
-        f"running    {where}, {precision}, {mode}, checkpointing {run.checkpointing}"
-        + (", compiled blocks" if run.config.compile else "")
-    )
-    print(f"attention  {run.attention}")
-
-
-def warn_of_repeats(config: Config, shapes: list[str]) -> None:
-    """With K draws per pair, epochs beyond K repeat earlier draws. An epoch is as many batches as
-    its pairs fill: those left over wait for another one.
-    """
-    count = config.max_train_steps * config.gradient_accumulation_steps
-    per_epoch = dataset.batches_per_epoch(shapes, config.train_batch_size)
-    if config.draws_per_pair and count > config.draws_per_pair * per_epoch:
-        warn(
-            f"{count / per_epoch:.1f} epochs with draws_per_pair {config.draws_per_pair}: later "
-            "epochs repeat the same timesteps and noise"
-        )
 
 
 # ---- The loop
@@ -157,6 +100,7 @@ def working(run: Loop) -> Iterator[None]:
         if run.step > run.saved:
             with suppress(OSError, ranks.Elsewhere, ranks.Lost):  # the disk may be what is full
                 save(run)
+                saved(run)
         if not out_of_memory(error):
             raise
         raise exhausted(error, run.folder, **mends(config)) from None
@@ -195,6 +139,8 @@ def prepared(run: Loop, source: Iterator[tuple[int, Batch]]) -> tuple[int, Batch
     """(epoch, the next batch on the device, its draws)"""
     with run.clock.waiting():
         epoch, batch = next(source)
+        if run.lockstep:  # before they wait for each other in a pass, which nobody could leave
+            ranks.barrier()
     return epoch, *run.prepare(epoch, batch)
 
 
@@ -282,8 +228,19 @@ def save(run: Loop) -> None:
     state |= {"meter": run.meter.state(), "metrics": run.metrics, "own": run.own}
     keep = run.config.checkpoints_total_limit
     kept = (run.folder, run.step, run.model, run.optimizer, state, keep)
-    ranks.by_main(lambda: checkpoint.save(*kept))
+    saved(run)
+    if sharding.any_of(run.parameters):
+        run.saving = checkpoint.save_shards(*kept, run.saves_by)
+    else:
+        ranks.by_main(lambda: checkpoint.save(*kept))
     run.saved = run.step
+
+
+def saved(run: Loop) -> None:
+    """Waits for a save that is under way beside the loop; its errors are raised here."""
+    wait, run.saving = run.saving, None
+    if wait is not None:
+        wait()
 
 
 def validate(run: Run) -> None:
@@ -309,6 +266,7 @@ def validate(run: Run) -> None:
 def leave_if_asked(run: Loop, *, left: bool = False) -> None:
     """Interrupted: a signal has arrived, the step is saved, and there are more, or more is left."""
     if run.stop and run.saved == run.step and (left or not run.done):
+        saved(run)
         where = f"saved at step {run.step} in {run.folder}"
         raise Interrupted(f"{where}; run the same command to go on")
 
@@ -324,9 +282,11 @@ def finish(run: Run, **more: Any) -> dict[str, Any]:
         Diverged: a parameter is not finite.
     """
     folder = run.folder
-    if not all(p.isfinite().all() for p in run.parameters):
+    saved(run)
+    if not sharding.finite(run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
-    exported = ranks.by_main(partial(artifact.export, folder, run.model))
+    model = sharding.whole(run.model) if sharding.any_of(run.parameters) else run.model
+    exported = ranks.by_main(lambda: artifact.export(folder, model))
     name = run.objective.name if run.objective else "sft"
     values, data = {"objective": name} | run.config.to_dict(), run.made_of["data"]
     unit = getattr(run.dataset, "unit", "pairs")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..files import flush, share, tidy, writing
+from . import sharding
 
 PREFIX = "checkpoint-"
 STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
@@ -230,7 +231,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     parameters = trainable(model)
     try:
         generators = load_file(checkpoint / "generators.safetensors")
-        sizes, read = _opened(checkpoint, any(hasattr(p, "to_local") for p in parameters.values()))
+        sizes, read = _opened(checkpoint, sharding.any_of(parameters.values()))
     except SafetensorError as error:
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"

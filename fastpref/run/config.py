@@ -52,6 +52,10 @@ NO_GRAPHS: Need = (
     "waits for the device, which a recorded step cannot: remove cuda_graphs",
     lambda c: not c.cuda_graphs,
 )
+SHARDED: Need = (
+    "has no effect with sharding {sharding}: remove it",
+    lambda c: c.sharding != "none",
+)
 SPLIT: Need = (
     "split exchanges errors in the middle of a step, which is not recorded: remove cuda_graphs",
     lambda c: c.pair_mode != "split" or not c.cuda_graphs,
@@ -132,9 +136,31 @@ class Pairs(Options):
     # fmt: on
 
 
+@dataclass(kw_only=True)
+class Sharing(Options):
+    """What several processes share of a model or of a clip."""
+
+    # fmt: off
+    sharding: Literal["auto", "none", "full"] = option("auto", free=True,
+        help="full: each of several processes holds a part of every weight (FSDP2), and with "
+        "tuning full of its gradient and of AdamW's moments; none: all of them; auto: full with "
+        "tuning full, else none")
+    cpu_offload: bool = option(False, needs=[SHARDED], free=True,
+        help="the parts of a sharded model stay in the memory of the CPU, AdamW's too, which steps "
+        "there")
+    ulysses_degree: int = option(1, POSITIVE, free=True,
+        help="so many neighbouring processes share a clip's tokens, and in attention its heads "
+        "(diffusers' context parallelism, for long clips)")
+    ring_degree: int = option(1, POSITIVE, free=True,
+        help="as ulysses_degree; in attention keys and values go round")
+    # fmt: on
+
+
 @documented
 @dataclass(kw_only=True)
-class Config(Looking, Saving, Media, Processes, Speed, Optimiser, Adapters, Pairs, Subject):
+class Config(
+    Looking, Saving, Media, Sharing, Processes, Speed, Optimiser, Adapters, Pairs, Subject
+):
     """Every option of `fastpref train`; each is a YAML key and a flag of the same name."""
 
     def __post_init__(self) -> None:

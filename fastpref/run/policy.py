@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from .. import models, ranks
 from ..files import write_atomic
+from ..pairs.dataset import PairDataset
 from ..progress import stage
-from ..step import attention, checkpointing, compiling, memory
-from . import checkpoint, checks, optimisation
+from ..step import attention, checkpointing, compiling, context, memory
+from . import checkpoint, checks, optimisation, sharding
+from .config import Config
 from .fitting import DECIDES, STEP, memory_step, pick_checkpointing
 from .folder import read_record
 from .guard import Guard
@@ -56,9 +59,10 @@ def attention_of(
     probe: Callable[[], Tensor],
     device: torch.device,
     earlier: dict[str, Any] | None = None,
+    contexts: int = 1,
 ) -> attention.Choice:
     """The run's attention backend, written to attention.json; auto keeps to what it was, or to
-    `earlier`, where that is given.
+    `earlier`, where that is given. contexts: processes that share a clip's tokens.
     """
     record = Path(config.output_dir) / "attention.json"
 
@@ -67,6 +71,7 @@ def attention_of(
         if before is None:
             before = read_record(record) if record.exists() and config.attention == "auto" else {}
         found = pick_attention(config.attention, model, probe, device, before)
+        found = context.settled(found) if contexts > 1 else found
         write_atomic(record, json.dumps({"attention": found.name, **asdict(found)}).encode())
         return found
 
@@ -124,6 +129,68 @@ def settle(
         compiling.compile_blocks(model, family.BLOCKS)
         if frozen is not None:
             compiling.compile_blocks(frozen, family.BLOCKS)
+
+
+def mesh_of(config: Config) -> ranks.Mesh:
+    """How the processes share a step."""
+    members = 2 if config.pair_mode == "split" else 1
+    return ranks.Mesh(members, config.ulysses_degree * config.ring_degree)
+
+
+def in_shards(config: Config) -> bool:
+    """Whether each process holds a part of the model. ValueError: what cannot be with it."""
+    found = config.sharding
+    if found == "auto":
+        found = "full" if config.tuning == "full" else "none"
+    if found == "none" or ranks.world() == 1:
+        return False
+    remedy = {
+        "cuda_graphs": "its exchanges are not recorded: remove cuda_graphs",
+        "skip_zeros": "all processes go through a backward together: remove skip_zeros",
+    }
+    for name, why in remedy.items():
+        if getattr(config, name):
+            raise ValueError(f"{name} with a sharded model: {why}, or set sharding none")
+    if config.tuning == "full" and config.pair_mode == "deferred":
+        raise ValueError(
+            "pair_mode deferred with a sharded model and tuning full: its side buffer would be a "
+            "whole gradient on each process; use pair_mode split, or set sharding none"
+        )
+    return True
+
+
+def base_copy(config: Config, family: ModuleType, dtype: torch.dtype) -> nn.Module:
+    """The base once more, on the CPU, from where it is sharded."""
+    kept = weights_dtype(config.tuning, dtype)
+    return load_model(family, config.model, torch.device("cpu"), kept)
+
+
+def share_out(
+    config: Config,
+    family: ModuleType,
+    model: nn.Module,
+    frozen: nn.Module | None,
+    dataset: PairDataset,
+    settings: ExitStack,
+    device: torch.device,
+    backend: str,
+    mode: memory.Mode,
+) -> None:
+    """The model, and a frozen copy, in shards, and a clip's tokens over processes, as asked for."""
+    both = [part for part in (model, frozen) if part is not None]
+    if in_shards(config):
+        with stage("sharding the model"):
+            for part in both:
+                how = {"device": device, "offload": config.cpu_offload}
+                sharding.shard(part, family.BLOCKS, **how)
+    degrees = {"ulysses": config.ulysses_degree, "ring": config.ring_degree}
+    if mesh_of(config).contexts > 1:
+        how = {"backend": backend, "checkpointing": mode, "compiled": config.compile}
+        context.check(model, **degrees, **how)
+        for latents, cond in dataset.every_shape():
+            text = max((value.shape[1] for value in cond.values() if value.dim() > 2), default=0)
+            context.check_shape(model, latents.shape[1:], text, contexts=mesh_of(config).contexts)
+        settings.enter_context(context.use(both, **degrees, device=device))
 
 
 def trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,9 @@ def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool 
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor in it
 
 
-def sum_in_backward(model: nn.Module, now: bool) -> None:
-    """Whether the backwards from here on sum their gradients over the processes. Those of one that
-    does not wait, whole on each process, for the next that does; p.grad stays as it was.
-    """
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
+def any_of(parameters: Iterable[Tensor]) -> bool:
+    """Whether one of them is in shards."""
+    return any(hasattr(p, "to_local") for p in parameters)
 
 
 def whole(model: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from fastpref import ranks
 from fastpref.loss.functional import Draws
 from fastpref.process import Times
 from fastpref.run import bookkeeping as book
+from fastpref.run.announce import announce
 from fastpref.run.assemble import assemble
 from fastpref.run.config import Config
 from fastpref.run.folder import open_run
@@ -57,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
 
     one_batch = book.recorded(run, one_batch)  # with cuda_graphs as one graph: of tensors alone
     book.check(run)
-    book.announce(run)
+    announce(run)
     book.validate(run)
 
     with book.at_work(run):

@@ -27,7 +27,7 @@ from ..models.encoders import open_pipeline
 from ..pairs.dataset import Batch, Pair, collate, epoch_batches, left_out
 from ..process import Diffusion, FlowMatching, Times, estimates
 from ..progress import printable, stage, warn
-from ..run import belong
+from ..run import belong, sharding
 from ..run import bookkeeping as book
 from ..run.assemble import DATA, Loop, begun
 from ..run.folder import open_run
@@ -294,7 +294,7 @@ def finish(run: Run) -> dict[str, Any]:
         Diverged: a parameter is not finite.
     """
     folder, exported = run.folder, run.folder / ARTIFACT
-    if not all(p.isfinite().all() for p in run.parameters):
+    if not sharding.finite(run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
     ranks.by_main(partial(run.model.save_pretrained, exported))
     speed = run.clock.seconds_per_pair(run.step, run.pairs_per_step)

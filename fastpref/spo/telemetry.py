@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ranks
 from ..loss.functional import PairLoss
 from ..loss.objectives import SPO
-from ..run import bookkeeping
+from ..run.announce import announce_model, announce_running
 from ..run.assemble import Run
 from ..run.checks import noted_noise
 from ..run.telemetry import pair_values
@@ -24,7 +24,7 @@ def announce(run: Run, online: Online) -> None:
     config, sampler = run.config, online.resampler
     trains = [i for i in range(len(sampler.steps)) if sampler.trains(i)]
     kept = f", {len(online.held_out)} kept for the win rate" if online.held_out else ""
-    bookkeeping.announce_model(run)
+    announce_model(run)
     print(f"prompts    {len(online.rows)} train{kept}; {config.prompts_per_round} a round")
     print(
         f"sampling   {len(sampler.steps)} steps, guidance {config.guidance_scale:g}; pairs of "
@@ -36,7 +36,7 @@ def announce(run: Run, online: Online) -> None:
     mode = "one prediction for both members" + (
         " of a first step" if sampler.rollout_steps > 1 else ""
     )
-    bookkeeping.announce_running(run, mode)
+    announce_running(run, mode)
 
 
 def note_margin_noise(run: Run, margins: list[Tensor]) -> None:

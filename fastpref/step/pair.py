@@ -57,7 +57,10 @@ def backward(
     if skip_zeros and not out.coef.any():
         fill_gradients(parameters)
     else:
-        (out.loss * scale).backward(inputs=list(parameters))
+        # Of a model in shards the graph has the gathered weights, and FSDP brings their gradients
+        # to the shards.
+        in_shards = any(hasattr(p, "to_local") for p in parameters)
+        (out.loss * scale).backward(inputs=None if in_shards else list(parameters))
 
 
 def deferred(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastpref import cli, ranks
-from fastpref.run import bookkeeping, checkpoint
+from fastpref.run import bookkeeping, checkpoint, train
 from fastpref.step import pair
 
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -95,8 +95,8 @@ def starts(run):
     return announce(run)
 
 
-announce = bookkeeping.announce
-bookkeeping.announce, bookkeeping.update = starts, next_step
+announce = train.announce
+train.announce, bookkeeping.update = starts, next_step
 
 arguments = sys.argv[1:]
 if kind == "config" and mine:

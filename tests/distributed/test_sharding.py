@@ -60,7 +60,6 @@ class Tuning:
     def step(self) -> float:
         c, mine = self.case, ranks.share(range(BATCHES))
         for i in mine:
-            sharding.sum_in_backward(self.model, now=i == mine[-1])
             rows, own = [i, BATCHES + i], slice(i, i + 1)
             draws = fastpref.Draws(c.draws.seed, c.draws.pair_id[own], c.draws.index[own])
             noisy, t, target = c.process.noise(c.latents[rows], draws)

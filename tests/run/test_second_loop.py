@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fastpref.loss.functional import pair_error
 from fastpref.run import bookkeeping as book
+from fastpref.run.announce import announce
 from fastpref.run.assemble import assemble
 from fastpref.run.config import Config
 from fastpref.run.folder import open_run
@@ -29,7 +30,7 @@ def sft(config: Config, leave_at: int | None = None) -> dict:
         return result
     run = assemble(config, device, dtype, start)
     book.check(run)
-    book.announce(run)
+    announce(run)
     with book.at_work(run):
         while not run.done:
             for epoch, batch, draws in islice(run.batches, config.gradient_accumulation_steps):  # noqa: B007

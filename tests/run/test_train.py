@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fastpref import models
 from fastpref.cli import main
 from fastpref.run import adapters
-from fastpref.run.bookkeeping import warn_of_repeats
+from fastpref.run.announce import warn_of_repeats
 from fastpref.run.config import Config
 from fastpref.run.folder import alone
 from fastpref.run.train import train
