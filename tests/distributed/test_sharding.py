@@ -57,13 +57,16 @@ class Tuning:
         both = reference.of_run(self.model, frozen, family.predict, shared=False)
         self.policy, self.reference = both
 
+    def inputs(self, i: int) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], fastpref.Target]:
+        c, rows, own = self.case, [i, BATCHES + i], slice(i, i + 1)
+        draws = fastpref.Draws(c.draws.seed, c.draws.pair_id[own], c.draws.index[own])
+        noisy, t, target = c.process.noise(c.latents[rows], draws)
+        return (noisy, t, {k: v[rows] for k, v in c.cond.items()}), target
+
     def step(self) -> float:
-        c, mine = self.case, ranks.share(range(BATCHES))
+        mine = ranks.share(range(BATCHES))
         for i in mine:
-            rows, own = [i, BATCHES + i], slice(i, i + 1)
-            draws = fastpref.Draws(c.draws.seed, c.draws.pair_id[own], c.draws.index[own])
-            noisy, t, target = c.process.noise(c.latents[rows], draws)
-            inputs = noisy, t, {k: v[rows] for k, v in c.cond.items()}
+            inputs, target = self.inputs(i)
             said, ref = self.policy(*inputs), self.reference(*inputs)
             (pair.training_loss(said, target, ref, tiny.DPO).loss / BATCHES).backward()
         norm = optimisation.update(self.optimizer, self.parameters, self.guard, 1.0)
@@ -157,6 +160,21 @@ def full_disk(run: Tuning, folder: Path) -> None:
     assert [p.name for p in checkpoint.folders(folder)] == ["checkpoint-3", "checkpoint-2"]
 
 
+def look(run: Tuning) -> None:
+    """A pass without gradient, as between two steps, leaves no weights behind for the next one."""
+    inputs, _ = run.inputs(0)
+    with torch.no_grad():
+        before = run.policy(*inputs)
+        now = checkpoint.trainable(run.model).values()
+        assert all(p is q for p, q in zip(now, run.parameters, strict=True))
+        for p in run.parameters:
+            p *= 0.5
+        assert not run.policy(*inputs).allclose(before)
+        for p in run.parameters:
+            p *= 2
+        assert run.policy(*inputs).equal(before)
+
+
 def compose() -> None:
     """Checkpointed, compiled or offloaded blocks take the same steps."""
     ends = []
@@ -201,6 +219,7 @@ def main(what: str, folder: Path) -> None:
         for name in NAMES:
             for saved_by in (4, 1):
                 run = resume(name, folder / name / str(saved_by), folder / name / f"{saved_by}to2")
+        look(run)
         skip(run)
         full_disk(run, folder / "full_disk")
         compose()
