@@ -116,6 +116,11 @@ def save_shards(
                 saved.result()
             except CheckpointException as error:  # the same on all
                 raise next(iter(error.failures.values()))[0] from None
+            except RuntimeError as error:  # gloo's
+                said = " ".join(str(error).split())
+                raise ranks.Lost(
+                    f"{final} is not written, another process is gone ({said})"
+                ) from None
         return final
 
     return wait
