@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -79,10 +78,10 @@ def group(seconds: float = 1800) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo"
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
-        backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"
     _store = _own_part(_of_torchrun(seconds), seconds)
     # Of tensors twice as long: who is late is named by the exchange, not by nccl's watchdog.
     how = {"store": _store, "rank": rank(), "world_size": world()}
@@ -265,96 +264,3 @@ def check_same(what: str, values: dict[str, Any]) -> None:
             raise ValueError(
                 f"{what} differs between the processes: {listed}: start all with the same"
             )
-
-
-# ---- A step's tensors
-
-
-def sum_gradients(parameters: Sequence[Any], dtype: Any) -> None:
-    """Each parameter's gradient becomes its sum over all processes, by one reduction of one flat
-    buffer in `dtype`. Sharded ones are left out: FSDP has reduced them. All processes must have
-    gradients of the same parameters.
-    """
-    if world() == 1:
-        return
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    counts = gathered(sum(grad.numel() for grad in grads))
-    if len(set(counts)) > 1:
-        raise RuntimeError(f"gradients of {counts} elements, by rank: expected the same on all")
-    if not grads:
-        return
-    flat = torch.cat([grad.reshape(-1).to(dtype) for grad in grads])
-    dist.all_reduce(flat)
-    parts = flat.split([grad.numel() for grad in grads])
-    # In place: a recorded optimiser reads them where they are.
-    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """data x pair x context: how the processes share a step. Neighbours work on one batch: members
-    of its pairs (2: winners and losers apart), and within a member parts of the sequence.
-    """
-
-    members: int = 1
-    contexts: int = 1
-
-    def __post_init__(self) -> None:
-        each = self.members * self.contexts
-        if world() % each:
-            raise ValueError(
-                f"{world()} processes, expected a multiple of {each}: so many share a batch "
-                "(pair_mode split 2, times ulysses_degree, times ring_degree)"
-            )
-
-    @property
-    def shares(self) -> int:
-        """Of a step's batches."""
-        return world() // (self.members * self.contexts)
-
-    @property
-    def share(self) -> int:
-        """Which of them is this process's."""
-        return rank() // (self.members * self.contexts)
-
-    def dealt(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of this process's share, every one of which some process has."""
-        return items[self.share :: self.shares]
-
-    @property
-    def member(self) -> int:
-        """0: winners, 1: losers, where they are apart."""
-        return rank() // self.contexts % self.members
-
-    @property
-    def context(self) -> int:
-        return rank() % self.contexts
-
-    @property
-    def counts(self) -> bool:
-        """Whether this process counts its batches: one of those that share a batch."""
-        return self.member == 0 and self.context == 0
-
-    def exchange(self) -> Callable[[Any], Any]:
-        """values [n] -> [2, n], the winners' and the losers', of the two processes that have the
-        members of one batch. All must call this at the same place.
-        """
-        import torch.distributed as dist
-
-        size, mine = self.members * self.contexts, None
-        for first in range(0, world(), size):
-            for context in range(self.contexts):
-                pair = [first + context, first + self.contexts + context]
-                made = dist.new_group(pair)
-                mine = made if rank() in pair else mine
-
-        def exchanged(values: Any) -> Any:
-            both = values.new_empty(2, len(values))
-            dist.all_gather_into_tensor(both.view(-1), values.contiguous(), group=mine)
-            return both
-
-        return exchanged

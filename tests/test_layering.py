@@ -19,6 +19,7 @@ HEAVY = {"diffusers", "transformers", "peft", "av", "datasets", "matplotlib", "t
 ORDER = (
     ("files", "progress"),
     ("ranks",),
+    ("mesh",),
     ("faults",),
     ("loss",),
     ("process",),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..files import write_atomic
+from ..mesh import Mesh
 from ..models.encoders import open_pipeline
 from ..models.folder import scheduler_of
 from ..progress import stage, warn
@@ -106,7 +107,7 @@ def draw_sheet(
     model: nn.Module,
     shape: Sequence[int],
     steps: int,
-    mesh: ranks.Mesh,
+    mesh: Mesh,
 ) -> None:
     """Samples a clip per prompt, at the same seeds whenever, and writes them beside the base's.
     Several processes share the prompts.

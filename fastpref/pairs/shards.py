@@ -23,7 +23,9 @@ OF_ROWS = (
 
 
 class Changed(ValueError):
-    """A file of a set is not as it was written: nothing that a run has done is wrong by it."""
+    """A file of a set is not as it was written, or gone: nothing that a run has done is wrong by
+    it.
+    """
 
 
 def pair_file(folder: Path, pair_id: int) -> Path:
@@ -101,14 +103,14 @@ def written_digest(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped; ValueError: missing or damaged."""
+    """All tensors of a safetensors file, memory-mapped; Changed: missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise Changed(
             f"{path}: cannot be read ({error}); delete it and run the same fastpref encode again"
         ) from None
 

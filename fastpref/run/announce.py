@@ -7,7 +7,7 @@ import torch
 from .. import ranks
 from ..pairs import dataset
 from ..progress import printable, warn
-from . import sharding
+from ..step.pair import in_shards
 from .assemble import Run
 from .config import Config
 
@@ -48,7 +48,7 @@ def announce_running(run: Run, mode: str) -> None:
         mesh = run.mesh
         apart = ", winners and losers apart" if mesh.members == 2 else ""
         apart += f", {mesh.contexts} share a clip" if mesh.contexts > 1 else ""
-        apart += ", the model in shards" if sharding.any_of(run.model.parameters()) else ""
+        apart += ", the model in shards" if in_shards(list(run.model.parameters())) else ""
         where = f"{ranks.world()} processes{apart}, each on {where}"
     print(
         f"running    {where}, {precision}, {mode}, checkpointing {run.checkpointing}"

@@ -20,13 +20,14 @@ from ..files import differences, identity, model_identity
 from ..look.validation import Prompts
 from ..loss.functional import Draws
 from ..loss.objectives import Objective
+from ..mesh import Mesh
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..process import Diffusion, FlowMatching
 from ..progress import printable
-from ..ranks import Mesh
 from ..step import attention, cache, compiling, filling, reference
 from ..step.graphs import recorded_pass
-from . import belong, checkpoint, sharding
+from ..step.pair import in_shards
+from . import belong, checkpoint
 from .config import Config
 from .guard import Guard, Signals
 from .options import Options
@@ -47,12 +48,12 @@ from .policy import (
     base_copy,
     base_model,
     begin,
-    in_shards,
     mesh_of,
     recomputation,
     settle,
     share_out,
     trained,
+    wants_shards,
 )
 from .telemetry import Clock, Log, Meter
 
@@ -167,7 +168,7 @@ def assemble(
     """
     folder = Path(config.output_dir)
     family = begin(config)
-    mesh, shards = mesh_of(config), in_shards(config)
+    mesh, shards = mesh_of(config), wants_shards(config)
     dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))
@@ -200,9 +201,7 @@ def assemble(
     recomputed = recomputation(config, family, model, dataset.largest(), device, dtype, **needs)
     settle(config, family, model, frozen, recomputed)
     share_out(config, family, model, frozen, dataset, settings, device, backend.name, recomputed)
-    # What stands below the first adapter runs once; not of shards, which are gathered by each pass.
-    shared = store is None and not shards
-    policy, says = reference.of_run(model, frozen, predict, shared=shared)
+    policy, says = reference.of_run(model, frozen, predict, shared=store is None)
     known: Known = nothing_known
     if store:
         one = recorded_pass(says, device) if config.cuda_graphs and says else says
@@ -249,7 +248,7 @@ def begun(run: Loop, start: Path | None) -> None:
     """
     ranks.check_same("what the run is made of", run.made_of)
     run.batches_per_step  # raises  # noqa: B018
-    if sharding.any_of(run.parameters):
+    if in_shards(run.parameters):
         run.saves_by = torch.distributed.new_group(backend="gloo")
     if start is not None:
         restore(run, start)

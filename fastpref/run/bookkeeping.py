@@ -17,12 +17,14 @@ from ..faults import out_of_memory
 from ..files import write_atomic
 from ..look.validation import Prompts, draw_sheet
 from ..loss.functional import Draws, PairLoss
+from ..mesh import sum_gradients
 from ..pairs import dataset
 from ..pairs.dataset import Batch
 from ..pairs.shards import Changed
 from ..progress import announced, steps_bar, warn
 from ..step import reference
 from ..step.graphs import StepGraph
+from ..step.pair import in_shards
 from . import artifact, checkpoint, checks, optimisation, sharding
 from .assemble import Loop, Run
 from .fitting import MENDS, exhausted
@@ -172,7 +174,7 @@ def update(run: Loop) -> Tensor:
     run.learning_rate = config.learning_rate * factor
     optimisation.set_rate(run.optimizer, run.learning_rate)
     run.stop.agree()
-    ranks.sum_gradients(run.parameters, DTYPES[config.reduce_dtype])
+    sum_gradients(run.parameters, DTYPES[config.reduce_dtype])
     norm = run.take_step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -229,7 +231,7 @@ def save(run: Loop) -> None:
     keep = run.config.checkpoints_total_limit
     kept = (run.folder, run.step, run.model, run.optimizer, state, keep)
     saved(run)
-    if sharding.any_of(run.parameters):
+    if in_shards(run.parameters):
         run.saving = checkpoint.save_shards(*kept, run.saves_by)
     else:
         ranks.by_main(lambda: checkpoint.save(*kept))
@@ -285,7 +287,7 @@ def finish(run: Run, **more: Any) -> dict[str, Any]:
     saved(run)
     if not sharding.finite(run.parameters):
         raise Diverged(f"{folder}: a trained parameter is not finite: try a lower learning_rate")
-    model = sharding.whole(run.model) if sharding.any_of(run.parameters) else run.model
+    model = sharding.whole(run.model) if in_shards(run.parameters) else run.model
     exported = ranks.by_main(lambda: artifact.export(folder, model))
     name = run.objective.name if run.objective else "sft"
     values, data = {"objective": name} | run.config.to_dict(), run.made_of["data"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..files import flush, share, tidy, writing
-from . import sharding
+from ..step.pair import in_shards
 
 PREFIX = "checkpoint-"
 STATE = ("step", "margin_noise", "made_of", "meter", "metrics")  # what a run goes on from
@@ -236,7 +236,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     parameters = trainable(model)
     try:
         generators = load_file(checkpoint / "generators.safetensors")
-        sizes, read = _opened(checkpoint, sharding.any_of(parameters.values()))
+        sizes, read = _opened(checkpoint, in_shards(list(parameters.values())))
     except SafetensorError as error:
         raise ValueError(
             f"{checkpoint} cannot be read ({error}): resume from another checkpoint"
@@ -283,12 +283,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def _opened(
-    checkpoint: Path, in_shards: bool
+    checkpoint: Path, shards: bool
 ) -> tuple[dict[str, torch.Size], Callable[[dict[str, Tensor]], None]]:
     """(The sizes of the tensors that a checkpoint holds, what reads some into tensors like them.)
-    in_shards: of a model that is.
+    shards: of a model in shards.
     """
-    if not in_shards and not any(checkpoint.glob(f"{SHARD}*")):
+    if not shards and not any(checkpoint.glob(f"{SHARD}*")):
         held = {k: v for name in WHOLE for k, v in load_file(checkpoint / name).items()}
 
         def read(wanted: dict[str, Tensor]) -> None:

@@ -52,6 +52,10 @@ NO_GRAPHS: Need = (
     "waits for the device, which a recorded step cannot: remove cuda_graphs",
     lambda c: not c.cuda_graphs,
 )
+NOT_RECORDED: Need = (
+    "exchanges tokens in a pass, which is not recorded: remove cuda_graphs",
+    lambda c: not c.cuda_graphs,
+)
 SHARDED: Need = (
     "has no effect with sharding {sharding}: remove it",
     lambda c: c.sharding != "none",
@@ -148,10 +152,10 @@ class Sharing(Options):
     cpu_offload: bool = option(False, needs=[SHARDED], free=True,
         help="the parts of a sharded model stay in the memory of the CPU, AdamW's too, which steps "
         "there")
-    ulysses_degree: int = option(1, POSITIVE, free=True,
+    ulysses_degree: int = option(1, POSITIVE, needs=[NOT_RECORDED], free=True,
         help="so many neighbouring processes share a clip's tokens, and in attention its heads "
         "(diffusers' context parallelism, for long clips)")
-    ring_degree: int = option(1, POSITIVE, free=True,
+    ring_degree: int = option(1, POSITIVE, needs=[NOT_RECORDED], free=True,
         help="as ulysses_degree; in attention keys and values go round")
     # fmt: on
 

@@ -138,7 +138,9 @@ def predictor(family: ModuleType, device: torch.device, dtype: torch.dtype) -> P
     """The family's prediction in the run's precision."""
 
     def predict(model: nn.Module, noisy: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        # No cache: it would keep every weight's copy until the pass ends.
+        how = {"enabled": dtype != torch.float32, "cache_enabled": False}
+        with torch.autocast(device.type, dtype, **how):
             return family.predict(model, noisy, t, cond)
 
     return predict

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import models, ranks
 from ..files import write_atomic
+from ..mesh import Mesh
 from ..pairs.dataset import PairDataset
 from ..progress import stage
 from ..step import attention, checkpointing, compiling, context, memory
@@ -131,13 +132,13 @@ def settle(
             compiling.compile_blocks(frozen, family.BLOCKS)
 
 
-def mesh_of(config: Config) -> ranks.Mesh:
+def mesh_of(config: Config) -> Mesh:
     """How the processes share a step."""
     members = 2 if config.pair_mode == "split" else 1
-    return ranks.Mesh(members, config.ulysses_degree * config.ring_degree)
+    return Mesh(members, config.ulysses_degree * config.ring_degree)
 
 
-def in_shards(config: Config) -> bool:
+def wants_shards(config: Config) -> bool:
     """Whether each process holds a part of the model. ValueError: what cannot be with it."""
     found = config.sharding
     if found == "auto":
@@ -151,11 +152,6 @@ def in_shards(config: Config) -> bool:
     for name, why in remedy.items():
         if getattr(config, name):
             raise ValueError(f"{name} with a sharded model: {why}, or set sharding none")
-    if config.tuning == "full" and config.pair_mode == "deferred":
-        raise ValueError(
-            "pair_mode deferred with a sharded model and tuning full: its side buffer would be a "
-            "whole gradient on each process; use pair_mode split, or set sharding none"
-        )
     return True
 
 
@@ -178,18 +174,20 @@ def share_out(
 ) -> None:
     """The model, and a frozen copy, in shards, and a clip's tokens over processes, as asked for."""
     both = [part for part in (model, frozen) if part is not None]
-    if in_shards(config):
-        with stage("sharding the model"):
-            for part in both:
-                how = {"device": device, "offload": config.cpu_offload}
-                sharding.shard(part, family.BLOCKS, **how)
     degrees = {"ulysses": config.ulysses_degree, "ring": config.ring_degree}
-    if mesh_of(config).contexts > 1:
+    contexts = mesh_of(config).contexts
+    if contexts > 1:
         how = {"backend": backend, "checkpointing": mode, "compiled": config.compile}
         context.check(model, **degrees, **how)
         for latents, cond in dataset.every_shape():
             text = max((value.shape[1] for value in cond.values() if value.dim() > 2), default=0)
-            context.check_shape(model, latents.shape[1:], text, contexts=mesh_of(config).contexts)
+            context.check_shape(model, latents.shape[1:], text, contexts=contexts)
+    if wants_shards(config):
+        with stage("sharding the model"):
+            for part in both:
+                how = {"device": device, "offload": config.cpu_offload}
+                sharding.shard(part, family.BLOCKS, **how)
+    if contexts > 1:
         settings.enter_context(context.use(both, **degrees, device=device))
 
 

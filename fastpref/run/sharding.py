@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +46,6 @@ def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool 
         )
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor in it
-
-
-def any_of(parameters: Iterable[Tensor]) -> bool:
-    """Whether one of them is in shards."""
-    return any(hasattr(p, "to_local") for p in parameters)
 
 
 def whole(model: nn.Module) -> nn.Module | None:

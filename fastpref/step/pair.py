@@ -59,8 +59,7 @@ def backward(
     else:
         # Of a model in shards the graph has the gathered weights, and FSDP brings their gradients
         # to the shards.
-        in_shards = any(hasattr(p, "to_local") for p in parameters)
-        (out.loss * scale).backward(inputs=None if in_shards else list(parameters))
+        (out.loss * scale).backward(inputs=None if in_shards(parameters) else list(parameters))
 
 
 def deferred(
@@ -92,6 +91,9 @@ def deferred(
     device. skip_zeros spares the loser's backward where both coefficients are zero; the winner's
     has run by then.
 
+    Of a model in shards there is no buffer, which would be as large as the whole: the winner's
+    forward runs once more instead, before all else and without gradient.
+
     Raises ValueError for spo, where one prediction serves both members: there is nothing to split.
     """
     rows = len(target.x0 if isinstance(target, Target) else target)
@@ -101,6 +103,9 @@ def deferred(
             f" {len(noisy)} (one prediction that serves both members is for preference_loss)"
         )
     pairs = rows // 2
+    if in_shards(parameters):
+        inputs = (noisy, t, target, cond, ref_err)
+        return _winner_twice(policy, reference, *inputs, objective, gain, weight, scale)
     known, err, said = ref_err is not None, [], []
     for i in range(pairs):
         own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
@@ -130,6 +135,43 @@ def deferred(
                 (out.loss * (scale / pairs)).backward(inputs=list(parameters))
             add_scaled(parameters, side, out.coef[0] * (scale / (pairs * unit)))
     # Once more over all pairs: the numbers of a joint step.
+    every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
+    return finish(*every, objective, gain, weight)
+
+
+def _winner_twice(
+    policy: Policy,
+    reference: Reference | None,
+    noisy: Tensor,
+    t: Tensor,
+    target: Tensor | Target,
+    cond: dict[str, Tensor],
+    ref_err: Tensor | None,
+    objective: Objective | None,
+    gain: Tensor | None,
+    weight: Tensor | None,
+    scale: float,
+) -> PairLoss:
+    """`deferred` by a forward more, each backward with its true coefficient."""
+    pairs, err, said = len(noisy) // 2, [], []
+    for i in range(pairs):
+        own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
+        (winner, y), (loser, z) = (
+            member(noisy, t, target, cond, row, pairs) for row in (i, pairs + i)
+        )
+        if ref_err is None:
+            refs = [pair_error(reference(*winner), y), pair_error(reference(*loser), z)]
+        said.append(torch.cat(refs) if ref_err is None else ref_err[i::pairs])
+        with torch.no_grad():
+            err_w = pair_error(policy(*winner), y)
+        err_l = pair_error(policy(*loser), z)
+        if objective is None:  # sft leaves the loser alone
+            err_l = err_l.detach()
+        err.append(torch.cat([err_w, err_l]))
+        out = finish(err[-1], said[-1], objective, *own)
+        if out.loss.requires_grad:
+            (out.loss * (scale / pairs)).backward()
+        (pair_error(policy(*winner), y) * (out.coef[0] * (scale / pairs))).sum().backward()
     every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
     return finish(*every, objective, gain, weight)
 
@@ -199,6 +241,11 @@ def supervised(err: Tensor, ref_err: Tensor, weight: Tensor | None) -> PairLoss:
     coef = torch.cat([weight, zeros])
     plain = (pair_loss.detach(), err.detach(), ref_err.detach())
     return PairLoss(pair_loss.mean(), *plain, zeros, None, coef)
+
+
+def in_shards(parameters: Sequence[Tensor]) -> bool:
+    """Whether each process has a part of them (FSDP2)."""
+    return any(hasattr(p, "to_local") for p in parameters)
 
 
 def fill_gradients(parameters: Sequence[Tensor]) -> None:

@@ -66,20 +66,17 @@ def spoiled(pred, target, ref, *rest, **how):
     return loss(pred, target, ref, *rest, **how)
 
 
-def saves(path: Path) -> None:
-    if (
-        kind == "save"
-        and mine
-        and at - 1 == int(step)
-        and Path(path).name == "optimizer.safetensors"
-    ):
+def written(tensors: dict, path: Path) -> None:
+    """A file of a checkpoint, which is of the step before the one at hand."""
+    if kind == "save" and mine and at - 1 == int(step) and path.name == "optimizer.safetensors":
         die()
+    save_file(tensors, path)
 
 
-flush, loss, update = checkpoint.flush, pair.preference_loss, bookkeeping.update
+loss, update, save_file = pair.preference_loss, bookkeeping.update, checkpoint.save_file
 pair.preference_loss = before(spoiled, begins)
-ranks.sum_gradients = before(before(ranks.sum_gradients, reduces), stops)
-checkpoint.flush = lambda path: (saves(path), flush(path))
+bookkeeping.sum_gradients = before(before(bookkeeping.sum_gradients, reduces), stops)
+checkpoint.save_file = written
 
 
 def next_step(run):

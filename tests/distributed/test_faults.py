@@ -60,7 +60,7 @@ def test_kill_9_and_torchruns_restarts(encoded_pairs, unbroken, tmp_path):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-4000:]
     # Before the first checkpoint, after it, and while the second is written.
-    assert out.count("resumed from") == 2 and out.count("checkpoint-2") >= 2
+    assert out.count("resumed from") == out.count("checkpoint-2\n") == 2
     assert equal(unbroken, tmp_path / "run")
 
 
@@ -82,10 +82,9 @@ def test_signals(whom, encoded_pairs, unbroken, tmp_path):
         process = start(2, FAULTY, "train", *parts, FAULTS="signal:1:3")
         _, err = process.communicate(timeout=240)
     saved = [path.name for path in checkpoint.folders(folder)]
-    step = 4 if whom == "all" else 3
-    assert saved == [f"checkpoint-{step}"]
+    assert saved == ["checkpoint-4"]  # the signal to one came when all had gone past asking in 3
     lines = said(err)
-    assert len(lines) == 1 and f"saved at step {step}" in lines[0], err
+    assert len(lines) == 1 and "saved at step 4" in lines[0], err
     run(2, "train", *parts)
     assert equal(unbroken, folder)
 
@@ -94,7 +93,7 @@ def test_a_full_disk(encoded_pairs, unbroken, tmp_path):
     """One line, the checkpoint before it stands, and with room again the run goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
