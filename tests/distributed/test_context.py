@@ -5,6 +5,7 @@ Run as a script it is one of those processes; rank 0 prints what the tests look 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -15,12 +16,17 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from commands import arguments, options
 from launch import run
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastpref import ranks
 from fastpref.look.sample import sample
+from fastpref.run import sharding
+from fastpref.run.config import Config
 from fastpref.run.parts import predictor
+from fastpref.run.train import train
 from fastpref.step import checkpointing, compiling, context, pair, reference
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +107,22 @@ def clips(c: tiny.Case) -> Tensor:
     return sample(c.model, c.family, scheduler(), cond, c.latents.shape[1:], **how)
 
 
+def in_shards(c: tiny.Case, alone: tuple, **how: Any) -> dict[str, Any]:
+    """As `apart` for full tuning of a model in shards, whose gradients come summed."""
+    noisy, t, target = c.inputs()
+    out = tiny.joint(
+        c.policy, how["ref"], noisy, t, target, c.cond, tiny.DPO,
+        weight=c.weight, parameters=c.parameters,
+    )  # fmt: skip
+    largest = max(grad.norm() for grad in alone[1].values())
+    off = []
+    for name, p in c.model.named_parameters():
+        one = alone[1][name]
+        grad = p.grad.full_tensor().flatten() - one
+        off.append((grad.norm() / max(one.norm(), 1e-4 * largest)).item())
+    return {"off": max(off), "loss": abs((out.loss - alone[0].loss).item()), "of": len(off)}
+
+
 def as_on_a_gpu(c: tiny.Case) -> dict[str, Any]:
     """Policy and reference of bfloat16 weights with float32 adapters under autocast, which on CUDA
     leaves the norms of queries and keys in float32.
@@ -125,11 +147,15 @@ def two() -> dict[str, Any]:
     alone, alone_shared, pictures = step(c), step(shared), clips(c)
     alone_half, alone_whole = step(half, **halves), step(whole, **frozen)
 
-    models = [c.model, shared.model, half.model, whole.model, whole.base]
+    whole_shards = whole._replace(model=copy.deepcopy(whole.model))
+    sharding.shard(whole_shards.model, "blocks", device=CPU)
+
+    models = [whole_shards.model, c.model, shared.model, half.model, whole.model, whole.base]
     with context.use(models, ulysses=2, ring=1, device=CPU):
         for form in ("joint", "deferred"):
             said[form] = apart(step(c, form), alone)
         said["full tuning"] = apart(step(whole, **frozen), alone_whole)
+        said["in shards"] = in_shards(whole_shards, alone_whole, **frozen)
         said["autocast"] = apart(step(half, **halves), alone_half)
         said["clips"] = [
             tiny.distance(clips(c), pictures),
@@ -222,6 +248,7 @@ def by_two() -> list[dict[str, Any]]:
 
 
 HOW = ("joint", "deferred", "full", "attention", "ring", "ring, deferred")
+ADAPTER = "pytorch_lora_weights.safetensors"
 ADAPTERS = 64  # A and B of eight layers in four blocks
 
 
@@ -238,6 +265,13 @@ def test_all_that_trains_in_full_tuning(by_two):
     """Outside the blocks too: patches, times and text, the last layer, the modulation."""
     for said in by_two:
         check(said["full tuning"], 187)
+
+
+def test_full_tuning_in_shards(by_two):
+    """Of weights and gradients over the processes that share the clip."""
+    for said in by_two:
+        found = said["in shards"]
+        assert found["of"] == 187 and found["off"] < ROUNDING and found["loss"] < 1e-6, found
 
 
 def test_autocast_that_leaves_queries_wide(by_two):
@@ -273,6 +307,29 @@ def test_compiled_blocks():
         for how in ("ulysses", "ring"):
             check(said[how], ADAPTERS)
         assert said["graphs"] == 2  # whole, each once
+
+
+def test_the_command_gives_the_same_run(encoded_pairs, tmp_path):
+    """And the same validation clips, to the pixel."""
+    few = {"max_train_steps": 4, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    few |= {"validation_steps": 4, "validation_sampling_steps": 3}
+    one = options(encoded_pairs, tmp_path / "one", **few, validation_prompts=["a red disc"])
+    train(Config(**one))
+    two = options(encoded_pairs, tmp_path / "two", **few, validation_prompts="[a red disc]")
+    _, said = run(2, "train", *arguments(two | {"ulysses_degree": 2}))
+    assert not [line for line in said if "epochs repeat" not in line]
+    a, b = (load_file(tmp_path / here / ADAPTER) for here in ("one", "two"))
+    flat = [torch.cat([value.flatten() for value in of.values()]) for of in (a, b)]
+    assert tiny.distance(*flat) < 1e-4
+    sheets = [tmp_path / here / "validation" / "step-000004.png" for here in ("one", "two")]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+def test_what_cannot_be_shared_out_is_one_line(encoded_pairs, tmp_path):
+    """Whichever process says it."""
+    ring = options(encoded_pairs, tmp_path / "run", ring_degree=2)
+    _, said = run(2, "train", *arguments(ring), code=1)
+    assert len(said) == 1 and "train: ring_degree 2: runs with attention cudnn" in said[0], said
 
 
 if __name__ == "__main__":
