@@ -73,7 +73,7 @@ def split(policy, ref, noisy, t, target, cond, objective, **how):
     return pair.split(policy, ref, noisy, t, target, cond, objective=objective, **how)
 
 
-def apart(said: tuple, alone: tuple, times: int = 1) -> dict[str, Any]:
+def apart(said: tuple, alone: tuple) -> dict[str, Any]:
     """How far the sum of all processes' gradients is from one process's, of the parameter where it
     is most; how much of it this process had itself; and whether all know the same loss.
     """
@@ -83,7 +83,7 @@ def apart(said: tuple, alone: tuple, times: int = 1) -> dict[str, Any]:
         size = max(alone[1][name].norm(), 1e-4 * largest)
         own.append(((grad - alone[1][name]).norm() / size).item())
         dist.all_reduce(grad)
-        worst = max(worst, ((grad / times - alone[1][name]).norm().item() / size.item(), name))
+        worst = max(worst, ((grad - alone[1][name]).norm().item() / size.item(), name))
     losses = set(ranks.gathered(said[0].loss.item()))
     off = abs(said[0].loss.item() - alone[0].loss.item())
     return {"off": worst, "own": min(own), "losses": len(losses), "loss": off, "of": len(own)}
