@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,17 +187,13 @@ def survey(options: dict) -> None:
 
 
 def cache_reference(rest: list[str]) -> None:
-    """With torchrun each process fills its share, on the GPU of its local rank."""
-    import torch
-
+    from . import ranks
     from .run.caching import cache_reference as run
     from .run.parsing import parse
 
     config = parse(rest, "fastpref cache-reference")
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if config.device is None and world > 1 and torch.cuda.is_available():
-        config.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
-    folder, count = run(config, rank, world)
+    with ranks.group(DAY):  # for the longest share
+        folder, count = run(config)
     print(printable(f"{folder}: {count} errors computed"))
 
 

@@ -193,11 +193,11 @@ class ErrorCache:
         lacking = [self.lacking(draw) for draw in range(self.table.shape[1])]
         per_epoch = batches_per_epoch(shapes, size)
         for epoch in range(-(-batches // per_epoch)):
-            here = lacking[epoch % len(lacking)]
-            if here.any():
+            here = lacking[epoch % len(lacking)].numpy().tobytes()
+            if any(here):
                 of_epoch = epoch_batches(shapes, size, seed, epoch)
                 of_run = islice(of_epoch, batches - epoch * per_epoch)
-                if any(here[list(rows)].any() for rows in of_run):
+                if any(here[row] for rows in of_run for row in rows):
                     return False
         return True
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +44,9 @@ def fill(
     """
     work = []
     for k in range(cache.fingerprint["draws_per_pair"]):
-        lacking = cache.lacking(k)
-        every = islice(_batches(cache, k), rank, None, world)
-        work += [(k, rows) for rows in every if lacking[list(rows)].any()]
+        lacking = cache.lacking(k).numpy().tobytes()
+        every = _batches(cache, k, rank, world)
+        work += [(k, rows) for rows in every if any(lacking[row] for row in rows)]
     before, total = cache.computed, sum(len(rows) for _, rows in work)
     # None is tqdm's way to say: no bar where stderr is not a terminal.
     with tqdm(total=total, unit="draw", disable=True if rank else None, file=sys.stderr) as bar:
@@ -80,14 +79,19 @@ def look_up(
     kept, as `fill` would.
 
     So beyond draws_per_pair, where a draw comes again in another batch, what its own epoch left
-    over (or what is lost) is computed in the batch that it would have had there.
+    over (or what is lost) is computed in the batch that it would have had there; and of several
+    processes each then asks for what another has computed, which is read from the disk.
     """
+    again = epoch >= cache.fingerprint["draws_per_pair"]
     cache.asked += 1
     found = cache.get(draws)
+    if found is None and again:
+        cache.flush()  # the others may ask for this one's
+        found = cache.get(draws)
     if found is not None:
         cache.found += 1
         return found
-    if epoch >= cache.fingerprint["draws_per_pair"]:
+    if again:
         k, row = int(draws.index[0]), cache.rows(draws.pair_id)
         lacking = set(row[cache.lacking(k)[row]].tolist())
         for rows in _batches(cache, k):
@@ -103,10 +107,13 @@ def look_up(
     return found
 
 
-def _batches(cache: ErrorCache, draw: int) -> Iterator[tuple[int, ...]]:
+def _batches(
+    cache: ErrorCache, draw: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, ...]]:
     """The batches of rows in which a draw is computed: those of its epoch, then what is left."""
     size, seed = (cache.fingerprint[name] for name in ("train_batch_size", "seed"))
-    return epoch_batches(cache.dataset.shapes, size, seed, draw, rest=True)
+    share = {"skip": rank, "step": world}
+    return epoch_batches(cache.dataset.shapes, size, seed, draw, rest=True, **share)
 
 
 def _load(cache: ErrorCache, work: tuple[int, tuple[int, ...]]) -> Batch:

@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from threading import Timer
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from fastpref import models
 from fastpref.cli import main
 from fastpref.pairs.dataset import PairDataset
 from fastpref.run.assemble import cache_mark, noising
-from fastpref.run.caching import cache_reference, wait_for
+from fastpref.run.caching import cache_reference
 from fastpref.run.config import Config
 from fastpref.run.parts import load_model, make_process, weights_dtype
 from fastpref.run.train import train
@@ -78,15 +75,6 @@ def test_a_recorded_reference_pass_fills_the_same_cache(pairs, tmp_path, capsys)
         tables.append(errors_in(folder))
     assert "graphs: the reference pass runs without CUDA graphs" in capsys.readouterr().err
     assert len(tables[0]) == 12 and tables[0] == tables[1]
-
-
-def test_a_rank_waits_for_the_first_ones_pick_of_attention(tmp_path):
-    record = tmp_path / "fingerprint.json"
-    Timer(0.5, lambda: record.write_text("{}")).start()
-    wait_for(record, seconds=30)
-    assert record.exists()
-    with pytest.raises(ValueError, match="never: rank 0 has not written it"):
-        wait_for(tmp_path / "never", seconds=0.1)
 
 
 @pytest.mark.parametrize("mode", ["joint", "deferred"])
@@ -297,44 +285,6 @@ def test_a_cache_knows_what_the_weights_are_kept_in(pairs, tmp_path):
     lora, full = marks["bf16", "lora"], marks["bf16", "full"]
     assert [k for k in lora if lora[k] != full[k]] == ["weights_dtype"]
     assert marks["no", "lora"] == marks["no", "full"]
-
-
-def test_ranks_fill_one_cache(pairs, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "set"
-    shutil.copytree(pairs, folder)
-    change = {"reference": "cached", "draws_per_pair": 1, "train_batch_size": 1}
-    flags = arguments(options(folder, tmp_path / "run", **change))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, count in ((1, 3), (0, 3)):
-        monkeypatch.setenv("RANK", str(rank))
-        assert main(["cache-reference", *flags]) == 0
-        assert f"{count} errors computed" in capsys.readouterr().out
-    assert main(["train", *flags]) == 0
-
-
-@pytest.mark.slow
-def test_torchrun_fills_the_cache_of_one_process(pairs, tmp_path, capsys):
-    """Two ranks of a real launcher: the same numbers, and a run reads them."""
-    ranks, alone = tmp_path / "ranks", tmp_path / "alone"
-    change = {"reference": "cached", "draws_per_pair": 2, "train_batch_size": 1}
-    flags = {
-        where: arguments(options(pairs, tmp_path / "run", reference_cache=str(where), **change))
-        for where in (ranks, alone)
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    code = "import sys; from fastpref.cli import main; sys.exit(main())"
-    program = [sys.executable, "-c", code, "cache-reference", *flags[ranks]]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", *program], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": 6 errors computed") == 2
-    assert main(["cache-reference", *flags[alone]]) == 0
-    assert "12 errors computed" in capsys.readouterr().out
-    assert errors_in(ranks) == errors_in(alone)
-    assert (ranks / "fingerprint.json").read_bytes() == (alone / "fingerprint.json").read_bytes()
-    assert main(["train", *flags[ranks]]) == 0
-    assert "differ by" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["attention", "full"])
