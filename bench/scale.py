@@ -20,14 +20,9 @@ import numpy as np
 import torch
 
 from bench import paper, timing
-from fastpref.pairs.dataset import (
-    Pair,
-    PairDataset,
-    batches,
-    batches_per_epoch,
-    epoch_batches,
-)
+from fastpref.pairs.dataset import Pair, PairDataset, batches
 from fastpref.pairs.encoded import write_table, write_tensors
+from fastpref.pairs.order import batches_per_epoch, every, planned
 
 FRAMES = (81, 81, 49, 33)  # of the clips: pairs of three shapes
 
@@ -101,11 +96,14 @@ def rank(folder: Path, size: int, share: int, shares: int) -> dict[str, float]:
 
 
 def coverage(dataset: PairDataset, size: int, shares: int) -> dict[str, int]:
-    """Of an epoch's batches of all ranks: pairs that are in one, in none, in more."""
+    """Of an epoch's batches of all ranks: pairs that are in one, in none, in more. The plan, which
+    each rank finds for itself and which is the same for all, is made once.
+    """
+    plan = list(planned(dataset.shapes, size, 0, 0))
     times = np.zeros(len(dataset), np.int32)
     for share in range(shares):
-        rows = epoch_batches(dataset.shapes, size, 0, 0, skip=share, step=shares)
-        np.add.at(times, np.array(list(rows), np.int64).ravel(), 1)
+        rows = np.concatenate([part.ravel() for part in every(plan, share, shares)])
+        np.add.at(times, rows, 1)
     once, never = int((times == 1).sum()), int((times == 0).sum())
     return {"once": once, "in_no_batch": never, "more": len(times) - once - never}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ranks
-from ..pairs import dataset
+from ..pairs import order
 from ..progress import printable, warn
 from ..step.pair import in_shards
 from .assemble import Run
@@ -21,7 +21,7 @@ def announce(run: Run) -> None:
     noise = "" if run.margin_noise is None else f", margin noise {run.margin_noise:.2g}"
     announce_model(run)
     print(f"data       {len(run.dataset)} pairs, {run.pairs_per_step} per step")
-    if lost := dataset.left_out(run.dataset.shapes, config.train_batch_size):
+    if lost := order.left_out(run.dataset.shapes, config.train_batch_size):
         warn(lost)
     print(f"objective  {run.objective or 'sft on the chosen clips'}")
     print(f"reference  {mode}{noise}")
@@ -62,7 +62,7 @@ def warn_of_repeats(config: Config, shapes: list[str]) -> None:
     its pairs fill: those left over wait for another one.
     """
     count = config.max_train_steps * config.gradient_accumulation_steps
-    per_epoch = dataset.batches_per_epoch(shapes, config.train_batch_size)
+    per_epoch = order.batches_per_epoch(shapes, config.train_batch_size)
     if config.draws_per_pair and count > config.draws_per_pair * per_epoch:
         warn(
             f"{count / per_epoch:.1f} epochs with draws_per_pair {config.draws_per_pair}: later "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import tidy, write_atomic
-from ..pairs.dataset import epoch_batches, epoch_order
+from ..pairs.order import epoch_batches, epoch_order
 from ..pairs.shards import digest
 from ..run import checkpoint
 from ..run.assemble import Run

@@ -24,7 +24,8 @@ from .. import ranks
 from ..files import identity, model_identity, write_atomic
 from ..loss.functional import Draws
 from ..models.encoders import open_pipeline
-from ..pairs.dataset import Batch, Pair, collate, epoch_batches, left_out
+from ..pairs.dataset import Batch, Pair, collate
+from ..pairs.order import epoch_batches, left_out
 from ..process import Diffusion, FlowMatching, Times, estimates
 from ..progress import printable, stage, warn
 from ..run import belong, sharding

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..files import differences, identity, model_identity, tidy, write_atomic
 from ..loss import native
 from ..loss.functional import Draws
-from ..pairs.dataset import PairDataset, batches_per_epoch, epoch_batches
+from ..pairs.dataset import PairDataset
+from ..pairs.order import batches_per_epoch, epoch_batches
 from ..progress import warn
 from .reference import PairMode
 

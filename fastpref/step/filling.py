@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..loss.functional import Draws
-from ..pairs.dataset import Batch, collate, epoch_batches, map_ahead
+from ..pairs.dataset import Batch, collate, map_ahead
+from ..pairs.order import epoch_batches
 from .cache import ErrorCache
 from .reference import Reference, errors
 

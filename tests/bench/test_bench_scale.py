@@ -24,12 +24,12 @@ def test_a_rank_is_measured_and_every_pair_is_in_one_batch(tmp_path, capsys):
 def test_what_is_covered_twice_or_never_is_seen(tmp_path, monkeypatch):
     data = dataset.PairDataset(scale.make(tmp_path, 100))
     assert scale.coverage(data, 1, 3) == {"once": 100, "in_no_batch": 0, "more": 0}
-    real = dataset.epoch_batches
+    real = scale.every
 
-    def wrong(*given, skip, step):
-        return real(*given, skip=max(skip, 1), step=step)
+    def wrong(parts, skip, step):
+        return real(parts, max(skip, 1), step)
 
-    monkeypatch.setattr(scale, "epoch_batches", wrong)
+    monkeypatch.setattr(scale, "every", wrong)
     assert scale.coverage(data, 1, 3) == {"once": 33, "in_no_batch": 34, "more": 33}
 
 

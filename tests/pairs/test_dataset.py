@@ -20,18 +20,16 @@ from commands import BASE, write_pairs
 from safetensors.torch import save
 
 from bench.overhead import Made, epoch_end, loaders
-from fastpref.pairs import dataset
+from fastpref.pairs import order
 from fastpref.pairs.dataset import (
     Pair,
     PairDataset,
     batches,
     collate,
-    epoch_batches,
-    epoch_order,
-    left_out,
     read_tensors,
 )
 from fastpref.pairs.encode import encode
+from fastpref.pairs.order import epoch_batches, epoch_order, left_out
 from fastpref.pairs.shards import pair_file
 
 
@@ -131,7 +129,7 @@ ORDER = [5, 0, 7, 2, 6, 4, 3, 1]
 
 
 def test_the_order_is_the_same_in_another_process():
-    code = "from fastpref.pairs.dataset import epoch_order; print([*epoch_order(40, 7, 3)])"
+    code = "from fastpref.pairs.order import epoch_order; print([*epoch_order(40, 7, 3)])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(other.stdout) == list(epoch_order(40, 7, 3))
 
@@ -180,8 +178,8 @@ def test_batches_never_change(n, kinds, size, rest, wanted, monkeypatch):
     """Written down once, of a loop over single rows: cached references and resumed runs hang on
     them. However large the parts are in which they are planned.
     """
-    for part in (dataset.PART, 777):
-        monkeypatch.setattr(dataset, "PART", part)
+    for part in (order.PART, 777):
+        monkeypatch.setattr(order, "PART", part)
         shapes = made_shapes(n, kinds)
         found = [list(epoch_batches(shapes, size, 5, epoch, rest=rest)) for epoch in (0, 3)]
         digest = hashlib.blake2b(json.dumps(found).encode(), digest_size=8)
@@ -190,7 +188,7 @@ def test_batches_never_change(n, kinds, size, rest, wanted, monkeypatch):
 
 @pytest.mark.parametrize("rest", [False, True])
 def test_some_of_an_epochs_batches(rest, monkeypatch):
-    monkeypatch.setattr(dataset, "PART", 16)
+    monkeypatch.setattr(order, "PART", 16)
     every = list(epoch_batches(made_shapes(100, 3), 3, 1, 2, rest=rest))
     for skip in (0, 1, 7, 40, 1000):
         for step in (1, 2, 5, 1000):
@@ -373,15 +371,15 @@ def test_the_next_epoch_is_not_planned_in_one_go(num_workers, monkeypatch):
     """At an epoch's end no more parts of its order are looked at than the batches asked for are
     in.
     """
-    seen, real = [], dataset._parts
+    seen, real = [], order._parts
 
     def parts(n, seed, epoch):
         for part in real(n, seed, epoch):
             seen.append(epoch)
             yield part
 
-    monkeypatch.setattr(dataset, "PART", 10)
-    monkeypatch.setattr(dataset, "_parts", parts)
+    monkeypatch.setattr(order, "PART", 10)
+    monkeypatch.setattr(order, "_parts", parts)
     taken = batches(Shaped([4] * 3000), 2, seed=0, start=1499, num_workers=num_workers)
     for epoch in (0, 1):
         assert next(taken)[0] == epoch

@@ -21,7 +21,8 @@ from tiny import DPO, STEPS, case, distance, gradients, plain, run
 
 import fastpref
 from fastpref.files import TEMPORARY
-from fastpref.pairs.dataset import batches, collate, epoch_batches
+from fastpref.pairs.dataset import batches, collate
+from fastpref.pairs.order import epoch_batches
 from fastpref.step import cache, filling, reference
 
 NAMES = ("pair_id", "index", "errors")
