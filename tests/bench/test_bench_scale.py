@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import scale
+from bench import paper, scale
 from fastpref.pairs import dataset
 
 
@@ -42,3 +43,17 @@ def test_what_is_simulated_is_a_set_as_encode_writes_it(tmp_path):
     (tmp_path / "fingerprint.json").write_text('{"family": "toy", "model": "x"}')
     with pytest.raises(ValueError, match="was changed after"):
         dataset.PairDataset(tmp_path)
+
+
+def test_the_page_on_scale_says_what_the_script_predicts():
+    page = (Path(paper.__file__).parent / "SCALE.md").read_text()
+    said = paper.table()
+    assert said in page
+    small, full, *_ = paper.cases()
+    assert small.summed == 4 * 47_185_920 and full.gathered == 3 * full.summed  # 8 x 64 x 3072 x 30
+    assert small.moved(8) == pytest.approx(2 * 7 / 8 * small.summed / 450e9)
+    assert small.moved(16) == pytest.approx(2 * 15 / 16 * small.summed / 50e9)
+    assert full.moved(16) == pytest.approx(15 / 16 * 4 * full.summed / 50e9)
+    assert f"{small.seconds:.3g} (measured)" in said and small.seconds == pytest.approx(
+        4.71, abs=1e-2
+    )
