@@ -8,8 +8,6 @@ Then, rank by rank, an epoch's batches of all of them are counted: is each pair 
 """
 
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -63,9 +61,10 @@ class Unread(PairDataset):
         return Pair(nothing, nothing, {}, self.weights[i], self.pair_ids[i], self.prompts[i])
 
 
-def memory() -> float:
-    """GB that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+def memory(what: str = "VmRSS") -> float:
+    """GB that this process holds; VmHWM: has held at most (getrusage's is also the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e9
 
 
 def rank(folder: Path, size: int, share: int, shares: int) -> dict[str, float]:
@@ -90,8 +89,8 @@ def rank(folder: Path, size: int, share: int, shares: int) -> dict[str, float]:
     taken["batch_us"] = (time.perf_counter() - begin) / count * 1e6
     next(stream)  # the next epoch's order
     held.append(memory())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    taken |= {"imports_gb": before, "peak_gb": peak, "start_gb": held[0], "end_gb": held[-1]}
+    taken |= {"imports_gb": before, "peak_gb": memory("VmHWM"), "start_gb": held[0]}
+    taken["end_gb"] = held[-1]
     return {name: round(value, 4) for name, value in taken.items()}
 
 
