@@ -43,6 +43,7 @@ from .shards import pair_file, read_fingerprint, stored_shapes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("mode", "sample")
 MOST_WORKERS = 256
+Worked = tuple[bool, Prepared | BadRow]  # whether a row was encoded now, what became of it
 FIRST = 32  # pairs: if the model takes none of them, sizes are wrong, not rows
 
 
@@ -111,8 +112,7 @@ def encode(
     progress = progress and ranks.main()
     counts = Counts()
 
-    def worked(some: Iterable[Row | BadRow], what: str) -> Iterator[tuple[bool, Prepared | BadRow]]:
-        """(whether it was encoded now, what became of it) of each row."""
+    def worked(some: Iterable[Row | BadRow], what: str) -> Iterator[Worked]:
         items = unmixed(prepared(some, sampling, folder, num_workers, sizes), folder)
         with tqdm(total=rows.total, desc=what, unit="row", disable=not progress or None) as bar:
             for waiting in in_batches(items, batch_size):
@@ -124,6 +124,9 @@ def encode(
                 done = encode_pairs(module, pipe, waiting, folder, DTYPES[dtype], **how)
                 yield from zip(new, done, strict=True)
                 bar.update(rows.records - bar.n)
+                if counts.pairs or counts.bad:  # not yet where several encode their shares
+                    known = {"pairs": counts.pairs, "bad": sum(counts.bad.values())}
+                    bar.set_postfix(known, ties=rows.ties, refresh=False)
 
     def share() -> set[int]:
         """The pairs that this process encodes, of its share of the rows."""
@@ -160,9 +163,7 @@ def encode(
 
 
 def in_batches(items: Iterable[Prepared | BadRow], size: int) -> Iterator[list[Prepared | BadRow]]:
-    """All of them, in order: as many at once as hold `size` new ones, or one that waits for none
-    of those.
-    """
+    """All, in order: as many at once as hold `size` new ones, or one where nothing waits."""
     waiting: list[Prepared | BadRow] = []  # from the first pair on that waits for its batch
     new = 0  # pairs among them
     for item in items:
@@ -174,9 +175,7 @@ def in_batches(items: Iterable[Prepared | BadRow], size: int) -> Iterator[list[P
     yield waiting
 
 
-def worthwhile(
-    items: Iterator[tuple[bool, Prepared | BadRow]],
-) -> Iterator[tuple[bool, Prepared | BadRow]]:
+def worthwhile(items: Iterator[Worked]) -> Iterator[Worked]:
     """`items` as they are. ValueError: the first FIRST have sizes that the model does not take."""
     bad: list[BadRow] = []
     for new, item in items:

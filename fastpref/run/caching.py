@@ -29,7 +29,7 @@ def cache_reference(config: Config) -> tuple[Path, int]:
     """Fills the reference cache of the run that `config` says; returns (folder, errors computed).
 
     A run fills what it needs itself: this is to be ahead of it. Killed and called again it goes on.
-    Each of several processes computes its share, on its own device, and waits for nobody.
+    Each of several processes computes its share, on its own device.
 
     Raises:
         ValueError: as `train`, or a reference other than cached.
@@ -62,8 +62,7 @@ def cache_reference(config: Config) -> tuple[Path, int]:
     earlier = cache.recorded(where)
     pick = partial(pick_attention, config.attention, model, probe, device, earlier)
     backend = ranks.by_main(pick)
-    if ranks.main():
-        print(f"attention  {backend}")
+    print(f"attention  {backend}")
     with attention.use(model, backend.name):
         if config.compile:
             compiling.compile_blocks(model, family.BLOCKS)
