@@ -205,7 +205,8 @@ def assemble(
     known: Known = nothing_known
     if store:
         one = recorded_pass(says, device) if config.cuda_graphs and says else says
-        known = partial(filling.look_up, store, one, process, prepare)
+        together = shards or mesh.contexts > 1
+        known = partial(filling.look_up, store, one, process, prepare, together=together)
 
     recorded = device if config.cuda_graphs and device.type == "cuda" else None
     made_of = {"data": identity(dataset.folder / "index.parquet")}

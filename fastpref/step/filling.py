@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import ranks
 from ..loss.functional import Draws
 from ..pairs.dataset import Batch, collate, map_ahead
 from ..pairs.order import epoch_batches
@@ -75,13 +76,16 @@ def look_up(
     epoch: int,
     batch: Batch,
     draws: Draws,
+    *,
+    together: bool = False,
 ) -> Tensor:
     """The errors [2B] float64 of a training batch, winners first; what is not known is computed and
     kept, as `fill` would.
 
     So beyond draws_per_pair, where a draw comes again in another batch, what its own epoch left
     over (or what is lost) is computed in the batch that it would have had there; and of several
-    processes each then asks for what another has computed, which is read from the disk.
+    processes each then asks for what another has computed, which is read from the disk. together:
+    several make a pass of the reference; where one has to, each does, of its batch as it is.
     """
     again = epoch >= cache.fingerprint["draws_per_pair"]
     cache.asked += 1
@@ -89,8 +93,10 @@ def look_up(
     if found is None and again:
         cache.flush()  # the others may ask for this one's
         found = cache.get(draws)
+    cache.found += found is not None
+    if together and any(ranks.gathered(found is None)):
+        again, found = False, None
     if found is not None:
-        cache.found += 1
         return found
     if again:
         k, row = int(draws.index[0]), cache.rows(draws.pair_id)
