@@ -16,9 +16,11 @@ from commands import arguments, encoded, options, write_pairs
 from launch import run, said, start, wait_for, workers
 from safetensors.torch import load_file
 
-from fastpref.pairs.dataset import PairDataset, epoch_batches
+from fastpref.pairs.dataset import epoch_batches
 from fastpref.pairs.shards import pair_file
 from fastpref.run import checkpoint
+from fastpref.run.config import Config
+from fastpref.run.train import train
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +72,7 @@ def test_signals(whom, encoded_pairs, unbroken, tmp_path):
     folder = tmp_path / "run"
     parts = arguments(values(encoded_pairs, folder, checkpointing_steps=1000))
     if whom == "all":
-        process = start(2, FAULTY, "train", *parts, FAULTS="late:1:4")  # time to be told
+        process = start(2, FAULTY, "train", *parts, FAULTS="slow:1:4")  # time to be told
         wait_for(folder / "metrics.jsonl", process)
         while (folder / "metrics.jsonl").read_bytes().count(b"\n") < 3:
             pass
@@ -99,7 +101,7 @@ def test_a_full_disk(encoded_pairs, unbroken, tmp_path):
     try:
         parts = arguments(values(encoded_pairs, disk / "run", checkpoints_total_limit=1))
         _, lines = run(2, "train", *parts, code=1)
-        assert len(lines) == 1 and "cannot be written (No space left on device)" in lines[0]
+        assert len(lines) == 1 and "No space left on device" in lines[0]
         kept, _ = checkpoint.newest(disk / "run")
         assert kept.name == "checkpoint-2"
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -109,23 +111,25 @@ def test_a_full_disk(encoded_pairs, unbroken, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_shard_that_cannot_be_read(encoded_pairs, unbroken, tmp_path):
+def test_a_shard_that_cannot_be_read(tmp_path):
     """Of one process, in the middle: all end, what was done is saved, one line names the file."""
-    data, folder = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(encoded_pairs, data)
-    dataset = PairDataset(data)
-    order = list(epoch_batches(dataset.shapes, 1, 0, 0))
-    (row,) = order[3 * 2 - 1]  # of rank 1 in the third step
-    broken = pair_file(data, dataset.pair_ids[row])
+    dataset = encoded(write_pairs(tmp_path / "media", count=12), tmp_path / "data")
+    folder, whole = tmp_path / "run", tmp_path / "one"
+    (row,) = list(epoch_batches(dataset.shapes, 1, 0, 0))[9]  # of rank 1 in the fifth step
+    broken = pair_file(dataset.folder, dataset.pair_ids[row])
     content = broken.read_bytes()
     broken.write_bytes(content[:-8])
-    parts = arguments(values(data, folder, checkpointing_steps=1000, num_workers=0))
+    changes = {"checkpointing_steps": 1000, "num_workers": 0}
+    parts = arguments(values(dataset.folder, folder, **changes))
     _, lines = run(2, "train", *parts, code=1)
     assert len(lines) == 1 and str(broken) in lines[0]
-    assert [path.name for path in checkpoint.folders(folder)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint.folders(folder)] == ["checkpoint-4"]
     broken.write_bytes(content)
-    run(2, "train", *parts)
-    assert equal(unbroken, folder)
+    out, _ = run(2, "train", *parts)
+    assert "resumed from" in out
+    train(Config(**values(dataset.folder, whole, **changes)))
+    one, other = parameters(whole), parameters(folder)
+    assert max((one[name] - other[name]).abs().max() for name in one) < 2e-5
 
 
 def test_not_a_number_on_one(encoded_pairs, tmp_path):

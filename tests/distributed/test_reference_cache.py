@@ -53,8 +53,9 @@ def test_processes_fill_the_cache_of_one(pairs, tmp_path, capsys):
 def test_what_another_process_has_computed_is_read_and_not_computed_again(
     tuning, encoded_pairs, tmp_path
 ):
-    """Six pairs in batches of two: three batches an epoch, shared by two processes. In shards, where
-    a pass is one of both, one that has to ask the reference does not wait for the other for good.
+    """Six pairs in batches of two: three batches an epoch, shared by two processes. In shards,
+    where a pass is one of both, one that has to ask the reference does not wait for the other for
+    good.
     """
     own = {"reference": "cached", "draws_per_pair": 2, "gradient_accumulation_steps": 2}
     own |= {"max_train_steps": 9, "checkpointing_steps": 9}  # 18 batches, 6 epochs

@@ -1,0 +1,110 @@
+"""SPO and the demo on two processes: what one process would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from commands import arguments
+from launch import run, start
+from safetensors.torch import load_file
+
+from fastpref.demo import clips
+from fastpref.spo.config import SPOConfig
+from fastpref.spo.loop import spo
+
+pytestmark = pytest.mark.distributed
+
+HERE = Path(__file__).parent
+SPO = HERE.parent / "spo"
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def judge(frames, prompts, t):
+    """Of tests/spo, by a process that the first attempt loses while it samples its second part."""
+    from judges import calls, judge
+
+    first = (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0")
+    if first and calls["count"] == int(os.environ.get("DIES_AT", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return judge(frames, prompts, t)
+
+
+def values(folder: Path, prompts: Path, **changes) -> dict:
+    sys.path.insert(0, str(SPO))
+    from online import options
+
+    few = {"gradient_accumulation_steps": 2, "train_batch_size": 3, "prompts_per_round": 3}
+    few |= {"sample_batch_size": 1, "max_train_steps": 4, "win_rate_prompts": 3}
+    return options(prompts, folder, **few | changes)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.txt"
+    path.write_text("\n".join(clips.PAIR_PROMPTS[:9]) + "\n")
+    return path
+
+
+def apart(one: Path, other: Path) -> float:
+    a, b = load_file(one / ADAPTER), load_file(other / ADAPTER)
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_spo(prompts, tmp_path):
+    """Three parts of a round, two or one batch of an update and three clips on two processes; the
+    second time one is lost while it samples.
+    """
+    clip_list = json.dumps([clips.HELD_OUT[0], clips.HELD_OUT[1], clips.HELD_OUT[2]])
+    looking = {"validation_steps": 2, "validation_sampling_steps": 2}
+    few = values(tmp_path / "one", prompts, **looking)
+    one = spo(SPOConfig(**few | {"validation_prompts": json.loads(clip_list)}))
+    for name, dies in (("two", "-1"), ("again", "3")):
+        several = few | {"output_dir": str(tmp_path / name), "scorer": "test_online:judge"}
+        parts = [*arguments(several), "--validation_prompts", clip_list]
+        path = os.pathsep.join(
+            [str(HERE), str(SPO), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        )
+        more = {"PYTHONPATH": path, "DIES_AT": dies}
+        process = start(2, "spo", *parts, torchrun=["--max-restarts", "1"], **more)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, out + err[-4000:]
+        assert ("starting at step 0" in err or "resumed" in out) == (name == "again")
+        assert apart(tmp_path / "one", tmp_path / name) < 1e-4
+        record = json.loads((tmp_path / name / "win_rate.json").read_text())
+        wanted = json.loads((tmp_path / "one" / "win_rate.json").read_text())
+        assert record["base"] == pytest.approx(wanted["base"], rel=1e-6)
+        assert len(record["rounds"]) == len(wanted["rounds"]) > 1
+        for got, want in zip(rows(tmp_path / name), rows(tmp_path / "one"), strict=True):
+            assert got["global_step"] == want["global_step"] and got["epoch"] == want["epoch"]
+            assert got.get("online/kept_by_step") == want.get("online/kept_by_step")
+            assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+        sheets = [p.name for p in sorted((tmp_path / name / "validation").glob("*.png"))]
+        assert sheets == ["step-000000.png", "step-000002.png", "step-000004.png"]
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["online"]["judged"] == one["online"]["judged"]
+    assert apart(tmp_path / "two", tmp_path / "again") == 0
+
+
+def test_the_demo(tmp_path):
+    """Pairs, encoding, four runs and what is said of them; the table is that of one."""
+    few = ["--pairs", "16", "--steps", "4", "--clips", "8"]
+    tables = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        out, _ = run(world, "demo", *few, "--output_dir", str(folder))
+        lines = out[out.index("objective     win rate") :].splitlines()[1:5]
+        # But for its last column, a time.
+        tables.append([line.split()[:-1] for line in lines])
+        assert len(tables[-1]) == 4
+    assert tables[0] == tables[1]
+    for name in ("dpo", "sft"):
+        assert 0 < apart(tmp_path / "1" / name, tmp_path / "2" / name) < 1e-4
