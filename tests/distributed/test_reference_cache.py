@@ -53,9 +53,8 @@ def test_processes_fill_the_cache_of_one(pairs, tmp_path, capsys):
 def test_what_another_process_has_computed_is_read_and_not_computed_again(
     tuning, encoded_pairs, tmp_path
 ):
-    """Six pairs in batches of two: three batches an epoch, shared by two processes. In shards,
-    where a pass is one of both, one that has to ask the reference does not wait for the other for
-    good.
+    """Six pairs in batches of two: three batches an epoch, shared by two processes. In shards a
+    pass is one of both: one that has to ask the reference does not wait for the other for good.
     """
     own = {"reference": "cached", "draws_per_pair": 2, "gradient_accumulation_steps": 2}
     own |= {"max_train_steps": 9, "checkpointing_steps": 9}  # 18 batches, 6 epochs
@@ -77,5 +76,6 @@ def test_what_another_process_has_computed_is_read_and_not_computed_again(
     assert errors[1].keys() == errors[2].keys() and len(errors[1]) == 12
     for draw, said in errors[1].items():
         assert errors[2][draw] == (said if tuning == "lora" else pytest.approx(said, rel=1e-5))
-    assert [row["loss"] for row in logs[2]] == pytest.approx([row["loss"] for row in logs[1]])
+    losses = [[row["loss"] for row in logs[world]] for world in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert logs[2][-1]["perf/reference_cached"] == 1.0

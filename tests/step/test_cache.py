@@ -408,3 +408,25 @@ def test_killed_and_started_again_it_goes_on(tmp_path):
     assert memory.fill(whole, 0) == 7 * K
     assert written(broken) == written(whole)
     assert not list(broken.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_where_one_of_several_has_to_ask_each_asks(lacks, filled, monkeypatch):
+    """Once, of its own batch, also beyond draws_per_pair: a pass that is one of all of them."""
+    c, dataset, _, folder, mark = filled
+    asked, said = [], [False, lacks]
+    monkeypatch.setattr(filling.ranks, "gathered", lambda mine: [mine, *said])
+
+    def says(noisy, t, cond):
+        asked.append(len(noisy))
+        return torch.zeros_like(noisy)
+
+    errors = cache.ErrorCache(folder, mark, dataset)
+    for epoch in (0, K + 1):
+        batch, draws = prepare(epoch % K, collate([dataset[4], dataset[0]]))
+        known = errors.get(draws)
+        given = (errors, says, c.process, prepare, epoch, batch, draws)
+        found = filling.look_up(*given, together=True)
+        assert torch.equal(found, known) is not lacks
+        assert torch.equal(errors.get(draws), known)  # what is known stays
+    assert asked == [4, 4] * lacks and errors.found == 2
