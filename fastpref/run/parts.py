@@ -266,7 +266,7 @@ def open_cache(
     if Path(model).is_dir() and whole.is_relative_to(Path(model).resolve()):
         raise ValueError(f"reference_cache {whole}: is in the model's folder, choose another one")
     errors = cache.ErrorCache(folder, mark, dataset, device)
-    lacks = any(ranks.gathered(not errors.covers(batches)))
+    lacks = not errors.covers(batches)
     if lacks and not os.access(errors.folder, os.W_OK):
         raise ValueError(
             f"reference cache {errors}, and nothing can be written there: make the folder "
