@@ -103,6 +103,7 @@ def ended(name: str, command: Callable[[], None]) -> int:
             if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
                 raise
             once(f"{who}: {told(error, name)}")
+            ranks.first_to(f"{who}: {AGAIN}")  # torchrun ends the others, who need not say so
             return USER_ERROR
     return OK
 

@@ -141,11 +141,10 @@ def test_a_mistake_is_one_line_and_a_fault_of_one_process_ends_all(family, tmp_p
     prompts = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     mine = next(i for i, p in enumerate(whole.prompts) if p == prompts[1]["prompt"])
     path = pair_file(tmp_path / "broken", whole.pair_ids[mine])  # of rank 1
-    shutil.copytree(tmp_path / "one", tmp_path / "broken")
-    shutil.rmtree(path.parent)
-    (tmp_path / "broken" / "index.parquet").unlink()
+    (tmp_path / "broken" / "pairs").mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / "fingerprint.json", tmp_path / "broken")
     path.parent.write_text("in the way")
-    _, err = run(2, *flags(data, tmp_path / "broken"), code=1)
+    _, err = run(2, *flags(data, tmp_path / "broken"), code=1, PAUSE="5")  # rank 0 is at work
     assert len(err) == 1 and f"{path.name} cannot be written (" in err[0]
     path.parent.unlink()
     assert main(flags(data, tmp_path / "broken")) == 0
