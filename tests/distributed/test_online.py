@@ -1,4 +1,4 @@
-"""SPO and the demo on two processes: what one process would have made."""
+"""SPO, its preference model and the demo on two processes: what one process would have made."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import arguments
+from commands import BASE, arguments
 from launch import run, start
 from safetensors.torch import load_file
 
 from fastpref.demo import clips
+from fastpref.demo.online import CLIP
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
 
@@ -92,6 +93,23 @@ def test_spo(prompts, tmp_path):
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["online"]["judged"] == one["online"]["judged"]
     assert apart(tmp_path / "two", tmp_path / "again") == 0
+
+
+def test_the_preference_model(encoded_pairs, tmp_path):
+    """Batches of a step and of the held-out pairs on two processes."""
+    few = {"family": "toy", "model": BASE, "data": encoded_pairs, "clip": CLIP, "frames": "tile"}
+    few |= {"guidance_scale": 1.0, "held_out": 0.5, "train_batch_size": 1, "max_train_steps": 3}
+    few |= {"gradient_accumulation_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+    few |= {"report_to": "none", "device": "cpu", "eval_steps": 3}
+    for world in (1, 2):
+        run(world, "spm", *arguments(few | {"output_dir": tmp_path / str(world)}))
+    one, two = (load_file(tmp_path / n / "preference_model" / "model.safetensors") for n in "12")
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+    for want, got in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
+        name = "loss" if "loss" in want else "eval/loss"
+        assert got[name] == pytest.approx(want[name], abs=1e-5)
+        assert got.get("eval/accuracy") == want.get("eval/accuracy")
 
 
 def test_the_demo(tmp_path):

@@ -80,6 +80,30 @@ def test_the_same_run(mode, alone, encoded_pairs, tmp_path):
         assert several["perf/data_wait_fraction_max_rank"] in range(world)
 
 
+def test_full_tuning_in_shards(encoded_pairs, tmp_path):
+    """Two steps on two processes, each with half of every weight; one process goes on with the
+    whole, and two with shards again: the model that one process would have made.
+    """
+    full = {"tuning": "full", "lora_rank": None, "learning_rate": 1e-4, "checkpointing_steps": 1}
+    full = {k: v for k, v in values(encoded_pairs, tmp_path / "one", **full).items() if v}
+    train(Config(**full))
+    here = full | {"output_dir": str(tmp_path / "run")}
+    for world, end in ((2, 2), (1, 3), (2, 4)):
+        if world == 1:
+            train(Config(**here | {"max_train_steps": end}))
+        else:
+            out, said = run(world, "train", *arguments(here | {"max_train_steps": end}))
+            assert not said and "the model in shards" in out
+    saved = tmp_path / "run" / "checkpoint-4"
+    assert len(list(saved.glob("shard-*"))) == 2 and not (saved / "parameters.safetensors").exists()
+    whole = "transformer/diffusion_pytorch_model.safetensors"
+    one, other = (load_file(tmp_path / name / whole) for name in ("one", "run"))
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max() for name in one) < 2e-6
+    began = load_file(Path(full["model"]) / whole)
+    assert max((one[name] - began[name]).abs().max() for name in one) > 1e-4
+
+
 def test_a_sum_in_bfloat16(alone, encoded_pairs, tmp_path):
     """As asked: it runs, and is another sum than float32's."""
     run(2, "train", *arguments(values(encoded_pairs, tmp_path / "b", reduce_dtype="bf16")))
