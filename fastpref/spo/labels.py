@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .. import ranks
 from ..files import write_atomic, writing
 from ..pairs.dataset import Pair, PairDataset
 
@@ -90,26 +91,35 @@ def relabelled(
     """The same as a model says: 1 or 0; 0.5 where the probabilities of both differ by less than
     `margin`.
 
-    judge: the logit of the first against the second. Logits are kept in the folder's labels.jsonl,
-    so that no pair is judged twice. mark: what they hang on; of another one they are left.
+    judge: the logit of the first against the second. Logits are kept in the folder's labels.jsonl
+    (labels-N.jsonl of process N of several, which share the pairs), so that no pair is judged
+    twice. mark: what they hang on; of another one they are left.
 
     Raises:
         ValueError: a logit is not finite.
     """
-    path = folder / LABELS
-    known = _read(path, mark)
-    lines = [json.dumps(mark), *(json.dumps([i, logit]) for i, logit in known.items())]
+    path = folder / (LABELS if ranks.main() else f"labels-{ranks.rank()}.jsonl")
+    own = _read(path, mark)
+    lines = [json.dumps(mark), *(json.dumps([i, logit]) for i, logit in own.items())]
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
-    rows = [i for i, pair_id in enumerate(dataset.pair_ids) if pair_id not in known]
+    ranks.barrier()  # what earlier ones have judged is read once all have kept their own
+    known: dict[int, float] = {}
+    for found in sorted(folder.glob("labels*.jsonl")):
+        known |= _read(found, mark)
+    ranks.barrier()
+    lacking = [i for i, pair_id in enumerate(dataset.pair_ids) if pair_id not in known]
+    own, rows = {}, ranks.share(lacking)
     with writing(path), path.open("a") as file:
-        for i in tqdm(rows, desc="labels", unit="pair", disable=None):
+        for i in tqdm(rows, desc="labels", unit="pair", disable=None if ranks.main() else True):
             pair = dataset[i]
             logit = judge(pair)
             if not math.isfinite(logit):
                 raise ValueError(f"relabel: the score of pair {pair.pair_id} is not finite")
-            known[pair.pair_id] = logit
+            own[pair.pair_id] = logit
             file.write(json.dumps([pair.pair_id, logit]) + "\n")
             file.flush()
+    for said in ranks.gathered(own):
+        known |= said
     # p - (1 - p) of p = sigmoid(logit) is tanh(logit / 2).
     return {
         i: 0.5 if abs(math.tanh(known[i] / 2)) < margin else float(known[i] > 0)

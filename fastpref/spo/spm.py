@@ -182,7 +182,7 @@ def assemble(
     if config.relabel == "clip":
         mark = made_of | config.only(*JUDGED)
         judge = partial(clean_margin, model, decode, dtype)
-        labels = ranks.by_main(partial(relabelled, whole, folder, mark, config.tie_margin, judge))
+        labels = relabelled(whole, folder, mark, config.tie_margin, judge)
     won = [i for i in held if labels[whole.pair_ids[i]] != 0.5]
     run = Run(
         config=config,

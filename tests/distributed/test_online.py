@@ -22,6 +22,7 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 SPO = HERE.parent / "spo"
+SHARED = ("2/labels.jsonl", "2/labels-1.jsonl")
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
@@ -100,12 +101,14 @@ def test_the_preference_model(encoded_pairs, tmp_path):
     few = {"family": "toy", "model": BASE, "data": encoded_pairs, "clip": CLIP, "frames": "tile"}
     few |= {"guidance_scale": 1.0, "held_out": 0.5, "train_batch_size": 1, "max_train_steps": 3}
     few |= {"gradient_accumulation_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
-    few |= {"report_to": "none", "device": "cpu", "eval_steps": 3}
+    few |= {"report_to": "none", "device": "cpu", "eval_steps": 3, "relabel": "clip"}
     for world in (1, 2):
         run(world, "spm", *arguments(few | {"output_dir": tmp_path / str(world)}))
     one, two = (load_file(tmp_path / n / "preference_model" / "model.safetensors") for n in "12")
     assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+    judged = [set((tmp_path / p).read_text().splitlines()[1:]) for p in ("1/labels.jsonl", *SHARED)]
+    assert judged[0] == judged[1] | judged[2] and len(judged[1]) == len(judged[2]) == 3
     for want, got in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
         name = "loss" if "loss" in want else "eval/loss"
         assert got[name] == pytest.approx(want[name], abs=1e-5)
