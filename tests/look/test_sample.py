@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpref.cli import main
 from fastpref.look.sample import sample, starting_noise
 from fastpref.look.validation import draw_sheet
+from fastpref.mesh import Mesh
 from fastpref.models import toy
 from fastpref.models.folder import scheduler_of
 from fastpref.pairs.media import Sampling, decode
@@ -323,7 +324,7 @@ def test_validation_clips_that_are_not_finite(tmp_path, capsys):
         raise ValueError("not finite")
 
     prompts.clips = clips
-    given = (prompts, Empty(), (3, 4, 4), 2)
+    given = (prompts, Empty(), (3, 4, 4), 2, Mesh())
     with pytest.raises(ValueError, match="not finite"):
         draw_sheet(tmp_path, 0, *given)
     draw_sheet(tmp_path, 20, *given)
@@ -335,7 +336,7 @@ def test_validation_clips_that_are_not_finite(tmp_path, capsys):
 def test_the_base_s_clips_of_a_run_cannot_be_read(damage, tmp_path, capsys):
     prompts = SimpleNamespace(prompts=["a fox"])
     prompts.clips = lambda *_: [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)]
-    given = (prompts, Empty(), (3, 4, 4), 2)
+    given = (prompts, Empty(), (3, 4, 4), 2, Mesh())
     draw_sheet(tmp_path, 0, *given)
     damage(tmp_path / "base.safetensors")
     draw_sheet(tmp_path, 20, *given)
