@@ -49,7 +49,9 @@ def open_run(config: Options, kind: str = "train") -> tuple[Path | None, dict[st
     record, done = folder / "config.yaml", folder / "result.json"
     started = done.exists() or any(folder.glob(f"{checkpoint.PREFIX}*"))
     if started and record.exists():
-        before, now = read_record(record), config.to_dict()
+        # A version before a field did what its default does.
+        before = config.defaults() | read_record(record)
+        now = config.to_dict()
         # A decaying schedule is a function of the last step: another one is another run.
         free = {name for name, of in config.described().items() if of["free"]}
         free -= {"max_train_steps"} if config.lr_scheduler != "constant" else set()

@@ -98,6 +98,12 @@ class Options:
         """Each field's rules, needs and help by its name."""
         return {field.name: field.metadata for field in dataclasses.fields(cls)}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of the fields that have one, as in `to_dict`."""
+        found = {f.name: f.default for f in dataclasses.fields(cls)}
+        return _plain({k: v for k, v in found.items() if v is not dataclasses.MISSING})
+
     @property
     def trackers(self) -> list[str]:
         return [name for name in self.report_to.split(",") if name not in ("", "none")]
@@ -108,13 +114,15 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
-        }
+        return _plain(dataclasses.asdict(self))
 
     def save(self, path: Path) -> None:
         """Writes config.yaml: every field, defaults too."""
         write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def documented(cls: type[Options]) -> type[Options]:

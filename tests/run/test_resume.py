@@ -419,3 +419,14 @@ def test_a_signal_beside_a_step_leaves_at_a_saved_one(
         train(config)
     assert (tmp_path / f"checkpoint-{left}").exists()
     assert train(config)["global_step"] == 6
+
+
+def test_a_run_from_before_an_option_goes_on(pairs, tmp_path):
+    """By that option's default, and no other value."""
+    run(pairs, tmp_path, max_train_steps=1)
+    record = tmp_path / "config.yaml"
+    kept = [line for line in record.read_text().splitlines(True) if "reduce_dtype" not in line]
+    record.write_text("".join(kept))
+    with pytest.raises(ValueError, match=r"another run: reduce_dtype \(fp32 there, bf16 here\)"):
+        run(pairs, tmp_path, max_train_steps=2, reduce_dtype="bf16")
+    assert run(pairs, tmp_path, max_train_steps=2)["global_step"] == 2
