@@ -165,14 +165,22 @@ def _exchange(mine: tuple[tuple[str, bool] | None, Any]) -> list[Any]:
     with suppress(Exception):
         _store.set(f"fastpref/at/{rank()}", str(_exchanges))
     found: list[Any] = [None] * world()
-    try:
+    with _reached():
         dist.all_gather_object(found, mine, group=_control)
+    failed = {other: failure for other, (failure, _) in enumerate(found) if failure is not None}
+    for other, (text, _) in failed.items():
+        if other != rank():
+            raise Elsewhere(f"rank {other}: {text}", all(saves for _, saves in failed.values()))
+    return [value for _, value in found]
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Around what gloo does with all of them."""
+    try:
+        yield
     except RuntimeError as error:
         raise Lost(_lost(str(error))) from None
-    for other, (failure, _) in enumerate(found):
-        if failure is not None and other != rank():
-            raise Elsewhere(f"rank {other}: {failure[0]}", failure[1])
-    return [value for _, value in found]
 
 
 def _lost(reason: str) -> str:
@@ -192,26 +200,30 @@ def _lost(reason: str) -> str:
 
 
 def fail(error: BaseException, saves: bool = False) -> bool:
-    """Tells the others, in the exchange that they come to next, that this process fails; whether
-    they heard it. saves: it takes part in a last save.
+    """Tells the others, in the exchange that they come to next, that this process fails, once;
+    whether all then make a last save. saves: this one would.
     """
-    if world() == 1 or _control is None or isinstance(error, Elsewhere | Lost):
-        return True
-    if getattr(error, "told", False):
-        return True
-    error.told = True  # type: ignore[attr-defined]
-    heard = threading.Event()
+    if isinstance(error, Lost):
+        return False
+    if hasattr(error, "saves"):  # another's, or told before
+        return error.saves
+    if world() == 1 or _control is None:
+        return saves
+    agreed: list[bool] = []
 
     def tell() -> None:
         with suppress(Exception):
-            with suppress(Elsewhere):  # who fails at the same time
+            try:
                 _exchange(((str(error), saves), None))
-            heard.set()
+                agreed.append(saves)
+            except Elsewhere as other:  # which fails at the same time
+                agreed.append(other.saves)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     thread.join(LEAVE)
-    return heard.is_set()
+    error.saves = agreed == [True]  # type: ignore[attr-defined]
+    return error.saves  # type: ignore[attr-defined]
 
 
 def barrier() -> None:
@@ -221,7 +233,14 @@ def barrier() -> None:
 
 def by_main(function: Callable[[], T]) -> T:
     """What rank 0 makes of it, told to all. Its error is raised there, and `Elsewhere` here."""
-    return on_all(lambda: function() if main() else None)[0]
+    found: list[Any] = []
+    on_all(lambda: found.append(function() if main() else None))
+    if world() > 1:
+        import torch.distributed as dist
+
+        with _reached():  # not gathered, which would have room for as much of each
+            dist.broadcast_object_list(found, src=0, group=_control)
+    return found[0]
 
 
 def on_all(function: Callable[[], T]) -> list[T]:
@@ -244,7 +263,8 @@ def of_main(value: T) -> list[T]:
 
     barrier()  # nobody has failed
     found: list[Any] | None = [None] * world() if main() else None
-    dist.gather_object(value, found, group=_control)
+    with _reached():
+        dist.gather_object(value, found, group=_control)
     return found or []
 
 

@@ -95,8 +95,7 @@ def working(run: Loop) -> Iterator[None]:
         yield
     except Exception as error:
         saves = isinstance(error, OSError | Changed) or out_of_memory(error)
-        heard = ranks.fail(error, saves)
-        if not (getattr(error, "saves", saves) and heard):
+        if not ranks.fail(error, saves):
             raise
         run.meter.forget()
         if run.step > run.saved:

@@ -110,8 +110,7 @@ def sampling(run: Run) -> Iterator[None]:
         with within_memory(MEMORY):
             yield
     except (ValueError, KeyboardInterrupt, ranks.Elsewhere) as error:
-        heard = ranks.fail(error, saves=True)
-        if heard and getattr(error, "saves", True) and (run.stop or run.step > run.saved):
+        if ranks.fail(error, saves=True) and (run.stop or run.step > run.saved):
             book.save(run)
         book.leave_if_asked(run, left=True)
         raise
