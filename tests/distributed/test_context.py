@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastpref import ranks
 from fastpref.look.sample import sample
+from fastpref.mesh import Mesh
 from fastpref.run import sharding
 from fastpref.run.config import Config
 from fastpref.run.parts import predictor
@@ -194,10 +195,10 @@ def four() -> dict[str, Any]:
     second = step(other)
     both = {name: grad + second[1][name] for name, grad in alone[1].items()}
     with context.use([c.model], ulysses=2, ring=1, device=CPU):
-        mesh = ranks.Mesh(contexts=2)
+        mesh = Mesh(contexts=2)
         mine = step([c, other][mesh.share])
         said["shares"] = apart((alone[0], mine[1]), (alone[0], both))
-        mesh = ranks.Mesh(members=2, contexts=2)
+        mesh = Mesh(members=2, contexts=2)
         how = {"member_of": mesh.member, "exchange": mesh.exchange()}
         said["split"] = apart(step(c, "split", **how), alone)
     kernel = one_flash_kernel()
