@@ -86,18 +86,15 @@ class Mesh:
 
     def exchange(self) -> Callable[[Tensor], Tensor]:
         """values [n] -> [2, n], the winners' and the losers', of the two processes that have the
-        members of one batch. All must call this at the same place.
+        members of one batch.
         """
-        size, mine = self.members * self.contexts, None
-        for first in range(0, ranks.world(), size):
-            for context in range(self.contexts):
-                pair = [first + context, first + self.contexts + context]
-                made = dist.new_group(pair)
-                mine = made if ranks.rank() in pair else mine
+        winners = ranks.rank() - self.member * self.contexts
+        pair = [winners, winners + self.contexts]
+        group = dist.new_group(pair, use_local_synchronization=True)  # all would make all groups
 
         def exchanged(values: Tensor) -> Tensor:
             both = [torch.empty_like(values) for _ in range(2)]
-            dist.all_gather(both, values, group=mine)
+            dist.all_gather(both, values, group=group)
             return torch.stack(both)
 
         return exchanged
