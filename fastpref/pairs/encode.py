@@ -153,7 +153,7 @@ def encode(
     with locked(mark(folder, "encode")) if ranks.main() else nullcontext():
         ranks.by_main(partial(claim, folder, now, rows.root))
         # Several share the rows; then rank 0 finds the files of all as after an interruption.
-        every = ranks.gathered(share()) if ranks.world() > 1 else []
+        every = ranks.of_main(share()) if ranks.world() > 1 else []
         refused = ranks.by_main(partial(whole, set().union(*every)))
     if progress:
         print(counts if refused else f"{printable(str(folder))}: {counts}")
