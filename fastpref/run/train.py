@@ -40,16 +40,15 @@ def train(config: Config) -> dict[str, Any]:
     run = assemble(config, device, dtype, start)  # with start's state in it
     how = {"parameters": run.parameters, "skip_zeros": config.skip_zeros}
     how["scale"] = 1 / config.gradient_accumulation_steps  # of all processes together
+    here = partial(split, member_of=run.mesh.member, exchange=run.exchange)
+    apart = {"deferred": deferred, "split": here}.get(config.pair_mode)
 
     def one_batch(latents, weight, pair_id, index, times, known, **cond):
         draws, at = Draws(config.seed, pair_id, index), Times(*times)
         noisy, t, target = run.process.noise(latents, draws, at)
         pair = {"objective": run.objective, "gain": at.gain, "weight": weight}
-        if config.pair_mode == "deferred":  # member by member, with half the activations
-            return deferred(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
-        if config.pair_mode == "split":  # one member here, the other by a neighbour
-            pair |= {"member_of": run.mesh.member, "exchange": run.exchange}
-            return split(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
+        if apart:  # member by member, or one here and the other by a neighbour
+            return apart(run.policy, run.reference, noisy, t, target, cond, known, **pair, **how)
         ref = run.reference(noisy, t, cond) if known is None else known
         pred = run.policy(noisy, t, cond)
         out = training_loss(pred, target, ref, **pair)
