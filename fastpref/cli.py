@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import fastpref
 
+from . import ranks
 from .faults import ended, interrupt, leaving, on_signals
 from .progress import printable
 
@@ -32,6 +33,7 @@ USAGE = """usage: fastpref COMMAND [options]   (fastpref COMMAND --help, fastpre
 """
 
 FAMILY = "wan, cogvideox, stable_diffusion, toy, or a module"
+ALONE = ("sample", "eval", "export", "report", "doctor")  # in one process
 DAY = 86_400.0  # seconds
 EVAL_SEED = 1_000_003  # of noise and times that no training with a seed of its own has seen
 
@@ -52,6 +54,8 @@ def command(name: str, rest: list[str]) -> None:
         print(f"fastpref {fastpref.__version__}")
     elif name not in commands:
         raise ValueError(f"expected one of {', '.join(commands)}")
+    elif ranks.world() > 1 and name in ALONE:
+        raise ValueError("runs in one process: start it without torchrun")
     else:
         # The import of torch takes seconds, and may swallow a KeyboardInterrupt.
         on_signals(leaving(name))
@@ -74,7 +78,6 @@ def demo(rest: list[str]) -> None:
 
 
 def train(rest: list[str]) -> None:
-    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .run.train import train as run
@@ -87,7 +90,6 @@ def train(rest: list[str]) -> None:
 
 
 def spm(rest: list[str]) -> None:
-    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .spo.spm import train as run
@@ -101,7 +103,6 @@ def spm(rest: list[str]) -> None:
 
 
 def spo(rest: list[str]) -> None:
-    from . import ranks
     from .run.folder import alone
     from .run.parsing import parse
     from .spo.config import SPOConfig
@@ -121,7 +122,7 @@ def spo(rest: list[str]) -> None:
 
 
 def encode(rest: list[str]) -> None:
-    from . import models, ranks
+    from . import models
     from .pairs.encode import DTYPES, POSTERIORS
     from .pairs.encode import encode as run
     from .run import belong
@@ -187,7 +188,6 @@ def survey(options: dict) -> None:
 
 
 def cache_reference(rest: list[str]) -> None:
-    from . import ranks
     from .run.caching import cache_reference as run
     from .run.parsing import parse
 
@@ -203,7 +203,6 @@ def sweep(rest: list[str]) -> None:
     An option that belongs to some objectives only (alpha, clip, importance_steps, ...) is given to
     those. Killed and started again it goes on.
     """
-    from . import ranks
     from .run.config import OFFLINE
     from .run.folder import alone
     from .run.parsing import betas, config_values, names

@@ -141,3 +141,11 @@ def test_signals_while_torch_is_imported(number, tmp_path):
     process = command("train", cwd=tmp_path, preexec_fn=heeded)
     said = "fastpref train: interrupted; run the same command to go on\n"
     assert process.communicate() == ("", said) and process.returncode == 75
+
+
+@pytest.mark.parametrize("name", ["sample", "eval", "export", "report", "doctor"])
+def test_what_runs_in_one_process(name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([name]) == 1
+    said = f"fastpref {name}: runs in one process: start it without torchrun\n"
+    assert capsys.readouterr().err == said
