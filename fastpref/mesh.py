@@ -61,6 +61,17 @@ class Mesh:
         """Of a step's batches."""
         return ranks.world() // (self.members * self.contexts)
 
+    def batches(self, every: int) -> int:
+        """Of a step's `every`, how many are this process's. ValueError: no even share."""
+        if every % self.shares:
+            each = self.members * self.contexts
+            raise ValueError(
+                f"gradient_accumulation_steps {every}: expected a multiple of {self.shares}; it is "
+                f"the batches of a step of all {ranks.world()} processes together, not of each"
+                + (f", and {each} processes share a batch" if each > 1 else "")
+            )
+        return every // self.shares
+
     @property
     def share(self) -> int:
         """Which of them is this process's."""

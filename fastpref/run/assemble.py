@@ -117,15 +117,8 @@ class Loop:
 
     @property
     def batches_per_step(self) -> int:
-        """Of this process. ValueError: the processes cannot share a step's evenly."""
-        every, shares = self.config.gradient_accumulation_steps, self.mesh.shares
-        if every % shares:
-            raise ValueError(
-                f"gradient_accumulation_steps {every}: expected a multiple of {shares}, the "
-                f"batches of a step are shared by {ranks.world()} processes"
-                + (f" in groups of {ranks.world() // shares}" if shares < ranks.world() else "")
-            )
-        return every // shares
+        """Of this process."""
+        return self.mesh.batches(self.config.gradient_accumulation_steps)
 
     @property
     def done(self) -> bool:
@@ -169,6 +162,7 @@ def assemble(
     folder = Path(config.output_dir)
     family = begin(config)
     mesh, shards = mesh_of(config), wants_shards(config)
+    mesh.batches(config.gradient_accumulation_steps)  # raises, before anything is loaded
     dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))

@@ -145,10 +145,11 @@ def test_the_meter_goes_on(encoded_pairs, tmp_path):
 def test_what_cannot_be_shared(encoded_pairs, tmp_path):
     """One line, whoever else was started."""
     odd = values(encoded_pairs, tmp_path / "a", gradient_accumulation_steps=3)
-    _, said = run(2, "train", *arguments(odd), code=1)
+    out, said = run(2, "train", *arguments(odd), code=1)
     assert said == [
-        "fastpref train: gradient_accumulation_steps 3: expected a multiple of 2, the batches of a "
-        "step are shared by 2 processes"
+        "fastpref train: gradient_accumulation_steps 3: expected a multiple of 2; it is the "
+        "batches of a step of all 2 processes together, not of each"
     ]
+    assert "loading the model" not in out
     _, said = run(3, "train", *arguments(odd | {"pair_mode": "split"}), code=1)
     assert len(said) == 1 and "3 processes, expected a multiple of 2" in said[0]
