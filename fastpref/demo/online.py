@@ -29,7 +29,7 @@ LEARNED_PER_STEP = 48
 def shared(pairs: int) -> dict[str, int]:
     """The batches of a step of so many pairs: as many as there are processes."""
     count = ranks.world()
-    return {"train_batch_size": max(1, pairs // count), "gradient_accumulation_steps": count}
+    return {"train_batch_size": pairs // count, "gradient_accumulation_steps": count}
 
 
 def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:

@@ -307,6 +307,11 @@ class Demo:
 def main(arguments: Sequence[str] = ()) -> list[Row]:
     """Runs the demo and prints its table; returns the rows."""
     options = parse(arguments)
+    if PAIRS_PER_STEP % ranks.world():
+        raise ValueError(
+            f"{ranks.world()} processes: expected 1, 2, 4 or 8, which share the "
+            f"{PAIRS_PER_STEP} pairs of a step"
+        )
     start = time.perf_counter()
     names = ", ".join(options.objectives)
     say(f"fastpref demo: {names} and three controls, into {options.output_dir}")

@@ -262,6 +262,15 @@ def test_mistakes_are_named_in_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("count", ["3", "16"])
+def test_processes_that_cannot_share_a_step_are_refused(count, tmp_path, monkeypatch):
+    """Or a step would be of 6 pairs, or 16, beside a line that says 8."""
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(ValueError, match=f"^{count} processes: expected 1, 2, 4 or 8"):
+        main(["--output_dir", str(tmp_path / "demo")])
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"{}", b"\xff\x00", b"5"])
 def test_a_damaged_demo_json_is_named(text, tmp_path):
     (tmp_path / "demo.json").write_bytes(text)
