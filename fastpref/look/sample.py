@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loss import oracle
+from ..step.pair import in_shards
 
 
 def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -80,6 +81,8 @@ def sample(
             start(scheduler, steps, device)
         sigma = getattr(scheduler, "init_noise_sigma", 1.0)
         x = starting_noise(shape, seeds).to(device) * sigma
+        # Of a model in shards who left early would leave the others waiting in their next pass.
+        fault, together = None, in_shards(list(model.parameters()))
         for i, t in enumerate(scheduler.timesteps, 1):
             scaled = x
             if hasattr(scheduler, "scale_model_input"):
@@ -87,9 +90,16 @@ def sample(
             pred = predict(scaled, t)
             with named(scheduler, steps):
                 x = scheduler.step(pred, t, x, **own, return_dict=False)[0]
-            check_finite(x, f"step {i} of {len(scheduler.timesteps)}", names or seeds)
+            try:
+                check_finite(x, f"step {i} of {len(scheduler.timesteps)}", names or seeds)
+            except ValueError as error:
+                fault = fault or error
+                if not together:
+                    break
     finally:
         model.train(was_training)
+    if fault is not None:
+        raise fault
     return x
 
 
