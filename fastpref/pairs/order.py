@@ -64,7 +64,7 @@ def planned(
         fills = place < (counts - counts % batch_size)[codes[by_code]]
         places = by_code[fills].reshape(-1, batch_size)
         yield rows[places[places[:, -1].argsort()]]  # as the last pair of each comes
-        left = rows[np.sort(by_code[~fills])]
+        left = rows[by_code[~fills]]  # of each shape in their order
         if rest:
             new, at = np.unique(codes, return_index=True)
             seen |= dict.fromkeys(new[at.argsort()].tolist())
