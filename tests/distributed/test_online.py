@@ -42,6 +42,7 @@ def values(folder: Path, prompts: Path, **changes) -> dict:
 
     few = {"gradient_accumulation_steps": 2, "train_batch_size": 3, "prompts_per_round": 3}
     few |= {"sample_batch_size": 1, "max_train_steps": 4, "win_rate_prompts": 3}
+    few |= {"logging_steps": 2}  # a line's mean is over pairs, of one batch and of two
     return options(prompts, folder, **few | changes)
 
 
@@ -91,6 +92,12 @@ def test_spo(prompts, tmp_path):
             assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
         sheets = [p.name for p in sorted((tmp_path / name / "validation").glob("*.png"))]
         assert sheets == ["step-000000.png", "step-000002.png", "step-000004.png"]
+        # Each prompt's own clip, of its own seed.
+        got, want = (
+            load_file(tmp_path / n / "validation" / "base.safetensors") for n in (name, "one")
+        )
+        assert got.keys() == want.keys()
+        assert all((got[k].int() - want[k].int()).abs().max() <= 1 for k in want)
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["online"]["judged"] == one["online"]["judged"]
     assert apart(tmp_path / "two", tmp_path / "again") == 0
