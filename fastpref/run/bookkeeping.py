@@ -32,8 +32,6 @@ from .guard import Diverged, Interrupted, Signals, within_memory
 from .options import Options
 from .telemetry import Clock, Log, extremes, pair_values, postfix
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 # ---- Before the first step
 
 
@@ -173,7 +171,7 @@ def update(run: Loop) -> Tensor:
     run.learning_rate = config.learning_rate * factor
     optimisation.set_rate(run.optimizer, run.learning_rate)
     run.stop.agree()
-    sum_gradients(run.parameters, DTYPES[config.reduce_dtype])
+    sum_gradients(run.parameters, optimisation.REDUCED[config.reduce_dtype])
     norm = run.take_step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1

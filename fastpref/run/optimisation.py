@@ -10,6 +10,8 @@ from torch import Tensor
 from . import sharding
 from .guard import Guard
 
+REDUCED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def adamw(
     parameters: list[Tensor],

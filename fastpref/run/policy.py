@@ -186,7 +186,8 @@ def share_out(
         with stage("sharding the model"):
             for part in both:
                 how = {"device": device, "offload": config.cpu_offload}
-                sharding.shard(part, family.BLOCKS, **how)
+                reduced = optimisation.REDUCED[config.reduce_dtype]
+                sharding.shard(part, family.BLOCKS, **how, reduced=reduced)
     if contexts > 1:
         settings.enter_context(context.use(both, **degrees, device=device))
 

@@ -11,11 +11,19 @@ from .. import ranks
 from ..step import compiling
 
 
-def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool = False) -> None:
+def shard(
+    model: nn.Module,
+    blocks: str,
+    *,
+    device: torch.device,
+    offload: bool = False,
+    reduced: torch.dtype | None = None,
+) -> None:
     """Shards `model` in place: each block a unit, what is left another. It may still be on the CPU:
     a unit at a time goes to `device`.
 
-    Weights are gathered, and gradients summed over all processes, in the weights' own dtype.
+    Weights are gathered in their own dtype, gradients summed over all processes in `reduced` (None:
+    their own).
     Adapters (what trains beside frozen weights) stay whole on each process, as do their gradients.
 
     blocks: paths of the family's, as for `compiling.compile_blocks`, which may come first or after.
@@ -23,7 +31,12 @@ def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool 
     """
     # A second to import, and for those alone that shard.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     parameters = list(model.parameters())
     trains = {p for p in parameters if p.requires_grad}
@@ -42,6 +55,7 @@ def shard(model: nn.Module, blocks: str, *, device: torch.device, offload: bool 
             mesh=mesh,
             reshard_after_forward=True,
             offload_policy=policy,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced),
             ignored_params=adapters,
         )
         unit.set_gradient_divide_factor(1.0)

@@ -40,7 +40,14 @@ RATE = {"learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsi
 class Tuning:
     """A tiny model, fully tuned: a step is BATCHES batches of one pair, whoever computes them."""
 
-    def __init__(self, name: str, mode: str = "none", offload: bool = False, compile: bool = False):
+    def __init__(
+        self,
+        name: str,
+        mode: str = "none",
+        offload: bool = False,
+        compile: bool = False,
+        reduced: torch.dtype | None = None,
+    ):
         self.case = tiny.case(name, pairs=BATCHES)
         family, self.model = self.case.family, self.case.base.requires_grad_(True)
         frozen = copy.deepcopy(self.model).requires_grad_(False)
@@ -52,7 +59,8 @@ class Tuning:
             if compile:
                 compiling.compile_blocks(model, family.BLOCKS, backend="aot_eager")
             if ranks.world() > 1:
-                sharding.shard(model, family.BLOCKS, device=CPU, offload=offload)
+                how = {"device": CPU, "offload": offload, "reduced": reduced}
+                sharding.shard(model, family.BLOCKS, **how)
         self.parameters = list(checkpoint.trainable(self.model).values())
         self.optimizer = optimisation.adamw(self.parameters, weight_decay=0.01, **RATE)
         self.guard = Guard(CPU)
@@ -205,6 +213,17 @@ def compose() -> None:
         assert all(other[k].equal(v) for k, v in ends[0].items())
 
 
+def halved() -> None:
+    """Sums in bfloat16, as asked."""
+    wide, half = Tuning("wan", reduced=torch.float32), Tuning("wan", reduced=torch.bfloat16)
+    assert wide.step() == Tuning("wan").step()
+    norm = half.step()
+    a, b = (
+        sharding.full(run.optimizer.state[run.parameters[0]]["exp_avg"]) for run in (wide, half)
+    )
+    assert 1e-5 < tiny.distance(a, b) < 2e-2 and norm > 0
+
+
 def adapters() -> None:
     """A bfloat16 base in shards below float32 adapters that are not."""
     said = []
@@ -242,6 +261,7 @@ def main(what: str, folder: Path) -> None:
         full_disk(run, folder / "full_disk")
         sampled(Tuning("wan"))
         compose()
+        halved()
         adapters()
 
 
