@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import launch
 import pytest
@@ -40,14 +41,7 @@ RATE = {"learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsi
 class Tuning:
     """A tiny model, fully tuned: a step is BATCHES batches of one pair, whoever computes them."""
 
-    def __init__(
-        self,
-        name: str,
-        mode: str = "none",
-        offload: bool = False,
-        compile: bool = False,
-        reduced: torch.dtype | None = None,
-    ):
+    def __init__(self, name: str, mode: str = "none", compile: bool = False, **how: Any):
         self.case = tiny.case(name, pairs=BATCHES)
         family, self.model = self.case.family, self.case.base.requires_grad_(True)
         frozen = copy.deepcopy(self.model).requires_grad_(False)
@@ -59,8 +53,7 @@ class Tuning:
             if compile:
                 compiling.compile_blocks(model, family.BLOCKS, backend="aot_eager")
             if ranks.world() > 1:
-                how = {"device": CPU, "offload": offload, "reduced": reduced}
-                sharding.shard(model, family.BLOCKS, **how)
+                sharding.shard(model, family.BLOCKS, device=CPU, **how)
         self.parameters = list(checkpoint.trainable(self.model).values())
         self.optimizer = optimisation.adamw(self.parameters, weight_decay=0.01, **RATE)
         self.guard = Guard(CPU)
