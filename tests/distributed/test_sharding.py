@@ -60,8 +60,9 @@ class Tuning:
         both = reference.of_run(self.model, frozen, family.predict, shared=False)
         self.policy, self.reference = both
 
-    def inputs(self, i: int) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], fastpref.Target]:
-        c, rows, own = self.case, [i, BATCHES + i], slice(i, i + 1)
+    def inputs(self, *own: int) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], fastpref.Target]:
+        c, own = self.case, list(own)
+        rows = [*own, *(BATCHES + i for i in own)]
         draws = fastpref.Draws(c.draws.seed, c.draws.pair_id[own], c.draws.index[own])
         noisy, t, target = c.process.noise(c.latents[rows], draws)
         return (noisy, t, {k: v[rows] for k, v in c.cond.items()}), target
@@ -206,6 +207,24 @@ def compose() -> None:
         assert all(other[k].equal(v) for k, v in ends[0].items())
 
 
+def one_by_one() -> None:
+    """Member by member, of two pairs each: the gradient of all at once, of DPO and of sft."""
+    for objective in (tiny.DPO, None):
+        found = []
+        for form in ("joint", "deferred"):
+            run = Tuning("wan")
+            (noisy, t, cond), target = run.inputs(*ranks.share(range(BATCHES)))
+            how = {"scale": 0.5, "parameters": run.parameters}
+            if form == "joint":
+                said, ref = (says(noisy, t, cond) for says in (run.policy, run.reference))
+                pair.backward(pair.training_loss(said, target, ref, objective), **how)
+            else:
+                given = (run.policy, run.reference, noisy, t, target, cond)
+                pair.deferred(*given, objective=objective, **how)
+            found.append(torch.cat([sharding.full(p.grad).flatten() for p in run.parameters]))
+        assert tiny.distance(*found) < 1e-5 and found[0].norm() > 0
+
+
 def halved() -> None:
     """Sums in bfloat16, as asked."""
     wide, half = Tuning("wan", reduced=torch.float32), Tuning("wan", reduced=torch.bfloat16)
@@ -254,6 +273,7 @@ def main(what: str, folder: Path) -> None:
         full_disk(run, folder / "full_disk")
         sampled(Tuning("wan"))
         compose()
+        one_by_one()
         halved()
         adapters()
 
