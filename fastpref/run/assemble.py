@@ -162,7 +162,6 @@ def assemble(
     folder = Path(config.output_dir)
     family = begin(config)
     mesh, shards = mesh_of(config), wants_shards(config)
-    mesh.batches(config.gradient_accumulation_steps)  # raises, before anything is loaded
     dataset = open_data(config.data, folder, dtype=dtype, **config.only(*DATA))
     torch.manual_seed(config.seed)
     objective = config.make_objective(elements(dataset, config.beta_convention))
@@ -242,7 +241,6 @@ def begun(run: Loop, start: Path | None) -> None:
     on from.
     """
     ranks.check_same("what the run is made of", run.made_of)
-    run.batches_per_step  # raises  # noqa: B018
     if in_shards(run.parameters):
         run.saves_by = torch.distributed.new_group(backend="gloo")
     if start is not None:

@@ -33,12 +33,14 @@ from .telemetry import check_trackers
 ADAM = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 # What a run's step is where its options do not say.
 STEP_ALONE = {"pair_mode": "joint", "reference": "auto", "cuda_graphs": False}
+STEP_ALONE |= {"ulysses_degree": 1, "ring_degree": 1}
 
 
 def begin(config: Options) -> ModuleType:
     """What a process of any run begins with; the family."""
     check_trackers(config.trackers)
     ranks.check_same("the config", config.to_dict())
+    mesh_of(config)  # before hours of encoding
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -132,10 +134,13 @@ def settle(
             compiling.compile_blocks(frozen, family.BLOCKS)
 
 
-def mesh_of(config: Config) -> Mesh:
-    """How the processes share a step."""
-    members = 2 if config.pair_mode == "split" else 1
-    return Mesh(members, config.ulysses_degree * config.ring_degree)
+def mesh_of(config: Options) -> Mesh:
+    """How the processes share a step. ValueError: they cannot."""
+    asked = STEP_ALONE | config.to_dict()
+    members = 2 if asked["pair_mode"] == "split" else 1
+    mesh = Mesh(members, asked["ulysses_degree"] * asked["ring_degree"])
+    mesh.batches(config.gradient_accumulation_steps)
+    return mesh
 
 
 def wants_shards(config: Config) -> bool:
