@@ -21,7 +21,7 @@ from .files import differences
 
 T = TypeVar("T")
 
-LEAVE = 10  # seconds that a failing process waits for the others to hear it
+LEAVE = 120  # seconds that a failing process waits for the others, who may be in a long step
 
 
 class Elsewhere(RuntimeError):
@@ -137,7 +137,7 @@ def first_to(what: str) -> bool:
     if world() == 1:
         return True
     with suppress(Exception):  # the store may be gone with its process
-        store = _store or _of_torchrun(LEAVE)
+        store = _store or _of_torchrun(10)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         name = hashlib.blake2b(f"{attempt} {what}".encode(), digest_size=16).hexdigest()
         return store.add(f"fastpref/first/{name}", 1) == 1
