@@ -103,7 +103,8 @@ def ended(name: str, command: Callable[[], None]) -> int:
             if os.environ.get("FASTPREF_TRACEBACK"):  # for a bug report
                 raise
             once(f"{who}: {told(error, name)}")
-            ranks.first_to(f"{who}: {AGAIN}")  # torchrun ends the others, who need not say so
+            for end in (AGAIN, ranks.GONE):  # torchrun ends the others, who need not say so
+                ranks.first_to(f"{who}: {end}")
             return USER_ERROR
     return OK
 
@@ -203,7 +204,9 @@ def missing(error: ImportError) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a card's, a CPU's, numpy's or pyarrow's memory ran out."""
+    """Whether a card's, a CPU's, numpy's or pyarrow's memory ran out, of this process."""
+    if isinstance(error, ranks.Elsewhere):
+        return False
     # By name: this file does without torch, whose import may be the fault.
     if isinstance(error, MemoryError) or type(error).__name__.startswith("OutOfMemory"):
         return True

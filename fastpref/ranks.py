@@ -22,6 +22,7 @@ from .files import differences
 T = TypeVar("T")
 
 LEAVE = 120  # seconds that a failing process waits for the others, who may be in a long step
+GONE = "another process of the run is gone; run the same command to go on"
 
 
 class Elsewhere(RuntimeError):
@@ -92,6 +93,8 @@ def group(seconds: float = 1800) -> Iterator[None]:
         yield
     except Exception as error:
         fail(error)
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise Lost(GONE) from error  # in a sum of gradients, or of a shard
         raise
     else:
         barrier()  # rank 0 may hold what the others still ask for
@@ -196,7 +199,7 @@ def _lost(reason: str) -> str:
             f"rank {', '.join(late)} of {world()} did not come within {_seconds:g} s: look at its "
             "machine, or raise --timeout; run the same command to go on"
         )
-    return "another process of the run is gone; run the same command to go on"
+    return GONE
 
 
 def fail(error: BaseException, saves: bool = False) -> bool:

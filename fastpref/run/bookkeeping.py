@@ -258,6 +258,8 @@ def validate(run: Run) -> None:
         "the validation clips: another run may have fewer validation_prompts, this one later "
         "validation_steps"
     )
+    if run.lockstep:  # as in `prepared`
+        ranks.barrier()
     with within_memory(what):
         draw_sheet(folder, run.step, run.prompts, run.model, shape, steps, run.mesh)
 

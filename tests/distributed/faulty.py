@@ -45,6 +45,8 @@ def begins() -> None:
     """Of a step's forward."""
     if kind == "forward" and here():
         die()
+    if kind == "memory" and here():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if kind == "slow" and here():
         time.sleep(4)
     if kind == "late" and here():  # until torchrun ends it

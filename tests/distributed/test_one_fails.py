@@ -150,6 +150,23 @@ def test_not_a_number_on_one(encoded_pairs, tmp_path):
     assert any(not states[2][name].equal(states[1][name]) for name in states[0])
 
 
+def test_out_of_memory_on_one(encoded_pairs, tmp_path):
+    """All end with its one line; of adapters what was done is saved, in shards the others wait in a
+    pass for it.
+    """
+    parts = arguments(values(encoded_pairs, tmp_path / "run", checkpointing_steps=1000))
+    _, lines = run(2, FAULTY, "train", *parts, code=1, FAULTS="memory:1:4")
+    assert len(lines) == 1 and "out of memory with checkpointing none" in lines[0], lines
+    assert "checkpoint-3 is kept" in lines[0] and "rank" not in lines[0]
+    full = values(encoded_pairs, tmp_path / "full", tuning="full", learning_rate=1e-4)
+    del full["lora_rank"]
+    _, lines = run(2, FAULTY, "train", *arguments(full), code=1, FAULTS="memory:1:4")
+    assert len(lines) == 1 and "out of memory (CUDA out of memory. Tried" in lines[0], lines
+    _, lines = run(2, FAULTY, "train", *arguments(full), code=1, FAULTS="forward:1:4")
+    gone = "fastpref train: another process of the run is gone; run the same command to go on"
+    assert lines == [gone]
+
+
 def test_processes_that_differ(encoded_pairs, tmp_path, monkeypatch):
     """The field is named."""
     parts = arguments(values(encoded_pairs, tmp_path / "run"))
