@@ -24,7 +24,8 @@ def printable(text: str) -> str:
 
 def speaks() -> bool:
     """Whether this process does: of several that torchrun has started the first one."""
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def warn(text: str) -> None:

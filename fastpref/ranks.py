@@ -38,11 +38,11 @@ class Lost(RuntimeError):
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def main() -> bool:
@@ -104,10 +104,25 @@ def group(seconds: float = 1800) -> Iterator[None]:
 
 
 def _of_torchrun(seconds: float) -> Any:
+    """ValueError: there is none. Lost: it does not answer, or not all have come."""
     import torch.distributed as dist
 
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent or rank() >= world():
+        raise ValueError(
+            f"WORLD_SIZE is {world()} and RANK {rank()} in the environment, "
+            + (f"{', '.join(absent)} not set" if absent else f"expected RANK below {world()}")
+            + ": start by torchrun, which sets all, or unset WORLD_SIZE"
+        )
     waits = timedelta(seconds=seconds)
-    return next(dist.rendezvous("env://", rank=rank(), world_size=world(), timeout=waits))[0]
+    try:
+        return next(dist.rendezvous("env://", rank=rank(), world_size=world(), timeout=waits))[0]
+    except dist.DistError as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise Lost(
+            f"{world()} processes did not meet at {where} (MASTER_ADDR, MASTER_PORT) within "
+            f"{seconds:g} s: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _own_part(store: Any, seconds: float) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from fastpref import ranks
+from fastpref import progress, ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -52,6 +52,17 @@ def main() -> None:
 def test_what_is_told_and_what_is_done_then():
     root = Path(__file__).parents[2]
     launch.run(3, __file__, PYTHONPATH=os.pathsep.join([str(root), str(root / "tests")]))
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch):
+    """Of one process a RANK says nothing; half of what several need is a line."""
+    monkeypatch.setenv("RANK", "3")
+    assert ranks.main() and progress.speaks()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, said in (("MASTER_ADDR", "MASTER_PORT not set"), ("MASTER_PORT", "RANK below 2")):
+        monkeypatch.setenv(name, "29999")
+        with pytest.raises(ValueError, match=said), ranks.group(1):
+            pass
 
 
 if __name__ == "__main__":
