@@ -62,6 +62,8 @@ def command(name: str, rest: list[str]) -> None:
         import torch  # noqa: F401
 
         on_signals(interrupt)
+        if (code := ranks.ended_for_good()) is not None:
+            raise SystemExit(code)
         commands[name](rest)
 
 
@@ -192,7 +194,7 @@ def cache_reference(rest: list[str]) -> None:
     from .run.parsing import parse
 
     config = parse(rest, "fastpref cache-reference")
-    with ranks.group(DAY):  # for the longest share
+    with ranks.group(max(DAY, config.timeout)):  # for the longest share
         folder, count = run(config)
     print(printable(f"{folder}: {count} errors computed"))
 

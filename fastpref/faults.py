@@ -97,6 +97,9 @@ def ended(name: str, command: Callable[[], None]) -> int:
             return USER_ERROR
         except Exception as error:
             kind = type(error).__name__
+            # torchrun knows no codes, and would try a mistake as often as it is let.
+            if kind == "Diverged" or _mistake(error) or getattr(error, "wished", False):
+                ranks.end_for_good(ENDS.get(kind, USER_ERROR))
             if kind in ENDS:
                 once(f"{who}: {kind.lower()}: {cut(str(error))}")
                 return ENDS[kind]
@@ -104,14 +107,20 @@ def ended(name: str, command: Callable[[], None]) -> int:
                 raise
             once(f"{who}: {told(error, name)}")
             for end in (AGAIN, ranks.GONE):  # torchrun ends the others, who need not say so
-                ranks.first_to(f"{who}: {end}")
+                ranks.first_to(f"{os.environ.get('GROUP_RANK')} {who}: {end}")
             return USER_ERROR
     return OK
 
 
+def _mistake(error: Exception) -> bool:
+    """Whether only a person can mend it: not a file or a memory that may be better next time."""
+    passing = ("Changed", "OutOfMemory")
+    return isinstance(error, ValueError) and type(error).__name__ not in passing
+
+
 def once(text: str) -> None:
-    """One line, said by the first of the processes that want to."""
-    if ranks.first_to(text):
+    """One line, said on each node by the first of the processes that want to."""
+    if ranks.first_to(f"{os.environ.get('GROUP_RANK')} {text}"):
         say(text)
 
 

@@ -162,6 +162,27 @@ def first_to(what: str) -> bool:
     return True
 
 
+def end_for_good(code: int) -> None:
+    """What ended this process would end it again: torchrun's restarts leave at once with `code`."""
+    if _agent():
+        with suppress(Exception):
+            _of_torchrun(LEAVE).set("fastpref/ended", str(code))
+
+
+def ended_for_good() -> int | None:
+    """The code of an earlier attempt that said so; None: there was none."""
+    if _agent():
+        with suppress(Exception):
+            store = _of_torchrun(LEAVE)
+            return int(store.get("fastpref/ended")) if store.check(["fastpref/ended"]) else None
+    return None
+
+
+def _agent() -> bool:
+    """Whether a torchrun keeps the store, which restarts what it has started."""
+    return world() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 # ---- What they tell each other
 
 

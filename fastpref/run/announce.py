@@ -41,7 +41,7 @@ def announce_running(run: Run, mode: str) -> None:
     where = (
         torch.cuda.get_device_name(run.device)
         if run.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
+        else f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
     )
     precision = str(run.dtype).removeprefix("torch.")
     if ranks.world() > 1:

@@ -207,7 +207,7 @@ def log(run: Loop, epoch: int, grad_norm: Tensor, **more: Any) -> None:
         peak = torch.cuda.max_memory_allocated(run.device)
         run.metrics["perf/peak_memory_gb"] = peak / 1e9
     if ranks.world() > 1:
-        run.metrics |= extremes(run.metrics)
+        run.metrics |= extremes(run.metrics) | {"perf/processes": ranks.world()}
     last = max(ranks.gathered(epoch))  # of the step's batches
     run.journal.write({"global_step": run.step, "epoch": last, **run.metrics})
     said = postfix(run.metrics)
@@ -269,7 +269,7 @@ def leave_if_asked(run: Loop, *, left: bool = False) -> None:
     if run.stop and run.saved == run.step and (left or not run.done):
         saved(run)
         where = f"saved at step {run.step} in {run.folder}"
-        raise Interrupted(f"{where}; run the same command to go on")
+        raise Interrupted(f"{where}; run the same command to go on", run.stop.wished)
 
 
 # ---- After the last step

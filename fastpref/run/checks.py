@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..loss.functional import Draws
 from ..pairs.dataset import Batch, PairDataset, batches
 from ..progress import stage, warn
@@ -119,7 +120,7 @@ def drift(
     with stage("cache: what it has of the first 8 pairs, against the reference"):
         for batch, draws in batches:
             kept = cache.get(draws)
-            if kept is not None:
+            if all(ranks.gathered(kept is not None)):  # of shards a pass is one of all
                 now = errors(online, process, batch, draws, cache.fingerprint["pair_mode"])
                 w, l = (kept - now).chunk(2)
                 change = (0.5 * beta * (w - l)).abs().max().item()

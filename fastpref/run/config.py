@@ -125,8 +125,8 @@ class Pairs(Options):
         "in the encoded set")
     pair_mode: Literal["joint", "deferred", "split"] = option("joint", needs=[SPLIT], free=True,
         help="joint runs all members of a batch at once; deferred one after the other, with half "
-        "the activation memory of one pair and the same gradient; split has winners and losers on "
-        "two processes each, which exchange two numbers a pair")
+        "the activation memory of one pair and the same gradient; split has winners on one process "
+        "and losers on its neighbour, which exchange two numbers a pair")
     skip_zeros: bool = option(False, needs=[NO_SFT_WEIGHT, ZERO_GRADIENTS, NO_GRAPHS],
         help="pairs whose gradient is exactly zero (masked, beyond hinge's margin) skip their "
         "backward (joint: where that is every pair of the batch); the host waits for the device "
@@ -154,7 +154,7 @@ class Sharing(Options):
         "there")
     ulysses_degree: int = option(1, POSITIVE, needs=[NOT_RECORDED], free=True,
         help="so many neighbouring processes share a clip's tokens, and in attention its heads "
-        "(diffusers' context parallelism, for long clips)")
+        "(diffusers' context parallelism, for long clips); times ring_degree, times 2 with split")
     ring_degree: int = option(1, POSITIVE, needs=[NOT_RECORDED], free=True,
         help="as ulysses_degree; in attention keys and values go round")
     # fmt: on

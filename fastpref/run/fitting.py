@@ -132,7 +132,7 @@ def exhausted(
     kept = f"{last.name} is kept" if last else "no step was done yet"
     reason = " ".join(str(error).split())
     how = f", pair_mode {pair_mode}" if pair_mode else ""
-    return ValueError(f"out of memory with checkpointing {used}{how}; {kept}; {advice} ({reason})")
+    return OutOfMemory(f"out of memory with checkpointing {used}{how}; {kept}; {advice} ({reason})")
 
 
 def card_for(name: str | None, device: str | None) -> memory.Card:

@@ -81,7 +81,13 @@ def within_memory(what: str) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """A signal arrived: the run is saved, the same command goes on."""
+    """A signal arrived: the run is saved, the same command goes on. wished: by who asked for that,
+    and not by torchrun, which ends processes by SIGTERM to start them again.
+    """
+
+    def __init__(self, text: str, wished: bool = True) -> None:
+        super().__init__(text)
+        self.wished = wished
 
 
 class Signals:
@@ -91,7 +97,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.arrived = self.asked = self.agreed = False
+        self.arrived = self.asked = self.agreed = self.wished = False
         self.previous = on_signals(self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -101,9 +107,11 @@ class Signals:
         if wish and self.asked:
             raise KeyboardInterrupt
         self.arrived, self.asked = True, self.asked or wish
+        self.wished = self.wished or number != signal.SIGTERM
 
     def agree(self) -> None:
-        self.agreed = any(ranks.gathered(self.arrived))
+        every = ranks.gathered((self.arrived, self.wished))
+        self.agreed, self.wished = any(said for said, _ in every), any(wish for _, wish in every)
 
     def __bool__(self) -> bool:
         return self.agreed if ranks.world() > 1 else self.arrived

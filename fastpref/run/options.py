@@ -194,8 +194,8 @@ class Optimiser(Options):
     max_train_steps: int = option(1000, POSITIVE, free=True, help="optimiser steps")
     train_batch_size: int = option(1, POSITIVE, help="pairs per forward and backward")
     gradient_accumulation_steps: int = option(1, POSITIVE,
-        help="batches per optimiser step; several processes share them, so the same command is "
-        "the same run on any number that divides it")
+        help="batches per optimiser step; of all processes together, which share them, so "
+        "the same command is the same run on any number that divides it")
     # fmt: on
 
 

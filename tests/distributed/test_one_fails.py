@@ -81,7 +81,8 @@ def test_signals(whom, encoded_pairs, unbroken, tmp_path):
         _, err = process.communicate(timeout=240)
         assert process.returncode
     else:
-        process = start(2, FAULTY, "train", *parts, FAULTS="signal:1:3")
+        restarts = ["--max-restarts", "2"]  # which do not go on against a person's wish
+        process = start(2, FAULTY, "train", *parts, torchrun=restarts, FAULTS="signal:1:3")
         _, err = process.communicate(timeout=240)
     saved = [path.name for path in checkpoint.folders(folder)]
     assert saved == ["checkpoint-4"]  # the signal to one came when all had gone past asking in 3
@@ -170,7 +171,9 @@ def test_out_of_memory_on_one(encoded_pairs, tmp_path):
 def test_processes_that_differ(encoded_pairs, tmp_path, monkeypatch):
     """The field is named."""
     parts = arguments(values(encoded_pairs, tmp_path / "run"))
-    _, lines = run(2, FAULTY, "train", *parts, code=1, FAULTS="config:1:0")
+    # Once: no restart mends a mistake.
+    again = ["--max-restarts", "2"]
+    _, lines = run(2, FAULTY, "train", *parts, code=1, torchrun=again, FAULTS="config:1:0")
     assert lines == [
         "fastpref train: the config differs between the processes: beta (1000.0 on rank 0, 999.0 "
         "on rank 1): start all with the same"
