@@ -41,6 +41,8 @@ def begin(config: Options) -> ModuleType:
     check_trackers(config.trackers)
     ranks.check_same("the config", config.to_dict())
     mesh_of(config)  # before hours of encoding
+    found = {"torch": torch.__version__, "GPU": torch.cuda.is_available()}
+    ranks.check_same("what is there", found)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)

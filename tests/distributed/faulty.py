@@ -103,6 +103,8 @@ train.announce, bookkeeping.update = starts, next_step
 arguments = sys.argv[1:]
 if kind == "config" and mine:
     arguments[arguments.index("--beta") + 1] = "999"
+if kind == "torch" and mine:
+    torch.__version__ = "2.99.0"
 if kind == "data" and mine:
     os.chdir("other")
 sys.exit(cli.main(arguments))

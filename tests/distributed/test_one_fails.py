@@ -178,6 +178,8 @@ def test_processes_that_differ(encoded_pairs, tmp_path, monkeypatch):
         "fastpref train: the config differs between the processes: beta (1000.0 on rank 0, 999.0 "
         "on rank 1): start all with the same"
     ]
+    _, lines = run(2, FAULTY, "train", *parts, code=1, FAULTS="torch:1:0")
+    assert len(lines) == 1 and "what is there differs between the processes: torch (" in lines[0]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(encoded_pairs, "data")
     encoded(write_pairs(tmp_path / "media", count=6, seed=1), tmp_path / "other" / "data")
