@@ -92,6 +92,7 @@ def ended(name: str, command: Callable[[], None]) -> int:
             return INTERRUPTED
         except KeyboardInterrupt:
             once(f"{who}: {AGAIN}")
+            ranks.first_to(f"{who}: {ranks.GONE}")
             return INTERRUPTED
         except ranks.Elsewhere:  # where it failed it is said
             return USER_ERROR
