@@ -108,7 +108,7 @@ def ended(name: str, command: Callable[[], None]) -> int:
                 raise
             once(f"{who}: {told(error, name)}")
             for end in (AGAIN, ranks.GONE):  # torchrun ends the others, who need not say so
-                ranks.first_to(f"{os.environ.get('GROUP_RANK')} {who}: {end}")
+                ranks.first_to(f"{who}: {end}")
             return USER_ERROR
     return OK
 
@@ -121,7 +121,7 @@ def _mistake(error: Exception) -> bool:
 
 def once(text: str) -> None:
     """One line, said on each node by the first of the processes that want to."""
-    if ranks.first_to(f"{os.environ.get('GROUP_RANK')} {text}"):
+    if ranks.first_to(text):
         say(text)
 
 

@@ -151,13 +151,13 @@ def _own_part(store: Any, seconds: float) -> Any:
 
 
 def first_to(what: str) -> bool:
-    """Whether no other process has asked this before."""
+    """Whether no other process of the node has asked this before."""
     if world() == 1:
         return True
     with suppress(Exception):  # the store may be gone with its process
         store = _store or _of_torchrun(10)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        name = hashlib.blake2b(f"{attempt} {what}".encode(), digest_size=16).hexdigest()
+        at = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+        name = hashlib.blake2b(f"{at} {what}".encode(), digest_size=16).hexdigest()
         return store.add(f"fastpref/first/{name}", 1) == 1
     return True
 
