@@ -21,7 +21,7 @@ from .files import differences
 
 T = TypeVar("T")
 
-LEAVE = 120  # seconds that a failing process waits for the others, who may be in a long step
+LEAVE = 120  # seconds at most that a failing process waits for the others, in a long step maybe
 GONE = "another process of the run is gone; run the same command to go on"
 
 
@@ -260,7 +260,7 @@ def fail(error: BaseException, saves: bool = False) -> bool:
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    thread.join(LEAVE)
+    thread.join(min(LEAVE, _seconds))
     error.saves = agreed == [True]  # type: ignore[attr-defined]
     return error.saves  # type: ignore[attr-defined]
 

@@ -159,7 +159,8 @@ def test_out_of_memory_on_one(encoded_pairs, tmp_path):
     _, lines = run(2, FAULTY, "train", *parts, code=1, FAULTS="memory:1:4")
     assert len(lines) == 1 and "out of memory with checkpointing none" in lines[0], lines
     assert "checkpoint-3 is kept" in lines[0] and "rank" not in lines[0]
-    full = values(encoded_pairs, tmp_path / "full", tuning="full", learning_rate=1e-4)
+    few = {"tuning": "full", "learning_rate": 1e-4, "timeout": 12.0}
+    full = values(encoded_pairs, tmp_path / "full", **few)
     del full["lora_rank"]
     _, lines = run(2, FAULTY, "train", *arguments(full), code=1, FAULTS="memory:1:4")
     assert len(lines) == 1 and "out of memory (CUDA out of memory. Tried" in lines[0], lines
