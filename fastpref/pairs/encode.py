@@ -27,8 +27,8 @@ from .encoded import (
     check,
     claim,
     embeddings,
-    entry,
     fingerprint,
+    indexed,
     stored,
     write_index,
     write_tensors,
@@ -106,9 +106,7 @@ def encode(
     now = fingerprint(module, model, rows, sampling, dtype, seed)
     ranks.check_same("what is encoded, and how,", now | {"batch_size": batch_size})
     check(folder, now, rows.root)  # before anything is written there
-    own = None if str(device) == "cpu" else ranks.local_device()
-    device = own or device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = pipe.to(device) if hasattr(pipe, "to") else pipe
+    pipe = placed(pipe, device)
     progress = progress and ranks.main()
     counts = Counts()
 
@@ -128,21 +126,10 @@ def encode(
                     known = {"pairs": counts.pairs, "bad": sum(counts.bad.values())}
                     bar.set_postfix(known, ties=rows.ties, refresh=False)
 
-    def share() -> set[int]:
-        """The pairs that this process encodes, of its share of the rows."""
-        mine = islice(rows, ranks.rank(), None, ranks.world())
-        found = worthwhile(worked(mine, "encode"))
-        return {item.pair_id for new, item in found if new and item.fault is None}
-
     def whole(before: set[int]) -> str | None:
         """Over all rows; why there is no pair, or None. before: pairs that are encoded by now."""
-        index: list[dict[str, Any]] = []
-        bad: list[BadRow] = []
-        for _, item in worthwhile(worked(rows, "encode" if ranks.world() == 1 else "index")):
-            if (fault := counts.add(item)) is not None:
-                bad.append(fault)
-            else:
-                index.append(entry(item, rows.keep_ties))
+        what = "encode" if ranks.world() == 1 else "index"
+        index, bad = indexed(worthwhile(worked(rows, what)), counts, rows.keep_ties)
         counts.already_encoded -= len(before)
         refused = finish(folder, rows, counts, bad)
         if not refused:
@@ -153,13 +140,26 @@ def encode(
     with locked(mark(folder, "encode")) if ranks.main() else nullcontext():
         ranks.by_main(partial(claim, folder, now, rows.root))
         # Several share the rows; then rank 0 finds the files of all as after an interruption.
-        every = ranks.of_main(share()) if ranks.world() > 1 else []
+        mine = worked(islice(rows, ranks.rank(), None, ranks.world()), "encode")
+        every = ranks.of_main(new_pairs(worthwhile(mine))) if ranks.world() > 1 else []
         refused = ranks.by_main(partial(whole, set().union(*every)))
     if progress:
         print(counts if refused else f"{printable(str(folder))}: {counts}")
     if refused:
         raise ValueError(refused)
     return folder
+
+
+def placed(pipe: Any, device: str | torch.device | None) -> Any:
+    """On the device that is asked for, of several processes each on its own GPU."""
+    own = None if str(device) == "cpu" else ranks.local_device()
+    device = own or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device) if hasattr(pipe, "to") else pipe
+
+
+def new_pairs(items: Iterator[Worked]) -> set[int]:
+    """The ids of those that were encoded just now."""
+    return {item.pair_id for new, item in items if new and item.fault is None}
 
 
 def in_batches(items: Iterable[Prepared | BadRow], size: int) -> Iterator[list[Prepared | BadRow]]:

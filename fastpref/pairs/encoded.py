@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,8 @@ from ..models.folder import encoders_of
 from .arrow import values
 from .media import Sampling
 from .notes import Note
-from .prepare import Prepared
-from .rows import Row, Rows
+from .prepare import Counts, Prepared
+from .rows import BadRow, Row, Rows
 from .shards import (
     digest,
     encoding_of,
@@ -115,6 +115,20 @@ def entry(item: Prepared, ties: bool) -> dict[str, Any]:
     left = ("chosen", "rejected") if ties else ("chosen", "rejected", "tie")
     names = [f.name for f in fields(Row) if f.name not in left]
     return {"pair_id": item.pair_id} | {name: getattr(item.row, name) for name in names}
+
+
+def indexed(
+    items: Iterable[tuple[bool, Prepared | BadRow]], counts: Counts, keep_ties: bool
+) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """(lines of the index, bad rows) of items, each with whether it is new; all are counted."""
+    index: list[dict[str, Any]] = []
+    bad: list[BadRow] = []
+    for _, item in items:
+        if (fault := counts.add(item)) is not None:
+            bad.append(fault)
+        else:
+            index.append(entry(item, keep_ties))
+    return index, bad
 
 
 def embeddings(cond: dict[str, Tensor]) -> dict[str, Tensor]:

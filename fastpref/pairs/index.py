@@ -4,6 +4,7 @@ are Python's own where they are asked for.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ PART = 4096  # rows that are Python's at a time
 class Column(Sequence):
     """A column that compares as a list does, and a slice of which is one."""
 
+    @abstractmethod
     def part(self, start: int, stop: int) -> list[Any]:
-        raise NotImplementedError
+        """The rows from start to stop, as Python's own."""
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), PART):
