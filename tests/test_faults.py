@@ -10,15 +10,12 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from commands import BASE, arguments, encoded, options, write_pairs
@@ -26,10 +23,8 @@ from tiny_clip import clip_folder
 
 import fastpref
 from fastpref.cli import main
-from fastpref.faults import MOST, told
+from fastpref.faults import MOST
 from fastpref.run.checkpoint import fault
-from fastpref.run.config import Config
-from fastpref.run.parsing import Parser
 
 SIZE = ("--num_frames", "8", "--height", "12", "--width", "12", "--steps", "2")
 NEW = "exported.safetensors"
@@ -295,84 +290,6 @@ def test_data_of_other_shapes_than_the_model(tree, monkeypatch):
     said = one_line("train", *call("train", *where)[::2])
     assert "shapes do not fit each other (mat1 and mat2 shapes" in said
     assert "do the data, the model and the adapter belong together" in said
-
-
-class Raises:
-    """What libraries raise, from outside fastpref."""
-
-    @staticmethod
-    def card():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    @staticmethod
-    def cudnn():
-        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-
-    @staticmethod
-    def cpu():
-        torch.empty(10**15)
-
-    @staticmethod
-    def overflow():
-        torch.empty(2**62)
-
-    @staticmethod
-    def numpy():
-        np.empty(10**16)
-
-    @staticmethod
-    def arrow():
-        pa.allocate_buffer(10**16)
-
-    @staticmethod
-    def python():
-        bytearray(10**17)
-
-
-@pytest.mark.parametrize("name", [n for n in vars(Raises) if not n.startswith("_")])
-def test_out_of_memory(name):
-    with pytest.raises((RuntimeError, MemoryError)) as caught:
-        getattr(Raises, name)()
-    assert told(caught.value, "sample").startswith("out of memory (")
-    assert "smaller --num_frames, --height and --width" in told(caught.value, "sample")
-    assert "--pair_mode deferred" in told(caught.value, "train")
-
-
-def raised(error: Exception) -> Exception:
-    """As a library raises it."""
-    with pytest.raises(type(error)) as caught:
-        raise error
-    return caught.value
-
-
-def test_what_is_said_of_a_librarys_exception():
-    """One line, of a length that can be read, with type and place, or a remedy."""
-    lacking = ModuleNotFoundError("No module named 'no_such'", name="no_such.part")
-    wrapped = RuntimeError("Failed to import diffusers (look up to see its traceback)")
-    wrapped.__cause__ = raised(lacking)
-    vague = ModuleNotFoundError("Could not import module 'T5EncoderModel'")
-    vague.__cause__ = raised(lacking)
-    for error in (lacking, wrapped, raised(wrapped), vague):
-        assert told(error, "train") == "no_such is not installed: pip install no_such"
-    with pytest.raises(ImportError) as caught:
-        importlib.metadata.version("no-such")  # as diffusers asks for bitsandbytes
-    assert told(caught.value, "train") == "no-such is not installed: pip install no-such"
-    own = "\nT5 requires SentencePiece but it was not found:\n  pip install sentencepiece\n"
-    assert told(ImportError(own), "train").startswith("T5 requires SentencePiece but it was not")
-    said = told(raised(KeyError("rank")), "train")
-    assert said.startswith("KeyError: 'rank'; FASTPREF_TRACEBACK=1 shows the rest; if fastpref is")
-    assert told(raised(ValueError()), "train").startswith("ValueError; FASTPREF_TRACEBACK=1")
-    assert told(raised(RecursionError("x")), "train").startswith("RecursionError: something is ne")
-    long = told(raised(RuntimeError("what " + 10_000 * "0123456789 " + "then this")), "train")
-    assert len(long) < MOST + 200 and "what 0123" in long and "then this; FASTPREF" in long
-    with pytest.raises(AttributeError) as caught:
-        Config.only(None, "beta")  # of ours, and meant by nobody
-    assert re.search(
-        r"AttributeError: .* \(fastpref/run/options.py:\d+\); ", told(caught.value, "")
-    )
-    with pytest.raises(ValueError) as caught:
-        Parser().error("it was meant")
-    assert told(caught.value, "train") == "it was meant"
 
 
 def gone(kind: str, buffering: int = -1) -> io.TextIOWrapper:
