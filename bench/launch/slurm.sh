@@ -15,7 +15,7 @@
 # Five minutes before its time is over every process finishes its step and saves, and the job is
 # queued again: the same command goes on, until the run has its result.
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # to its end: with head it may die of SIGPIPE, and so do we
 export HEAD NODES=$SLURM_NNODES JOB=$SLURM_JOB_ID GPUS=${SLURM_GPUS_ON_NODE:-8}
 
 again() {
