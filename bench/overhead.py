@@ -35,7 +35,7 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
     err = torch.empty(2, dtype=torch.float64, device=device)
 
     def loss(policy: torch.Tensor) -> torch.Tensor:
-        return op.pair_loss(policy, target, ref, None, hyper, None, None, 0, *no_draws)[0]
+        return op.pair_loss(policy, target, ref, None, hyper, None, None, 0, False, *no_draws)[0]
 
     def eager(policy: torch.Tensor) -> torch.Tensor:
         errors, ref_errors = mean_squares(policy, target), mean_squares(ref, target)
@@ -66,7 +66,7 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
         place = 0 if workspace is None else workspace.data_ptr()
         calls["pair_error: direct"] = lambda: kernels.pair_error(
             2, 2, 2, 64, pred.data_ptr(), 0, 1, target.data_ptr(), 1, 0, 0, 0, 0, 0,
-            err.data_ptr(), 0, place, native.last(pred),
+            err.data_ptr(), 0, place, 0, native.last(pred),
         )  # fmt: skip
     return calls
 

@@ -188,7 +188,7 @@ def bare(objective: Objective, i: Inputs) -> Callable[[], Tensor]:
             core.pair_loss(
                 *shape, at(pred), at(i.ref), element, at(i.y), element, 0, 0, 0, 0, 0, at(err),
                 at(ref_err), at(workspace), objective.number, at(hyper), at(i.gain), 0, at(loss),
-                at(pair_loss), at(margin), at(importance), at(coef), native.last(pred),
+                at(pair_loss), at(margin), at(importance), at(coef), 0, 0, native.last(pred),
             )  # fmt: skip
             return loss[0].clone()
 

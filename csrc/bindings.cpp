@@ -98,7 +98,7 @@ void define(py::module_ m) {
 
   m.def("pair_error", [](I rows, I pairs, I pred_rows, I elements, A pred, A ref, int dtype, A target,
                          int target_dtype, I seed, A pair_id, A index, A p, A q, A err, A ref_err,
-                         A workspace, Last last) {
+                         A workspace, A cross, Last last) {
     ErrorArgs const args{{rows, pairs, pred_rows, elements},
                          pointer<void>(pred),
                          pointer<void>(ref),
@@ -106,14 +106,15 @@ void define(py::module_ m) {
                          target_of(target, target_dtype, seed, pair_id, index, p, q),
                          pointer<double>(err),
                          pointer<double>(ref_err),
-                         pointer<void>(workspace)};
+                         pointer<void>(workspace),
+                         pointer<double>(cross)};
     Device::call("pair_error", args.shape, name_of(dtype), Device::pair_error, args, last);
   });
 
   m.def("pair_loss", [](I pairs, I pred_rows, I elements, A pred, A ref, int dtype, A target,
                         int target_dtype, I seed, A pair_id, A index, A p, A q, A err, A ref_err,
                         A workspace, int objective, A hyper, A gain, A weight, A loss, A pair_loss,
-                        A margin, A importance, A coef, Last last) {
+                        A margin, A importance, A coef, A cross, A lambda, Last last) {
     LossArgs const args{{{2 * pairs, pairs, pred_rows, elements},
                          pointer<void>(pred),
                          pointer<void>(ref),
@@ -121,16 +122,18 @@ void define(py::module_ m) {
                          target_of(target, target_dtype, seed, pair_id, index, p, q),
                          pointer<double>(err),
                          pointer<double>(ref_err),
-                         pointer<void>(workspace)},
+                         pointer<void>(workspace),
+                         pointer<double>(cross)},
                         {pairs, objective, pointer<double>(hyper), pointer<double>(gain),
                          pointer<double>(weight), pointer<double>(err), pointer<double>(ref_err),
                          pointer<double>(loss), pointer<double>(pair_loss), pointer<double>(margin),
-                         pointer<double>(importance), pointer<double>(coef)}};
+                         pointer<double>(importance), pointer<double>(coef), pointer<double>(cross),
+                         pointer<double>(lambda)}};
     Device::call("pair_loss", args.error.shape, name_of(dtype), Device::pair_loss, args, last);
   });
 
   m.def("loss_epilogue", [](I pairs, int objective, A hyper, A gain, A weight, A err, A ref_err, A loss,
-                            A pair_loss, A margin, A importance, A coef, Last last) {
+                            A pair_loss, A margin, A importance, A coef, A cross, A lambda, Last last) {
     EpilogueArgs const args{pairs,
                             objective,
                             pointer<double>(hyper),
@@ -142,7 +145,9 @@ void define(py::module_ m) {
                             pointer<double>(pair_loss),
                             pointer<double>(margin),
                             pointer<double>(importance),
-                            pointer<double>(coef)};
+                            pointer<double>(coef),
+                            pointer<double>(cross),
+                            pointer<double>(lambda)};
     Device::call("loss_epilogue", {2 * pairs, pairs, 2 * pairs, 0}, "float64", Device::loss_epilogue,
                  args, last);
   });
@@ -171,7 +176,8 @@ void define(py::module_ m) {
                                target_of(target, target_dtype, seed, pair_id, index, p, q),
                                pointer<double>(err),
                                nullptr,
-                               pointer<void>(workspace)},
+                               pointer<void>(workspace),
+                               nullptr},
                               scale,
                               pointer<void>(out)};
           Device::call("unit_seed", args.error.shape, name_of(dtype), Device::unit_seed, args, last);
@@ -189,8 +195,9 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda_module = m.def_submodule("cuda");
   define<Cuda>(cuda_module);
   cuda_module.def("workspace_bytes",
-                  [](int64_t rows, int64_t pairs, int64_t pred_rows, int64_t elements, bool with_ref) {
-                    return cuda::workspace_bytes({rows, pairs, pred_rows, elements}, with_ref);
+                  [](int64_t rows, int64_t pairs, int64_t pred_rows, int64_t elements, bool with_ref,
+                     bool with_cross) {
+                    return cuda::workspace_bytes({rows, pairs, pred_rows, elements}, with_ref, with_cross);
                   });
 #endif
   m.attr("objectives") = cpu::objectives();

@@ -83,6 +83,12 @@ Shape untangled(Shape shape, Target const& target) {
   return shape;
 }
 
+// A row for every pair.
+Shape one_each(Shape shape) {
+  shape.rows = shape.pairs;
+  return shape;
+}
+
 void draw(Kernels const& k, Draws const& draws, int64_t pair, int64_t begin, int64_t length,
           float* eps) {
   Key const key = make_key(draws.seed, draws.pair_id[pair], draws.index[pair], Domain::noise);
@@ -122,7 +128,7 @@ double total(double const* lanes) {
   return sum;
 }
 
-// Sums of squares: slot (row, chunk), then err[row] = the mean.
+// Sums: slot (row, chunk), then err[row] = the mean.
 struct Partials {
   explicit Partials(Shape const& shape)
       : chunks(chunks_of(shape.elements)), elements(shape.elements), slots(shape.rows * chunks) {}
@@ -176,11 +182,11 @@ void add_noise(NoiseArgs const& args, int threads) {
 
 void pair_error(ErrorArgs const& args, int threads) {
   Kernels const& k = *chosen();
-  Shape const shape = untangled(args.shape, args.target);
-  Partials err(shape), ref_err(shape);
+  Shape const shape = args.cross ? args.shape : untangled(args.shape, args.target);
+  Partials err(shape), ref_err(shape), cross(one_each(shape));
   for_each_chunk(shape, threads, [&](Piece const& piece) {
     int64_t const members = shape.rows / shape.pairs;
-    double lanes[2][kLanes] = {}, ref_lanes[2][kLanes] = {};
+    double lanes[2][kLanes] = {}, ref_lanes[2][kLanes] = {}, cross_lanes[kLanes] = {};
     for_targets(
         k, shape, args.target, piece, [&](int64_t begin, int64_t length, void const** y, Dtype y_dtype) {
           auto const sum = k.errors[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)];
@@ -190,14 +196,22 @@ void pair_error(ErrorArgs const& args, int threads) {
             sum(at(args.pred, args.dtype, offset), args.ref ? at(args.ref, args.dtype, offset) : nullptr,
                 y[m], length, lanes[m], ref_lanes[m]);
           }
+          if (!args.cross) return;
+          auto const of = [&](int64_t row) {
+            return at(args.pred, args.dtype, row * shape.elements + begin);
+          };
+          k.product[static_cast<int>(args.dtype)][static_cast<int>(y_dtype)](
+              of(piece.pair), y[0], of(piece.pair + shape.pairs), y[1], length, cross_lanes);
         });
     for (int64_t m = 0; m < members; ++m) {
       err.set(piece.pair + m * shape.pairs, piece.chunk, lanes[m]);
       ref_err.set(piece.pair + m * shape.pairs, piece.chunk, ref_lanes[m]);
     }
+    if (args.cross) cross.set(piece.pair, piece.chunk, cross_lanes);
   });
   err.means(args.err);
   if (args.ref) ref_err.means(args.ref_err);
+  if (args.cross) cross.means(args.cross);
 }
 
 void loss_epilogue(EpilogueArgs const& args) {
@@ -208,13 +222,15 @@ void loss_epilogue(EpilogueArgs const& args) {
     int64_t const l = w + args.pairs;
     PairResult const r =
         evaluate(args.objective, args.err[w], args.err[l], args.ref_err[w], args.ref_err[l],
-                 args.gain ? args.gain[w] : 0.0, args.weight ? args.weight[w] : 1.0, hyper);
+                 args.gain ? args.gain[w] : 0.0, args.weight ? args.weight[w] : 1.0,
+                 args.cross ? args.cross[w] : 0.0, hyper);
     sum += args.pair_loss[w] = r.loss;
     args.margin[w] = r.margin;
     args.importance[w] = r.importance_w;
     args.importance[l] = r.importance_l;
     args.coef[w] = r.coef_w;
     args.coef[l] = r.coef_l;
+    if (args.lambda) args.lambda[w] = r.lambda;
   }
   args.loss[0] = sum / static_cast<double>(args.pairs);
 }

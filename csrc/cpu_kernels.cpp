@@ -53,14 +53,14 @@ inline void wrote(bool past) {
 #endif
 }
 
-// v v + sum, rounded once.
-inline F square_plus(F v, F sum) {
+// a b + sum, rounded once.
+inline F product_plus(F a, F b, F sum) {
 #if defined(__x86_64__) && FASTPREF_WIDTH == 16
-  return _mm512_fmadd_ps(v, v, sum);
+  return _mm512_fmadd_ps(a, b, sum);
 #elif defined(__x86_64__) && FASTPREF_WIDTH == 8
-  return _mm256_fmadd_ps(v, v, sum);
+  return _mm256_fmadd_ps(a, b, sum);
 #else
-  for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(v[k], v[k], sum[k]);
+  for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(a[k], b[k], sum[k]);
   return sum;
 #endif
 }
@@ -150,8 +150,12 @@ constexpr int kStrip = 2;
 struct Sums {
   F even[kStrip] = {}, odd[kStrip] = {};
   inline void add(int step, F even_residual, F odd_residual) {
-    even[step] = square_plus(even_residual, even[step]);
-    odd[step] = square_plus(odd_residual, odd[step]);
+    even[step] = product_plus(even_residual, even_residual, even[step]);
+    odd[step] = product_plus(odd_residual, odd_residual, odd[step]);
+  }
+  inline void add(int step, Both const& a, Both const& b) {
+    even[step] = product_plus(a.even, b.even, even[step]);
+    odd[step] = product_plus(a.odd, b.odd, odd[step]);
   }
   inline void add_to(double* lanes, int first) const {
     double* const at = lanes + first * kWidth;
@@ -232,6 +236,38 @@ void errors(void const* pred, void const* ref, void const* target, int64_t n, do
   auto const loop = ref ? error_loop<P, T, true> : error_loop<P, T, false>;
   loop(static_cast<typename P::Scalar const*>(pred), static_cast<typename P::Scalar const*>(ref),
        static_cast<typename T::Scalar const*>(target), n, lanes, ref_lanes);
+}
+
+template <class P, class T>
+void product_loop(typename P::Scalar const* pred_w, typename T::Scalar const* target_w,
+                  typename P::Scalar const* pred_l, typename T::Scalar const* target_l, int64_t n,
+                  double* lanes) {
+  auto const residual = [](Both const& p, Both const& y) { return Both{p.even - y.even, p.odd - y.odd}; };
+  int64_t const done = for_strips(n, [&](int64_t begin, int64_t end, int first) {
+    Sums sums;
+    for (int64_t i = begin; i < end; i += kLanes)
+#pragma GCC unroll 16
+      for (int step = 0; step < kStrip; ++step) {
+        int64_t const at = i + step * kStep;
+        sums.add(step, residual(P::load(pred_w + at), T::load(target_w + at)),
+                 residual(P::load(pred_l + at), T::load(target_l + at)));
+      }
+    sums.add_to(lanes, first);
+  });
+  if (int64_t const rest = n - done) {
+    Padded<P> const p_w(pred_w + done, rest), p_l(pred_l + done, rest);
+    Padded<T> const t_w(target_w + done, rest), t_l(target_l + done, rest);
+    product_loop<P, T>(p_w.data, t_w.data, p_l.data, t_l.data, kLanes, lanes);
+  }
+}
+
+template <class P, class T>
+void product(void const* pred_w, void const* target_w, void const* pred_l, void const* target_l, int64_t n,
+             double* lanes) {
+  product_loop<P, T>(static_cast<typename P::Scalar const*>(pred_w),
+                     static_cast<typename T::Scalar const*>(target_w),
+                     static_cast<typename P::Scalar const*>(pred_l),
+                     static_cast<typename T::Scalar const*>(target_l), n, lanes);
 }
 
 template <class P, class T, bool kOther, bool kError>
@@ -397,6 +433,7 @@ extern Kernels const FASTPREF_ISA = {
     FASTPREF_NAME(FASTPREF_ISA),
 #define FASTPREF_ROW(name, P) {name<P, F32>, name<P, Bf16>, name<P, F16>}
     {FASTPREF_ROW(errors, F32), FASTPREF_ROW(errors, Bf16), FASTPREF_ROW(errors, F16)},
+    {FASTPREF_ROW(product, F32), FASTPREF_ROW(product, Bf16), FASTPREF_ROW(product, F16)},
     {FASTPREF_ROW(gradient, F32), FASTPREF_ROW(gradient, Bf16), FASTPREF_ROW(gradient, F16)},
 #undef FASTPREF_ROW
     normals_loop,

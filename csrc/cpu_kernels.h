@@ -16,6 +16,9 @@ struct Kernels {
   // lanes += (pred - target)^2, and the same of `ref` into ref_lanes where ref is set.
   void (*errors[kDtypes][kDtypes])(void const* pred, void const* ref, void const* target, int64_t n,
                                    double* lanes, double* ref_lanes);
+  // lanes += (pred_w - target_w)(pred_l - target_l)
+  void (*product[kDtypes][kDtypes])(void const* pred_w, void const* target_w, void const* pred_l,
+                                    void const* target_l, int64_t n, double* lanes);
   // out = factor (pred - target), plus other_factor (pred - other) where `other` is set;
   // lanes += (pred - target)^2 where lanes is set (not together with `other`). past: write `out` around
   // the caches, which is faster where it is larger than they are.

@@ -45,7 +45,8 @@ struct Target {
   float const *p, *q;  // [pairs]
 };
 
-// err[r] = mean over elements of (pred - y)^2; the same of `ref` (in pred's dtype) where it is set.
+// err[r] = mean over elements of (pred - y)^2; the same of `ref` (in pred's dtype) where it is set, and
+// cross[pair] = mean of (pred_w - y_w)(pred_l - y_l) where that is.
 struct ErrorArgs {
   Shape shape;
   void const* pred;  // [pred_rows, elements]
@@ -54,7 +55,8 @@ struct ErrorArgs {
   Target target;
   double* err;       // [rows]
   double* ref_err;   // [rows], written where ref is set
-  void* workspace;   // workspace_bytes(shape), CUDA only
+  void* workspace;   // workspace_bytes, CUDA only
+  double* cross;     // [pairs] or null; rows == pred_rows == 2 pairs where it is set
 };
 
 // The functor alone: everything float64. rows == 2 pairs.
@@ -70,11 +72,14 @@ struct EpilogueArgs {
   double* pair_loss;      // [pairs]
   double* margin;         // [pairs]
   double* importance;     // [2 pairs]
-  double* coef;           // [2 pairs]: d pair_loss / d err
+  double* coef;           // [2 pairs]: d pair_loss / d err, the loser's times lambda
+  double const* cross;    // [pairs] or null: 0, which is no safeguard
+  double* lambda;         // [pairs] or null: not asked for
 };
 
 // Errors and functor in one launch (on CUDA the last block to finish runs the functor).
-// error.err == epilogue.err; epilogue.ref_err == error.ref_err where error.ref is set.
+// error.err == epilogue.err, error.cross == epilogue.cross; epilogue.ref_err == error.ref_err where
+// error.ref is set.
 struct LossArgs {
   ErrorArgs error;
   EpilogueArgs epilogue;
@@ -113,8 +118,9 @@ char const* features();  // the instruction set in use: "avx512", "avx2" or "por
 }  // namespace cpu
 
 namespace cuda {
-// Bytes of ErrorArgs::workspace: one float64 per chunk of every row (twice with a reference) and a ticket.
-int64_t workspace_bytes(Shape const&, bool with_ref);
+// Bytes of ErrorArgs::workspace: one float64 per chunk of every row (twice with a reference) and, with
+// `cross`, of every pair; and a ticket.
+int64_t workspace_bytes(Shape const&, bool with_ref, bool with_cross);
 // Each returns null, or the text of the launch error. `stream` is a cudaStream_t.
 char const* add_noise(NoiseArgs const&, void* stream);
 char const* pair_error(ErrorArgs const&, void* stream);

@@ -43,10 +43,12 @@ FASTPREF_HD Dual clip(Dual a, double lo, double hi) {
 }
 
 enum class Combine { max = 0, min = 1, mean = 2 };
+enum class Placement { ratio = 0, loss = 1 };  // of the weights: within the sigmoid, or before it
 
 // Mirrored by objectives.py, which fills the tensor the kernels read.
 struct Hyper {
-  double beta, label_smoothing, alpha, clip, mask_threshold, combine, inverse_weight, sft_weight;
+  double beta, label_smoothing, alpha, clip, mask_threshold, combine, inverse_weight, sft_weight, placement,
+      safeguard;
 };
 constexpr int kHypers = sizeof(Hyper) / sizeof(double);
 
@@ -107,6 +109,10 @@ struct DpoCm {
     bool const keep_w = kept(weight_w, h), keep_l = kept(weight_l, h);
     double const c_w = keep_w ? fastpref::clip(weight_w, 1.0 - h.clip, 1.0 + h.clip) : 0.0;
     double const c_l = keep_l ? fastpref::clip(weight_l, 1.0 - h.clip, 1.0 + h.clip) : 0.0;
+    if (static_cast<Placement>(static_cast<int>(h.placement)) == Placement::loss) {
+      Dual const m = margin(e, h);
+      return {smoothed(m, h.label_smoothing) * (0.5 * (c_w + c_l)), m.v, weight_w, weight_l};
+    }
     Dual const m = ((e.w - e.ref_w) * c_w - (e.l - e.ref_l) * c_l) * (-0.5 * h.beta);
     Dual const loss = keep_w || keep_l ? smoothed(m, h.label_smoothing) : Dual{0, 0, 0};
     return {loss, m.v, weight_w, weight_l};
@@ -123,9 +129,11 @@ struct Sdpo {
                           : how == Combine::min ? smaller
                                                 : 0.5 * (weight_w + weight_l);
     double const c = fastpref::clip(weight, 1.0 - h.clip, 1.0 + h.clip);
-    double const scale = !kept(weight, h) ? 0.0 : h.inverse_weight != 0 ? 1.0 / c : c;
-    Dual const m = margin(e, h);
-    return {smoothed(m, h.label_smoothing) * scale, m.v, weight_w, weight_l};
+    double const scale = h.inverse_weight != 0 ? 1.0 / c : c, keep = kept(weight, h) ? 1.0 : 0.0;
+    bool const inside = static_cast<Placement>(static_cast<int>(h.placement)) == Placement::ratio;
+    Dual const m = margin(e, h) * (inside ? scale : 1.0);
+    Dual const loss = smoothed(m, h.label_smoothing) * (inside ? keep : keep * scale);
+    return {loss, m.v, weight_w, weight_l};
   }
 };
 
@@ -143,13 +151,23 @@ struct Spo {
 #define FASTPREF_OBJECTIVES(X) X(0, Dpo) X(1, Ipo) X(2, Hinge) X(3, Dmpo) X(4, DpoCm) X(5, Sdpo) X(6, Spo)
 
 struct PairResult {
-  double loss, margin, importance_w, importance_l, coef_w, coef_l;
+  double loss, margin, importance_w, importance_l, coef_w, coef_l, lambda;
 };
 
-// weight * (L + sft_weight * e_w) and its derivatives. An error or a gain that is not finite makes loss
-// and coefficients NaN whatever the objective says (a mask or a saturated sigmoid would hide it).
+// How much of the loser's gradient the safeguard leaves: as much as lets the winner's error fall, to
+// first order, by mu of what the winner's own gradient does. All of it where it works with the winner's.
+FASTPREF_HD double safeguard(double coef_w, double coef_l, double err_w, double cross, double mu) {
+  if (!(coef_l < 0 && cross > 0)) return 1;
+  double const share = coef_w < -coef_l ? coef_w / -coef_l : 1;
+  double const most = (1 - mu) * share * err_w;
+  return most < cross ? most / cross : 1;
+}
+
+// weight * (L + sft_weight * e_w) and its derivatives, the loser's times lambda. An error or a gain that
+// is not finite makes loss and coefficients NaN whatever the objective says (a mask or a saturated
+// sigmoid would hide it).
 FASTPREF_HD PairResult evaluate(int objective, double err_w, double err_l, double ref_w, double ref_l,
-                                double gain, double weight, Hyper const& h) {
+                                double gain, double weight, double cross, Hyper const& h) {
   Errors const e{{err_w, 1, 0}, {err_l, 0, 1}, ref_w, ref_l, gain};
   Outcome out{};
   switch (objective) {
@@ -162,8 +180,9 @@ FASTPREF_HD PairResult evaluate(int objective, double err_w, double err_l, doubl
   }
   Dual const total = (out.loss + e.w * h.sft_weight) * weight;
   double const poison = 0.0 * (err_w + err_l + ref_w + ref_l + gain);
-  return {total.v + poison, out.margin,       out.importance_w,
-          out.importance_l, total.w + poison, total.l + poison};
+  double const lambda = safeguard(total.w, total.l, err_w, cross, h.safeguard);
+  return {total.v + poison, out.margin,       out.importance_w,          out.importance_l,
+          total.w + poison, total.l * lambda + poison, lambda};
 }
 
 }  // namespace fastpref

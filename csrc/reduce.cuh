@@ -227,11 +227,11 @@ struct Residuals {
 
 // ---- sums ----
 
-// sum + d[0]^2 + d[1]^2 + ..., each rounded once.
+// sum + a[0] b[0] + a[1] b[1] + ..., each rounded once.
 template <int W>
-__device__ float add_squares(float sum, float const (&d)[W]) {
+__device__ float add_products(float sum, float const (&a)[W], float const (&b)[W]) {
 #pragma unroll
-  for (int i = 0; i < W; ++i) sum = fmaf(d[i], d[i], sum);
+  for (int i = 0; i < W; ++i) sum = fmaf(a[i], b[i], sum);
   return sum;
 }
 
@@ -241,20 +241,20 @@ inline __device__ double warp_sum(double x) {
   return x;
 }
 
-constexpr int kSums = 4;
+constexpr int kSums = 5;
 
-// Sums of kSums values over the block, warps in order: thread n < kSums returns the sum of values[n].
-inline __device__ double block_sum(double const (&values)[kSums]) {
+// Sums of `count` values over the block, warps in order: thread n < count returns the sum of values[n].
+inline __device__ double block_sum(double const (&values)[kSums], int count) {
   __shared__ double sums[kSums][kWarps];
   __syncthreads();  // the last call's sums have been read
 #pragma unroll
-  for (int n = 0; n < kSums; ++n) {
+  for (int n = 0; n < count; ++n) {
     double const sum = warp_sum(values[n]);
     if (threadIdx.x % 32 == 0) sums[n][threadIdx.x / 32] = sum;
   }
   __syncthreads();
   double total = 0;
-  if (threadIdx.x < kSums) {
+  if (static_cast<int>(threadIdx.x) < count) {
     for (int warp = 0; warp < kWarps; ++warp) total += sums[threadIdx.x][warp];
   }
   return total;

@@ -11,6 +11,7 @@ _PLACES = {
         "Target",
         "add_noise",
         "loss_from_errors",
+        "pair_cross",
         "pair_error",
         "preference_loss",
         "unit_seed",

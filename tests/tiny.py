@@ -153,8 +153,10 @@ def plain(c: Case, objective: Any, *, gain: Tensor | None = None) -> tuple[Tenso
 
     def errors(model: nn.Module) -> Tensor:
         said = c.family.predict(model, noisy, t, c.cond)
-        return (said.double() - y).square().flatten(1).mean(1)
+        residuals.append((said.double() - y).flatten(1))
+        return residuals[-1].square().mean(1)
 
+    residuals: list[Tensor] = []
     with torch.no_grad():
         ref_err = errors(c.base)
     err = errors(c.model)
@@ -164,7 +166,15 @@ def plain(c: Case, objective: Any, *, gain: Tensor | None = None) -> tuple[Tenso
     else:
         each = oracle.loss(objective, *err.chunk(2), *ref_err.chunk(2), gain)
     loss = (c.weight * each).mean()
-    loss.backward()
+    if objective is not None and objective.safeguard is not None:
+        # The loser's error counts lambda times in the gradient, not in the loss.
+        one, other = residuals[-1].detach().chunk(2)
+        slopes = torch.autograd.grad(loss, err, retain_graph=True)[0].chunk(2)
+        products = one.square().mean(1), (one * other).mean(1)
+        share = oracle.safeguard(*slopes, *products, objective.safeguard)
+        err.backward(torch.cat([slopes[0], share * slopes[1]]))
+    else:
+        loss.backward()
     return loss.detach(), err.detach(), ref_err
 
 

@@ -72,7 +72,8 @@ class PairLoss(NamedTuple):
     ref_err: Tensor  # [2B] reference errors
     margin: Tensor  # [B] what the loss sees: weighted in dpo_cm, clamped in spo
     importance: Tensor | None  # [2B] the unclipped wbar of each member; None where there is none
-    coef: Tensor  # [2B] d pair_loss / d err
+    coef: Tensor  # [2B] d pair_loss / d err, the losers' times the safeguard's lambda
+    safeguard: Tensor | None  # [B] that lambda; None where there is none
 
 
 def _describe(value: Any) -> str:
@@ -232,6 +233,23 @@ def pair_error(pred: Tensor, target: Tensor | Target) -> Tensor:
     return torch.ops.fastpref.pair_error(pred.contiguous(), *unpacked)
 
 
+def pair_cross(pred: Tensor, target: Tensor | Target) -> Tensor:
+    """<R_w, R_l> / D [B] float64 of the residuals R = pred - y, for `loss_from_errors`.
+
+    pred [2B, ...], winners first; target as in `pair_error`. Not differentiable. Sums as there.
+    Raises TypeError or ValueError on a wrong dtype, shape or device.
+    """
+    unpacked = _unpack("pair_cross", pred, target, True)
+    if pred.shape[0] != unpacked[0].shape[0]:
+        raise ValueError(
+            f"pair_cross: pred must have {unpacked[0].shape[0]} rows like target, winners then"
+            f" losers, got {pred.shape[0]}"
+        )
+    return torch.ops.fastpref.pair_cross(
+        pred.detach().contiguous(), unpacked[0].detach(), *unpacked[1:]
+    )
+
+
 def preference_loss(
     pred: Tensor,
     target: Tensor | Target,
@@ -253,8 +271,9 @@ def preference_loss(
     ref: the reference's predictions, like pred; or its errors [2B] (float32 or float64), cached.
     gain: [B], the importance gain g of dpo_cm and sdpo (`process.gain(draws)`), or SPO's k.
     weight: [B], default 1.
-    Only `loss` carries a gradient, d loss / d pred = weight dL/de 2 (pred - y) / (D B); a second
-    derivative raises RuntimeError. A NaN or Inf in any error or gain makes the loss NaN.
+    Only `loss` carries a gradient, d loss / d pred = weight dL/de 2 (pred - y) / (D B), a loser's
+    times lambda with a safeguard; a second derivative raises RuntimeError. A NaN or Inf in any
+    error or gain makes the loss NaN.
     Raises TypeError or ValueError on a wrong dtype, shape or device, a missing or useless gain.
     """
     function = "preference_loss"
@@ -283,11 +302,12 @@ def preference_loss(
         )
     hyper = objective.hyper_tensor(device)
     pred = pred.contiguous()  # a model's permuted view is copied once, not again in the backward
-    loss, pair_loss, err, ref_err, margin, importance, coef = ops.checked_pair_loss(
-        pred, data, *refs, hyper, gain, weight, objective.number, *draws
+    guarded = objective.safeguard is not None
+    loss, pair_loss, err, ref_err, margin, importance, share, coef = ops.checked_pair_loss(
+        pred, data, *refs, hyper, gain, weight, objective.number, guarded, *draws
     )
-    wbar = importance if objective.has_importance else None
-    return PairLoss(loss, pair_loss, err, ref_err, margin, wbar, coef)
+    wbar, share = importance if objective.has_importance else None, share if guarded else None
+    return PairLoss(loss, pair_loss, err, ref_err, margin, wbar, coef, share)
 
 
 def loss_from_errors(
@@ -297,12 +317,15 @@ def loss_from_errors(
     *,
     gain: Tensor | None = None,
     weight: Tensor | None = None,
+    cross: Tensor | None = None,
 ) -> PairLoss:
     """`preference_loss` from errors that are already there: the epilogue of the deferred step.
 
-    err, ref_err: [2B] float64, winners first; gain, weight [B]. `loss` is differentiable in err,
-    and coef [2B] = d pair_loss / d err.
-    Raises TypeError or ValueError on a wrong dtype, shape or device, a missing or useless gain.
+    err, ref_err: [2B] float64, winners first; gain, weight [B]; cross [B] float64, which a
+    safeguard needs: `pair_cross(pred, target)`. `loss` is differentiable in err, by
+    coef [2B] = d pair_loss / d err, the losers' times the safeguard's lambda.
+    Raises TypeError or ValueError on a wrong dtype, shape or device, a missing or useless gain or
+    cross.
     """
     function = "loss_from_errors"
     for name, value in (("err", err), ("ref_err", ref_err)):
@@ -320,17 +343,27 @@ def loss_from_errors(
         raise ValueError(
             f"{function}: ref_err must be like err, {_describe(err)}, got {_describe(ref_err)}"
         )
-    gain, weight = _per_pair(function, objective, gain, weight, err.shape[0] // 2, err.device)
-    loss, pair_loss, margin, importance, coef = torch.ops.fastpref.loss_epilogue(
+    pairs = err.shape[0] // 2
+    gain, weight = _per_pair(function, objective, gain, weight, pairs, err.device)
+    guarded = objective.safeguard is not None
+    if guarded != (cross is not None):
+        expected = f"[{pairs}] (pair_cross(pred, target))" if guarded else "None without safeguard"
+        got = "None" if cross is None else _describe(cross)
+        raise ValueError(f"{function}: cross must be {expected}, got {got}")
+    if guarded:
+        _check_per_pair(function, "cross", cross, pairs, err.device)
+        cross = cross.detach().double()
+    loss, pair_loss, margin, importance, share, coef = torch.ops.fastpref.loss_epilogue(
         err,
         ref_err.detach(),
         objective.hyper_tensor(err.device),
         gain,
         weight,
+        cross,
         objective.number,
     )
-    wbar = importance if objective.has_importance else None
-    return PairLoss(loss, pair_loss, err.detach(), ref_err.detach(), margin, wbar, coef)
+    wbar, share = importance if objective.has_importance else None, share if guarded else None
+    return PairLoss(loss, pair_loss, err.detach(), ref_err.detach(), margin, wbar, coef, share)
 
 
 def unit_seed(pred: Tensor, target: Tensor | Target) -> tuple[Tensor, Tensor, float]:

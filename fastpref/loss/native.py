@@ -34,6 +34,7 @@ else:
         )
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/kernels.h
+HYPERS = len(oracle.Hyper._fields)
 
 
 def build_info() -> dict[str, object]:
@@ -105,10 +106,12 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
-def workspace_of(native, shape: tuple, with_ref: bool, like: Tensor) -> Tensor | None:
+def workspace_of(
+    native, shape: tuple, with_ref: bool, like: Tensor, with_cross: bool = False
+) -> Tensor | None:
     if like.is_cpu:
         return None
-    size = native.workspace_bytes(*shape, with_ref)
+    size = native.workspace_bytes(*shape, with_ref, with_cross)
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
@@ -195,19 +198,31 @@ def pair_error(pred, target, seed, pair_id, index, p, q):
     workspace = workspace_of(native, shape, False, pred)
     _launch(
         native.pair_error, pred, *shape, pred, None, pred.dtype, target, target.dtype,
-        seed, pair_id, index, p, q, err, None, workspace,
+        seed, pair_id, index, p, q, err, None, workspace, None,
     )  # fmt: skip
     return err
 
 
+def pair_cross(pred, target, seed, pair_id, index, p, q):
+    shape = _shape_of_pairs("pair_cross", pred, target, True, pair_id, index, p, q)
+    native = launchers(pred, pred.dtype, target.dtype)
+    if native is None:
+        return oracle.pair_cross(pred, _regenerated(target, seed, pair_id, index, p, q))
+    err, cross = empty(pred, shape[0]), empty(pred, shape[1])
+    workspace = workspace_of(native, shape, False, pred, True)
+    _launch(
+        native.pair_error, pred, *shape, pred, None, pred.dtype, target, target.dtype,
+        seed, pair_id, index, p, q, err, None, workspace, cross,
+    )  # fmt: skip
+    return cross
+
+
 def pair_loss(
-    pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index, p, q
-):
-    rows = target.shape[0]
-    pairs = rows // 2
-    if rows % 2:
-        _fail("pair_loss", "the target's batch", "even, winners first", rows)
-    shape = _shape("pair_loss", pred, target, pairs, pair_id, index, p, q)
+    pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, seed, pair_id, index, p,
+    q,
+):  # fmt: skip
+    shape = _shape_of_pairs("pair_loss", pred, target, safeguard, pair_id, index, p, q)
+    pairs = shape[1]
     if (ref is None) == (ref_err is None):
         _fail("pair_loss", "one of ref and ref_err", "given", "both or neither")
     if ref is not None and (ref.shape != pred.shape or ref.device != pred.device):
@@ -220,56 +235,71 @@ def pair_loss(
         ref, ref_err = None, pair_error(ref, target, seed, pair_id, index, p, q)
     if native is None:
         err = pair_error(pred, target, seed, pair_id, index, p, q)
-        loss, *rest = loss_epilogue(err, ref_err, hyper, gain, weight, objective)
+        cross = pair_cross(pred, target, seed, pair_id, index, p, q) if safeguard else None
+        loss, *rest = loss_epilogue(err, ref_err, hyper, gain, weight, cross, objective)
         # A clone, here and below: no output of an operator may be one of its inputs (opcheck).
         return loss, rest[0], err, ref_err.clone(), *rest[1:]
     return checked_pair_loss(
-        native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id,
-        index, p, q,
+        native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, seed,
+        pair_id, index, p, q,
     )  # fmt: skip
 
 
+def _shape_of_pairs(op: str, pred, target, both: bool, pair_id, index, p, q):
+    """`_shape` of 2B rows, winners first; both: each with a prediction of its own."""
+    rows = target.shape[0]
+    if rows % 2:
+        _fail(op, "the target's batch", "even, winners first", rows)
+    shape = _shape(op, pred, target, rows // 2, pair_id, index, p, q)
+    if both and pred.shape[0] != rows:
+        _fail(op, "pred", f"of the target's {rows} rows", pred.shape[0])
+    return shape
+
+
 def checked_pair_loss(
-    native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, seed, pair_id, index,
-    p, q,
+    native, shape, pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, seed,
+    pair_id, index, p, q,
 ):  # fmt: skip
     """pair_loss by these launchers, of what has been checked; shape: as `_shape` gives it."""
     rows, pairs, *_ = shape
     loss, pair_loss, margin = empty(pred), empty(pred, pairs), empty(pred, pairs)
     err, importance, coef = empty(pred, rows), empty(pred, rows), empty(pred, rows)
     ref_err = ref_err.clone() if ref is None else empty(pred, rows)
-    workspace = workspace_of(native, shape, ref is not None, pred)
+    cross, share = empty(pred, pairs) if safeguard else None, empty(pred, pairs if safeguard else 0)
+    workspace = workspace_of(native, shape, ref is not None, pred, safeguard)
     _launch(
         native.pair_loss, pred, *shape[1:], pred, ref, pred.dtype, target, target.dtype,
         seed, pair_id, index, p, q, err, ref_err, workspace, objective, hyper, gain, weight,
-        loss, pair_loss, margin, importance, coef,
+        loss, pair_loss, margin, importance, coef, cross, share if safeguard else None,
     )  # fmt: skip
-    return loss, pair_loss, err, ref_err, margin, importance, coef
+    return loss, pair_loss, err, ref_err, margin, importance, share, coef
 
 
 def _check_scalars(op: str, pairs: int, like: Tensor, hyper, gain, weight, *errors) -> None:
-    sizes = [("hyper", hyper, 8), ("gain", gain, pairs), ("weight", weight, pairs)]
+    sizes = [("hyper", hyper, HYPERS), ("gain", gain, pairs), ("weight", weight, pairs)]
     sizes += [("the errors", err, 2 * pairs) for err in errors]
     for name, tensor, size in sizes:
         _check_vector(op, name, tensor, size, torch.float64, like)
 
 
-def loss_epilogue(err, ref_err, hyper, gain, weight, objective):
+def loss_epilogue(err, ref_err, hyper, gain, weight, cross, objective):
     pairs, odd = divmod(len(err), 2)
     if odd or pairs == 0:
         _fail("loss_epilogue", "err", "[2B], winners first", list(err.shape))
     _check_scalars("loss_epilogue", pairs, err, hyper, gain, weight, err, ref_err)
+    _check_vector("loss_epilogue", "cross", cross, pairs, torch.float64, err)
     _check_objective("loss_epilogue", objective)
     native = launchers(err) if known(objective) else None
     if native is None:
-        return oracle.epilogue(objective, hyper, err, ref_err, gain, weight)
+        return oracle.epilogue(objective, hyper, err, ref_err, gain, weight, cross)
     loss, pair_loss, margin = empty(err), empty(err, pairs), empty(err, pairs)
     importance, coef = empty(err, 2 * pairs), empty(err, 2 * pairs)
+    share = empty(err, 0 if cross is None else pairs)
     _launch(
         native.loss_epilogue, err, pairs, objective, hyper, gain, weight, err, ref_err,
-        loss, pair_loss, margin, importance, coef,
+        loss, pair_loss, margin, importance, coef, cross, None if cross is None else share,
     )  # fmt: skip
-    return loss, pair_loss, margin, importance, coef
+    return loss, pair_loss, margin, importance, share, coef
 
 
 def pair_grad(pred, target, coef, grad, scale, seed, pair_id, index, p, q):

@@ -12,6 +12,7 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 COMBINE = ("max", "min", "mean")  # the place is the number csrc reads
+PLACEMENTS = ("ratio", "loss")  # likewise
 BETA_CONVENTIONS = ("half_mean", "mean", "half_sum", "sum")
 
 _RANGES = {
@@ -22,7 +23,9 @@ _RANGES = {
     "clip": ("> 0 and < 1", lambda x: 0 < x < 1),
     "mask_threshold": ("> 0 and <= 1", lambda x: 0 < x <= 1),
     "sft_weight": (">= 0", lambda x: x >= 0),
+    "safeguard": (">= 0 and < 1", lambda x: 0 <= x < 1),
 }
+_CHOICES = {"combine": COMBINE, "placement": PLACEMENTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,14 @@ class Objective:
 
     d = e - r, the margin m = -(beta/2) (d_w - d_l), and a pair's loss weight (L + sft_weight e_w).
     beta (> 0) is in the `half_mean` convention and has no default; sft_weight >= 0.
+
+    safeguard: mu in [0, 1) scales the loser's gradient, not the loss, by one lambda a pair, so that
+    to first order the winner's error does not rise. With residuals R = pred - y and
+    c = dL/de of winner and loser, where c_l < 0 and <R_w, R_l> > 0,
+        lambda = min(1, (1 - mu) min(1, c_w / -c_l) <R_w, R_w> / <R_w, R_l>),
+    else 1: so also beyond dmpo's and ipo's optimum, where the loser's gradient helps the winner.
+    Diffusion-SDPO (arXiv 2511.03317) has it without the c, which are equal but for sft_weight
+    (c_w is larger then) and dpo_cm at placement ratio, and one lambda for a batch.
     Raises ValueError or TypeError, naming the option, what was expected and what came.
     """
 
@@ -41,10 +52,13 @@ class Objective:
 
     beta: float
     sft_weight: float = 0.0
+    safeguard: float | None = None
 
     def __post_init__(self) -> None:
         for option in (field.name for field in fields(self)):
             value = getattr(self, option)
+            if option == "safeguard" and value is None:
+                continue
             if option in _RANGES:
                 expected, valid = _RANGES[option]
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -56,10 +70,9 @@ class Objective:
                     raise ValueError(
                         f"{self.name}: {option} must be finite and {expected}, got {value}"
                     )
-            elif option == "combine" and value not in COMBINE:
-                raise ValueError(
-                    f"{self.name}: combine must be one of {', '.join(COMBINE)}, got {value!r}"
-                )
+            elif value not in _CHOICES.get(option, [value]):
+                expected = ", ".join(_CHOICES[option])
+                raise ValueError(f"{self.name}: {option} must be one of {expected}, got {value!r}")
             elif option == "inverse_weight" and not isinstance(value, bool):
                 raise TypeError(f"{self.name}: inverse_weight must be true or false, got {value!r}")
 
@@ -69,7 +82,7 @@ class Objective:
         return list(OBJECTIVES).index(self.name)
 
     def hyper(self) -> tuple[float, ...]:
-        """The eight numbers the kernels read, as `Hyper` in csrc/objectives.h; 0 where unused."""
+        """The ten numbers the kernels read, as `Hyper` in csrc/objectives.h; 0 where unused."""
         return (
             float(self.beta),
             float(getattr(self, "label_smoothing", 0.0)),
@@ -79,10 +92,12 @@ class Objective:
             float(COMBINE.index(getattr(self, "combine", "max"))),
             float(getattr(self, "inverse_weight", False)),
             float(self.sft_weight),
+            float(PLACEMENTS.index(getattr(self, "placement", "ratio"))),
+            float(self.safeguard or 0.0),
         )
 
     def hyper_tensor(self, device: torch.device) -> Tensor:
-        """`hyper()` as a float64 tensor [8], made once per (objective, device)."""
+        """`hyper()` as a float64 tensor [10], made once per (objective, device)."""
         # The name of a type is a string made anew at every look, which the CPU can do without.
         if device != _CPU and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # whatever it is called
@@ -146,8 +161,9 @@ class DPOCM(Objective):
     """DPO at m = -(beta/2) (M_w c_w d_w - M_l c_l d_l), and L = 0 where both members are masked.
 
     wbar = exp(-g e / 2) detached, c = clip(wbar, 1-clip, 1+clip), M = [wbar >= mask_threshold];
-    clip in (0, 1), mask_threshold in (0, 1]. DPO-C&M of arXiv 2505.21893: the ratio, the clip range
-    and the threshold are the authors', the form of the loss is ours.
+    clip in (0, 1), mask_threshold in (0, 1]. So with placement ratio, the default; with placement
+    loss it is (M_w c_w + M_l c_l) / 2 times DPO's loss. DPO-C&M of arXiv 2505.21893: the ratio, the
+    clip range and the threshold are the authors', the form of the loss is ours.
     """
 
     name: ClassVar[str] = "dpo_cm"
@@ -157,15 +173,17 @@ class DPOCM(Objective):
     label_smoothing: float = 0.0
     clip: float = 0.1
     mask_threshold: float = 0.9
+    placement: Literal["ratio", "loss"] = "ratio"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDPO(Objective):
     """M c times DPO's loss: one weight for the pair, wbar = combine(wbar_w, wbar_l).
 
-    wbar, M and c as in DPOCM; combine in {max, min, mean}; inverse_weight takes 1/c for c. SDPO,
-    now SIPO (arXiv 2505.21893): the ratio, the clip range and the threshold are the authors', the
-    form of the loss is ours.
+    wbar, M and c as in DPOCM; combine in {max, min, mean}; inverse_weight takes 1/c for c. So with
+    placement loss, the default; with placement ratio it is M times DPO's loss at c m. SDPO, now
+    SIPO (arXiv 2505.21893): the ratio, the clip range and the threshold are the authors', the form
+    of the loss is ours.
     """
 
     name: ClassVar[str] = "sdpo"
@@ -177,6 +195,7 @@ class SDPO(Objective):
     mask_threshold: float = 0.9
     combine: Literal["max", "min", "mean"] = "max"
     inverse_weight: bool = False
+    placement: Literal["ratio", "loss"] = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +210,14 @@ class SPO(Objective):
     needs_gain: ClassVar[bool] = True
     has_zeros: ClassVar[bool] = True
     clip: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.safeguard is not None:
+            raise ValueError(
+                "spo: safeguard has no effect, expected None: its two errors are of one prediction,"
+                f" not of noise, got {self.safeguard!r}"
+            )
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

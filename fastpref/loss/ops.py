@@ -18,14 +18,16 @@ SCHEMAS = {
     "add_noise": "(Tensor x0, Tensor pair_id, Tensor index, Tensor a, Tensor s, int seed,"
     " ScalarType? dtype=None) -> Tensor",
     "pair_error": f"(Tensor pred, Tensor target, {_TARGET}) -> Tensor",
+    "pair_cross": f"(Tensor pred, Tensor target, {_TARGET}) -> Tensor",
     "pair_loss": "(Tensor pred, Tensor target, Tensor? ref, Tensor? ref_err, Tensor hyper,"
-    f" Tensor? gain, Tensor? weight, int objective, {_TARGET}) -> (Tensor loss, Tensor pair_loss,"
-    " Tensor err, Tensor ref_err, Tensor margin, Tensor importance, Tensor coef)",
+    f" Tensor? gain, Tensor? weight, int objective, bool safeguard, {_TARGET}) -> (Tensor loss,"
+    " Tensor pair_loss, Tensor err, Tensor ref_err, Tensor margin, Tensor importance, Tensor share,"
+    " Tensor coef)",
     "pair_grad": f"(Tensor pred, Tensor target, Tensor coef, Tensor? grad, float scale, {_TARGET})"
     " -> Tensor",
     "loss_epilogue": "(Tensor err, Tensor ref_err, Tensor hyper, Tensor? gain, Tensor? weight,"
-    " int objective) -> (Tensor loss, Tensor pair_loss, Tensor margin, Tensor importance,"
-    " Tensor coef)",
+    " Tensor? cross, int objective) -> (Tensor loss, Tensor pair_loss, Tensor margin,"
+    " Tensor importance, Tensor share, Tensor coef)",
     "unit_seed": f"(Tensor pred, Tensor target, float scale, {_TARGET}) -> (Tensor err,"
     " Tensor seed)",
 }
@@ -46,9 +48,14 @@ def _fake_pair_error(pred, target, *_):
     return empty(pred, target.shape[0])
 
 
-def _fake_pair_loss(pred, target, *_):
+def _fake_pair_cross(pred, target, *_):
+    return empty(pred, target.shape[0] // 2)
+
+
+def _fake_pair_loss(pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, *_):
     rows = target.shape[0]
-    sizes = [(), (rows // 2,), (rows,), (rows,), (rows // 2,), (rows,), (rows,)]
+    pairs = rows // 2
+    sizes = [(), (pairs,), (rows,), (rows,), (pairs,), (rows,), (pairs * safeguard,), (rows,)]
     return tuple(empty(pred, *size) for size in sizes)
 
 
@@ -57,9 +64,11 @@ def _fake_pair_grad(pred, *_):
     return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
 
 
-def _fake_loss_epilogue(err, *_):
+def _fake_loss_epilogue(err, ref_err, hyper, gain, weight, cross, objective):
     rows = err.shape[0]
-    return tuple(empty(err, *size) for size in [(), (rows // 2,), (rows // 2,), (rows,), (rows,)])
+    pairs = rows // 2
+    sizes = [(), (pairs,), (pairs,), (rows,), (0 if cross is None else pairs,), (rows,)]
+    return tuple(empty(err, *size) for size in sizes)
 
 
 def _fake_unit_seed(pred, target, *_):
@@ -98,21 +107,21 @@ def _keep_pair_loss(ctx, inputs, output) -> None:
     pred, target, *_, ctx.seed, pair_id, index, p, q = inputs
     ctx.save_for_backward(pred, target, output[-1], pair_id, index, p, q)
     ctx.mark_non_differentiable(*output[1:])
-    # Else each backward would fill zeros for the six outputs that have no gradient.
+    # Else each backward would fill zeros for the seven outputs that have no gradient.
     ctx.set_materialize_grads(False)
 
 
 def _backward_pair_loss(ctx, grad, *_):
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     pred, target, coef, *draws = ctx.saved_tensors
     scale = 2.0 / target.shape[0]
     grad_pred = torch.ops.fastpref.pair_grad(pred, target, coef, grad, scale, ctx.seed, *draws)
-    return grad_pred, *[None] * 12
+    return grad_pred, *[None] * 13
 
 
 def _keep_loss_epilogue(ctx, inputs, output) -> None:
-    _only("loss_epilogue", ctx, {1: "ref_err", 3: "gain", 4: "weight"})
+    _only("loss_epilogue", ctx, {1: "ref_err", 3: "gain", 4: "weight", 5: "cross"})
     ctx.save_for_backward(inputs[0], output[-1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -124,7 +133,7 @@ def _backward_loss_epilogue(ctx, grad, *_):
     # To autograd coef is a constant: a second derivative would be missing without a word.
     if grad_err is not None and torch.is_grad_enabled():  # create_graph
         grad_err = _Final.apply(grad_err, err)
-    return grad_err, *[None] * 5
+    return grad_err, *[None] * 6
 
 
 def _keep_pair_grad(ctx, inputs, output) -> None:
@@ -199,13 +208,14 @@ _apply = super(torch.autograd.Function, _PairLoss).apply
 
 
 def checked_pair_loss(
-    pred: Tensor, target: Tensor, ref, ref_err, hyper, gain, weight, objective: int, *draws
-) -> tuple[Tensor, ...]:
+    pred: Tensor, target: Tensor, ref, ref_err, hyper, gain, weight, objective: int,
+    safeguard: bool, *draws,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """torch.ops.fastpref.pair_loss of checked inputs, by the shortest way that gives the same.
 
     Of the tensors only pred and target may require a gradient.
     """
-    inputs = target, ref, ref_err, hyper, gain, weight, objective, *draws
+    inputs = target, ref, ref_err, hyper, gain, weight, objective, safeguard, *draws
     recorded = torch.is_grad_enabled()
     core = native.launchers(pred, pred.dtype, target.dtype) if _unwatched(pred) else None
     if core is None or not native.known(objective) or (recorded and target.requires_grad):

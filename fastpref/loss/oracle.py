@@ -24,6 +24,8 @@ class Hyper(NamedTuple):
     combine: Tensor  # 0 max, 1 min, 2 mean
     inverse_weight: Tensor
     sft_weight: Tensor
+    placement: Tensor  # 0 ratio, 1 loss
+    safeguard: Tensor
 
 
 class Objective(Protocol):
@@ -92,8 +94,11 @@ def _dpo_cm(h, e_w, e_l, r_w, r_l, gain):
     bar_w, bar_l = importance(e_w, gain), importance(e_l, gain)
     kept_w, kept_l = _kept(bar_w, h), _kept(bar_l, h)
     c_w, c_l = _clipped(bar_w, h) * kept_w, _clipped(bar_l, h) * kept_l
-    m = -0.5 * h.beta * (c_w * (e_w - r_w) - c_l * (e_l - r_l))
-    return _smoothed(m, h.label_smoothing) * (kept_w | kept_l), m
+    outside = h.placement == 1
+    weighted = -0.5 * h.beta * (c_w * (e_w - r_w) - c_l * (e_l - r_l))
+    m = torch.where(outside, margin(h.beta, e_w, e_l, r_w, r_l), weighted)
+    scale = torch.where(outside, (c_w + c_l) / 2, (kept_w | kept_l).to(m.dtype))
+    return _smoothed(m, h.label_smoothing) * scale, m
 
 
 def _sdpo(h, e_w, e_l, r_w, r_l, gain):
@@ -101,9 +106,10 @@ def _sdpo(h, e_w, e_l, r_w, r_l, gain):
     mean_or_min = torch.where(h.combine == 2, (bar_w + bar_l) / 2, torch.minimum(bar_w, bar_l))
     wbar = torch.where(h.combine == 0, torch.maximum(bar_w, bar_l), mean_or_min)
     c = _clipped(wbar, h)
-    m = margin(h.beta, e_w, e_l, r_w, r_l)
-    scale = _kept(wbar, h) * torch.where(h.inverse_weight != 0, 1 / c, c)
-    return scale * _smoothed(m, h.label_smoothing), m
+    c = torch.where(h.inverse_weight != 0, 1 / c, c)
+    on_ratio = torch.where(h.placement == 0, c, 1.0)
+    m = on_ratio * margin(h.beta, e_w, e_l, r_w, r_l)
+    return _kept(wbar, h) * (c / on_ratio) * _smoothed(m, h.label_smoothing), m
 
 
 def _spo(h, e_w, e_l, r_w, r_l, gain):
@@ -160,10 +166,13 @@ def epilogue(
     ref_err: Tensor,
     gain: Tensor | None,
     weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(mean loss [], pair_loss [B], margin [B], importance [2B], coef [2B] = d pair_loss / d err).
+    cross: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mean loss [], pair_loss [B], margin [B], importance [2B], lambda [B], coef [2B]).
 
-    err, ref_err [2B], winners first; pair_loss carries the weight. Nothing returned has a graph.
+    err, ref_err [2B], winners first; pair_loss carries the weight. coef = d pair_loss / d err, the
+    losers' times lambda, the safeguard's by cross = <R_w, R_l> / D [B]; without one lambda is [0].
+    Nothing returned has a graph.
     """
     gain = torch.zeros_like(ref_err[: len(ref_err) // 2]) if gain is None else gain
     weight = torch.ones_like(gain) if weight is None else weight
@@ -190,7 +199,22 @@ def epilogue(
     coef = torch.cat(coefs) + pair_loss.mul(0).repeat(2)
     weighted = OBJECTIVES[number] in _WEIGHTED
     wbar = importance(err, gain.repeat(2)) if weighted else torch.ones_like(err)
-    return pair_loss.mean(), pair_loss, m, wbar, coef
+    share = err.new_empty(0)
+    if cross is not None:
+        share = safeguard(
+            *coef.chunk(2), err.chunk(2)[0], cross, hyper[Hyper._fields.index("safeguard")]
+        )
+        coef = torch.cat([coef.chunk(2)[0], coef.chunk(2)[1] * share])
+    return pair_loss.mean(), pair_loss, m, wbar, share, coef
+
+
+def safeguard(
+    coef_w: Tensor, coef_l: Tensor, err_w: Tensor, cross: Tensor, mu: Tensor | float
+) -> Tensor:
+    """lambda [B] of Diffusion-SDPO: see `fastpref.objectives.Objective`."""
+    balance = (coef_w / -coef_l).clamp(max=1)
+    share = ((1 - mu) * balance * (err_w / cross)).clamp(0, 1)
+    return torch.where((coef_l < 0) & (cross > 0), share, 1.0)
 
 
 # --- Errors and noise ---
@@ -201,6 +225,12 @@ def pair_error(pred: Tensor, target: Tensor) -> Tensor:
     rows = target.shape[0]
     pred = pred.reshape(pred.shape[0], -1).double().repeat(rows // pred.shape[0], 1)
     return (pred - target.reshape(rows, -1).double()).square().mean(1)
+
+
+def pair_cross(pred: Tensor, target: Tensor) -> Tensor:
+    """<R_w, R_l> / D [B] float64 of residuals R = pred - target [2B, ...], winners first."""
+    winner, loser = (pred.double() - target.double()).flatten(1).chunk(2)
+    return (winner * loser).mean(1)
 
 
 def pair_grad(pred: Tensor, target: Tensor, factor: Tensor) -> Tensor:

@@ -59,7 +59,14 @@ from .telemetry import Clock, Log, Meter
 
 # Fields of a config that are options of what is built from them.
 DATA = ("family", "model", "device", "num_frames", "height", "width", "fps")
-NOISE = ("timestep_range", "time_sampling", "shift", "importance_steps")
+NOISE = (
+    "timestep_range",
+    "time_sampling",
+    "logit_mean",
+    "logit_std",
+    "shift",
+    "importance_steps",
+)
 DRAWS = ("seed", "draws_per_pair", "prompt_dropout")
 
 # (epoch, batch, its draws) -> the reference's errors [2B] float64, or None: the reference is asked

@@ -48,6 +48,10 @@ ZERO_GRADIENTS: Need = (
     "has no effect with objective {objective}: no gradient is zero; remove it",
     lambda c: c.objective in ZEROS,
 )
+LOGIT_NORMAL: Need = (
+    "has no effect with time_sampling {time_sampling}: remove it, or set it to logit_normal",
+    lambda c: c.time_sampling == "logit_normal",
+)
 NO_GRAPHS: Need = (
     "waits for the device, which a recorded step cannot: remove cuda_graphs",
     lambda c: not c.cuda_graphs,
@@ -95,6 +99,12 @@ class Pairs(Options):
         help="sdpo: max, min or mean of the two members' importance weights")
     inverse_weight: bool | None = option(None,
         help="sdpo: divide by the clipped weight instead of multiplying")
+    placement: Literal["ratio", "loss"] | None = option(None,
+        help="dpo_cm, sdpo: the importance weight stands on the log-ratios within the sigmoid "
+        "(ratio; dpo_cm's default) or on the loss (sdpo's)")
+    safeguard: float | None = option(None,
+        help="mu, 0 <= mu < 1: scales the loser's gradient so that to first order the winner's "
+        "error does not rise (published with SD1.5 0.9, SDXL 0.6)")
     label_smoothing: float | None = option(None,
         help="dpo, dpo_cm, sdpo: probability that a label is flipped")
     sft_weight: float | None = option(None,
@@ -107,6 +117,10 @@ class Pairs(Options):
         help="window on the noise level (flow: sigma; DDPM: t / T) that draws are restricted to")
     time_sampling: Literal["uniform", "logit_normal"] | None = option(None,
         help="flow: uniform or logit_normal draws of the time before the shift")
+    logit_mean: float | None = option(None, needs=[LOGIT_NORMAL],
+        help="flow: mean of the time's logit (default 0; above it more noise)")
+    logit_std: float | None = option(None, POSITIVE, needs=[LOGIT_NORMAL],
+        help="flow: standard deviation of the time's logit (default 1)")
     shift: float | None = option(None, POSITIVE,
         help="flow: overrides the timestep shift of the model's scheduler")
     draws_per_pair: int | None = option(None, POSITIVE, at_most(2**28), default_with=(CACHED, 8),

@@ -273,6 +273,8 @@ def pair_values(
         "rewards/accuracies": right,
         "implicit_acc": right,  # diffusers' name of the same; the one above is TRL's
     }
+    if out.safeguard is not None:
+        values["safeguard/lambda"] = out.safeguard
     if out.importance is not None:
         weights = out.importance.view(2, -1)
         values["importance/weight"] = weights.mean(0)

@@ -16,12 +16,13 @@ from ..loss.functional import (
     PairLoss,
     Target,
     loss_from_errors,
+    pair_cross,
     pair_error,
     preference_loss,
     unit_seed,
 )
 from ..loss.objectives import Objective
-from .reference import Policy, Reference, member
+from .reference import Policy, Reference, member, part
 
 
 def training_loss(
@@ -88,8 +89,8 @@ def deferred(
     winner's backward runs first, from e_w itself, into a side buffer S; its graph is freed; the
     loser's forward completes the errors; its backward runs with its true seed; then
     grad += f_w S. Exact for every objective of four errors; the coefficients never leave the
-    device. skip_zeros spares the loser's backward where both coefficients are zero; the winner's
-    has run by then.
+    device. A safeguard keeps the winner's prediction until the loser's is there. skip_zeros spares
+    the loser's backward where both coefficients are zero; the winner's has run by then.
 
     Of a model in shards there is no buffer, which would be as large as the whole: the winner's
     forward runs once more instead, before all else and without gradient.
@@ -106,7 +107,7 @@ def deferred(
     if in_shards(parameters):
         inputs = (noisy, t, target, cond, ref_err)
         return _winner_twice(policy, reference, *inputs, objective, gain, weight, scale)
-    known, err, said = ref_err is not None, [], []
+    known, err, said, crosses = ref_err is not None, [], [], []
     for i in range(pairs):
         own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
 
@@ -116,12 +117,17 @@ def deferred(
         err_w, seed, unit = unit_seed(pred, y)
         # allow_unused: what the pass has not reached, `backward` too would leave alone.
         side = torch.autograd.grad(pred, parameters, seed, allow_unused=True)
+        winner = pred.detach() if guarded(objective) else None
         del pred, seed
 
         inputs, y = member(noisy, t, target, cond, pairs + i, pairs)
         if not known:
             refs.append(pair_error(reference(*inputs), y))
-        err_l = pair_error(policy(*inputs), y)
+        pred = policy(*inputs)
+        err_l = pair_error(pred, y)
+        own.append(products(winner, pred, target, i, pairs))
+        crosses.append(own[-1])
+        del pred, winner
         if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
             err_l = err_l.detach()  # other code to compile
         err.append(torch.cat([err_w, err_l]))
@@ -134,9 +140,7 @@ def deferred(
             if out.loss.requires_grad:  # in sft it does not
                 (out.loss * (scale / pairs)).backward(inputs=list(parameters))
             add_scaled(parameters, side, out.coef[0] * (scale / (pairs * unit)))
-    # Once more over all pairs: the numbers of a joint step.
-    every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
-    return finish(*every, objective, gain, weight)
+    return summary(err, said, crosses, objective, gain, weight)
 
 
 def _winner_twice(
@@ -153,7 +157,7 @@ def _winner_twice(
     scale: float,
 ) -> PairLoss:
     """`deferred` by a forward more, each backward with its true coefficient."""
-    pairs, err, said = len(noisy) // 2, [], []
+    pairs, err, said, crosses = len(noisy) // 2, [], [], []
     for i in range(pairs):
         own = [None if v is None else v[i : i + 1] for v in (gain, weight)]
         (winner, y), (loser, z) = (
@@ -163,8 +167,13 @@ def _winner_twice(
             refs = [pair_error(reference(*winner), y), pair_error(reference(*loser), z)]
         said.append(torch.cat(refs) if ref_err is None else ref_err[i::pairs])
         with torch.no_grad():
-            err_w = pair_error(policy(*winner), y)
-        err_l = pair_error(policy(*loser), z)
+            pred_w = policy(*winner)
+            err_w = pair_error(pred_w, y)
+        pred = policy(*loser)
+        err_l = pair_error(pred, z)
+        own.append(products(pred_w if guarded(objective) else None, pred, target, i, pairs))
+        crosses.append(own[-1])
+        del pred, pred_w
         if objective is None:  # sft leaves the loser alone
             err_l = err_l.detach()
         err.append(torch.cat([err_w, err_l]))
@@ -172,8 +181,21 @@ def _winner_twice(
         if out.loss.requires_grad:
             (out.loss * (scale / pairs)).backward()
         (pair_error(policy(*winner), y) * (out.coef[0] * (scale / pairs))).sum().backward()
+    return summary(err, said, crosses, objective, gain, weight)
+
+
+def summary(
+    err: list[Tensor],
+    said: list[Tensor],
+    crosses: list[Tensor | None],
+    objective: Objective | None,
+    gain: Tensor | None,
+    weight: Tensor | None,
+) -> PairLoss:
+    """Once more over all pairs, of each one's: the numbers of a joint step."""
     every = (torch.stack(v).detach().T.reshape(-1) for v in (err, said))
-    return finish(*every, objective, gain, weight)
+    cross = torch.cat(crosses) if guarded(objective) else None
+    return finish(*every, objective, gain, weight, cross)
 
 
 def split(
@@ -203,18 +225,23 @@ def split(
 
     Between forward and backward a pair's two processes tell each other two float64 numbers, e and
     r; either then knows the loss, and what its own error's gradient counts in it. Exact for every
-    objective of four errors, with half the activations of a batch.
+    objective of four errors, with half the activations of a batch. With a safeguard they also tell
+    each other their predictions.
     """
     pairs = len(noisy) // 2
     inputs, y = member(noisy, t, target, cond, member_of * pairs, pairs, pairs)
     own_ref = (
         pair_error(reference(*inputs), y) if ref_err is None else ref_err.view(2, -1)[member_of]
     )
-    err = pair_error(policy(*inputs), y)
+    pred = policy(*inputs)
+    err, cross = pair_error(pred, y), None
+    if guarded(objective):
+        both = exchange(pred.detach().reshape(-1))
+        cross = pair_cross(both.view(2 * pairs, *pred.shape[1:]), target)
     said = exchange(torch.cat([err.detach(), own_ref])).view(2, 2, pairs)  # [member, e or r, pair]
     every = list(said[:, 0])
     every[member_of] = err
-    out = finish(torch.cat(every), said[:, 1].reshape(-1), objective, gain, weight)
+    out = finish(torch.cat(every), said[:, 1].reshape(-1), objective, gain, weight, cross)
     backward(out, scale=scale, parameters=parameters, skip_zeros=skip_zeros)
     return out
 
@@ -225,12 +252,28 @@ def finish(
     objective: Objective | None,
     gain: Tensor | None,
     weight: Tensor | None,
+    cross: Tensor | None = None,
 ) -> PairLoss:
-    """The loss of errors [2B], differentiable in err."""
+    """The loss of errors [2B], differentiable in err; cross [B] for a safeguard."""
     if objective is None:
         return supervised(err, ref_err, weight)
     gain = gain if objective.needs_gain else None
-    return loss_from_errors(err, ref_err, objective, gain=gain, weight=weight)
+    return loss_from_errors(err, ref_err, objective, gain=gain, weight=weight, cross=cross)
+
+
+def guarded(objective: Objective | None) -> bool:
+    """Whether it has a safeguard, which needs the product of a pair's residuals."""
+    return objective is not None and objective.safeguard is not None
+
+
+def products(
+    winner: Tensor | None, loser: Tensor, target: Tensor | Target, i: int, pairs: int
+) -> Tensor | None:
+    """`pair_cross` [1] of pair i by its two predictions [1, ...]; None without the winner's."""
+    if winner is None:
+        return None
+    own = part(target, slice(i, None, pairs), slice(i, i + 1))
+    return pair_cross(torch.cat([winner, loser.detach()]), own)
 
 
 def supervised(err: Tensor, ref_err: Tensor, weight: Tensor | None) -> PairLoss:
@@ -240,7 +283,7 @@ def supervised(err: Tensor, ref_err: Tensor, weight: Tensor | None) -> PairLoss:
     pair_loss, zeros = weight * err[:pairs], torch.zeros_like(weight)
     coef = torch.cat([weight, zeros])
     plain = (pair_loss.detach(), err.detach(), ref_err.detach())
-    return PairLoss(pair_loss.mean(), *plain, zeros, None, coef)
+    return PairLoss(pair_loss.mean(), *plain, zeros, None, coef, None)
 
 
 def in_shards(parameters: Sequence[Tensor]) -> bool:

@@ -133,13 +133,16 @@ def member(
     `row` on.
     """
     here = slice(row, row + count)
-    if isinstance(target, Target):
-        pair = slice(row % pairs, row % pairs + count)
-        draws = Draws(target.draws.seed, target.draws.pair_id[pair], target.draws.index[pair])
-        own: Tensor | Target = Target(target.x0[here], draws, target.p[pair], target.q[pair])
-    else:
-        own = target[here]
+    own = part(target, here, slice(row % pairs, row % pairs + count))
     return (noisy[here], t[here], {name: value[here] for name, value in cond.items()}), own
+
+
+def part(target: Tensor | Target, rows: slice, pairs: slice) -> Tensor | Target:
+    """Some rows of a target, which are of these pairs."""
+    if not isinstance(target, Target):
+        return target[rows]
+    draws = Draws(target.draws.seed, target.draws.pair_id[pairs], target.draws.index[pairs])
+    return Target(target.x0[rows], draws, target.p[pairs], target.q[pairs])
 
 
 def passes(

@@ -6,6 +6,7 @@ The file is also what torchrun starts: `test_sharding.py WHAT FOLDER`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import resource
 import shutil
@@ -209,7 +210,7 @@ def compose() -> None:
 
 def one_by_one() -> None:
     """Member by member, of two pairs each: the gradient of all at once, of DPO and of sft."""
-    for objective in (tiny.DPO, None):
+    for objective in (tiny.DPO, dataclasses.replace(tiny.DPO, safeguard=0.5), None):
         found = []
         for form in ("joint", "deferred"):
             run = Tuning("wan")

@@ -54,7 +54,7 @@ def all_outputs(elements: int = 400_003, pairs: int = 2) -> list[Tensor]:
         target = unaligned(2 * pairs, elements, target_dtype)
         hyper = objective("dpo", beta=300.0).hyper_tensor(pred.device)
         for source in (NO_DRAWS, draws(pairs)):
-            out = OP.pair_loss(pred, target, ref, None, hyper, None, None, 0, *source)
+            out = OP.pair_loss(pred, target, ref, None, hyper, None, None, 0, False, *source)
             grad = OP.pair_grad(pred, target, out[-1], out[0], 0.5, *source)
             shared = OP.pair_grad(pred[:pairs], target, out[-1], None, 1.0, *source)
             results += [*out, grad, shared, *OP.unit_seed(pred, target, 4096.0, *source)]
@@ -189,7 +189,7 @@ def test_nan_and_inf_pass_through(bad, where, dtype, instruction_set):
     for tensor in range(3):
         inputs = [clean.clone(), target.clone(), ref.clone()]
         inputs[tensor][2, where] = bad
-        out = OP.pair_loss(*inputs, None, hyper, None, None, 4, *NO_DRAWS)
+        out = OP.pair_loss(*inputs, None, hyper, None, None, 4, False, *NO_DRAWS)
         err, coef = (out[3] if tensor == 2 else out[2]), out[-1]
         assert err.isfinite().tolist() == [True, True, False, True]
         assert coef.isnan().tolist() == [True, False, True, False] and not out[0].isfinite()

@@ -151,7 +151,8 @@ def test_the_functor_is_the_cpus(name):
     for pairs in (1, 2, 700):
         hyper, gain, weight, number = per_pair(name, pairs, 1)
         err, ref_err = torch.rand(2, 2 * pairs, dtype=torch.float64)
-        arguments = (err, ref_err, hyper, gain, weight, number)
+        cross = err[:pairs] - 0.4
+        arguments = (err, ref_err, hyper, gain, weight, cross, number)
         got = [value.cpu() for value in OP.loss_epilogue(*on_gpu(arguments))]
         for value, expected in zip(got, OP.loss_epilogue(*arguments), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-13)
@@ -171,17 +172,24 @@ def test_one_launch_is_its_parts(name):
         pred, ref, target, hyper, gain, weight, made = on_gpu(
             [pred, ref, target, hyper, gain, weight, made]
         )
-        rest = (hyper, gain, weight, number, *made)
-        loss, pair_loss, err, ref_err, margin, importance, coef = OP.pair_loss(
+        guarded = len(pred) == 6 and regenerate
+        rest = (hyper, gain, weight, number, guarded, *made)
+        loss, pair_loss, err, ref_err, margin, importance, share, coef = OP.pair_loss(
             pred, target, ref, None, *rest
         )
-        whole = flat(loss, pair_loss, err, ref_err, margin, importance, coef)
+        whole = flat(loss, pair_loss, err, ref_err, margin, importance, share, coef)
         cached = OP.pair_loss(pred, target, None, ref_err, *rest)
         assert same_bits(whole, flat(*cached))
         parts = [OP.pair_error(tensor, target, *made) for tensor in (pred, ref)]
         assert same_bits([err, ref_err], parts)
-        epilogue = OP.loss_epilogue(err, ref_err, hyper, gain, weight, number)
-        assert same_bits(flat(loss, pair_loss, margin, importance, coef), flat(*epilogue))
+        cross = OP.pair_cross(pred, target, *made) if guarded else None
+        if guarded:
+            cpu = OP.pair_cross(
+                *(x.cpu() if isinstance(x, Tensor) else x for x in (pred, target, *made))
+            )
+            torch.testing.assert_close(cross.cpu(), cpu, rtol=1e-5, atol=1e-6)
+        epilogue = OP.loss_epilogue(err, ref_err, hyper, gain, weight, cross, number)
+        assert same_bits(flat(loss, pair_loss, margin, importance, share, coef), flat(*epilogue))
 
         policy = pred.clone().requires_grad_()
         (3 * OP.pair_loss(policy, target, ref, None, *rest)[0]).backward()
@@ -229,7 +237,7 @@ def test_nan_and_inf_reach_the_loss(where, bad):
     gain = torch.full((3,), 1e30, dtype=torch.float64, device=GPU)
     pred.requires_grad_()
     loss, pair_loss, *_ = OP.pair_loss(
-        pred, target, ref, None, on_gpu(hyper), gain, None, number, *NO_DRAWS
+        pred, target, ref, None, on_gpu(hyper), gain, None, number, False, *NO_DRAWS
     )
     loss.backward()
     assert not loss.isfinite()
@@ -349,17 +357,17 @@ def test_opcheck():
     step = Step(elements=77, dtype=torch.float32)
     pred = step.pred.clone().requires_grad_()
     seed, pair_id, index, p, q = step.draws
-    loss, _, err, ref_err, _, _, coef = OP.pair_loss(
-        step.pred, step.x0, step.ref, None, step.hyper, step.gain, step.weight, 5, *step.draws
+    loss, _, err, ref_err, *_, coef = OP.pair_loss(
+        step.pred, step.x0, step.ref, None, step.hyper, step.gain, step.weight, 5, True, *step.draws
     )
     hyper, gain, weight = step.hyper, step.gain, step.weight
     calls = [
         (OP.add_noise, (step.x0, pair_id, index, p, q, seed, torch.bfloat16)),
         (OP.pair_error, (pred, step.x0, *step.draws)),
-        (OP.pair_loss, (pred, step.x0, step.ref, None, hyper, gain, weight, 5, *step.draws)),
-        (OP.pair_loss, (pred, step.x0, None, ref_err, hyper, None, None, 0, *NO_DRAWS)),
+        (OP.pair_loss, (pred, step.x0, step.ref, None, hyper, gain, weight, 5, True, *step.draws)),
+        (OP.pair_loss, (pred, step.x0, None, ref_err, hyper, None, None, 0, False, *NO_DRAWS)),
         (OP.pair_grad, (step.pred, step.x0, coef, loss, 0.5, *step.draws)),
-        (OP.loss_epilogue, (err.requires_grad_(), ref_err, hyper, gain, weight, 5)),
+        (OP.loss_epilogue, (err.requires_grad_(), ref_err, hyper, gain, weight, None, 5)),
         (OP.unit_seed, (step.pred, step.x0, 2.0, *step.draws)),
     ]
     for op, arguments in calls:
@@ -429,7 +437,8 @@ def test_for_the_sanitizer():
             seed, pair_id, index, p, q = made
             used = made if regenerate else NO_DRAWS
             OP.add_noise(x0, pair_id, index, p, q, seed, dtype)
-            loss, *_, coef = OP.pair_loss(pred, x0, pred, None, hyper, gain, weight, number, *used)
+            rest = (hyper, gain, weight, number, not shared, *used)
+            loss, *_, coef = OP.pair_loss(pred, x0, pred, None, *rest)
             OP.pair_grad(pred, x0, coef, None, 1.0, *used)
             if not shared:
                 OP.unit_seed(pred, x0, 1.0, *used)

@@ -99,9 +99,16 @@ def test_the_functor_is_the_oracles(program: Path) -> None:
         "dpo": [{"label_smoothing": 0.1}],
         "hinge": [{"sft_weight": 0.25}],
         "dmpo": [{"alpha": 0.05}],
-        "dpo_cm": [{"clip": 0.05, "mask_threshold": 0.8}, {"sft_weight": 0.1}],
+        "dpo_cm": [
+            {"clip": 0.05, "mask_threshold": 0.8},
+            {"sft_weight": 0.1},
+            {"placement": "loss"},
+        ],
         "sdpo": [{"combine": "min"}, {"combine": "mean", "inverse_weight": True}],
     }
+    options["sdpo"] += [{**each, "placement": "ratio"} for each in options["sdpo"]]
+    for name in set(OBJECTIVES) - {"spo"}:
+        options.setdefault(name, []).append({"safeguard": 0.3})
     generator = torch.Generator().manual_seed(1)
     lines, expected = [], []
     for name in OBJECTIVES:
@@ -113,14 +120,20 @@ def test_the_functor_is_the_oracles(program: Path) -> None:
                 gain, weight = torch.rand(2, 1, generator=generator, dtype=torch.float64)
                 gain = 0.3 * gain
                 loss = weight * oracle.loss(obj, *errors, gain)
-                slopes = torch.autograd.grad(loss.sum(), errors)[0].flatten().tolist()
-                expected.append([loss.item(), *slopes[:2]])
+                slopes = torch.autograd.grad(loss.sum(), errors)[0][:2]
+                cross = torch.rand(1, generator=generator, dtype=torch.float64) - 0.2
+                share = torch.ones_like(cross)
+                if obj.safeguard is not None:
+                    share = oracle.safeguard(*slopes, errors[0], cross, obj.safeguard)
+                expected.append([loss.item(), slopes[0].item(), (slopes[1] * share).item()])
+                expected[-1].append(share.item())
                 numbers = [*obj.hyper(), *errors.flatten().tolist(), gain.item(), weight.item()]
+                numbers.append(0.0 if obj.safeguard is None else cross.item())
                 lines.append(" ".join(map(repr, [obj.number, *map(float, numbers)])))
     result = run(program, "epilogue", "\n".join(lines))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
-    got = torch.tensor(rows, dtype=torch.float64)[:, [0, 4, 5]]
+    got = torch.tensor(rows, dtype=torch.float64)[:, [0, 4, 5, 6]]
     want = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-300)
 

@@ -18,7 +18,8 @@ def test_order_is_that_of_the_kernels():
     assert [int(number) for number, _ in listed] == list(range(len(OBJECTIVES)))
     assert [name.lower() for _, name in listed] == [name.replace("_", "") for name in OBJECTIVES]
     assert [objective(name, beta=1.0).number for name in OBJECTIVES] == list(range(len(OBJECTIVES)))
-    struct = re.search(r"struct Hyper \{\s*double ([^;]+);", header)[1].replace(" ", "").split(",")
+    struct = re.search(r"struct Hyper \{\s*double ([^;]+);", header)[1]
+    struct = [name.strip() for name in struct.split(",")]
     full = SDPO(
         beta=3.0,
         label_smoothing=0.2,
@@ -27,9 +28,12 @@ def test_order_is_that_of_the_kernels():
         combine="mean",
         inverse_weight=True,
         sft_weight=0.5,
+        placement="loss",
+        safeguard=0.6,
     )
     numbers = dict(zip(struct, full.hyper(), strict=True))
     expected = dataclasses.asdict(full) | {"combine": 2.0, "inverse_weight": 1.0, "alpha": 0.0}
+    expected["placement"] = 1.0
     assert numbers == expected
 
 
@@ -52,7 +56,7 @@ def test_hyper_tensor_is_made_once():
     torch.func.grad(lambda x: x * spo.hyper_tensor(cpu)[0])(torch.ones((), dtype=torch.float64))
     one, two = (objective("spo", beta=10.5).hyper_tensor(cpu) for _ in range(2))
     assert one is two and one.dtype == torch.float64 and one.data_ptr()
-    assert one.tolist() == [10.5, 0, 0, 0.1, 0, 0, 0, 0]
+    assert one.tolist() == [10.5, 0, 0, 0.1, 0, 0, 0, 0, 0, 0]
     assert objective("spo", beta=9.0).hyper_tensor(cpu)[0] == 9.0
 
 

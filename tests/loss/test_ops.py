@@ -73,17 +73,21 @@ def test_loss_is_errors_then_epilogue(ref_dtype, device):
     pred, ref, target = (unaligned(6, 10007, torch.bfloat16, device, seed) for seed in range(3))
     ref = ref.to(ref_dtype)
     gain, weight = torch.tensor([[0.1, 0.2, 5.0], [1.0, 0.0, 2.0]], device=device).double()
-    obj = objective("sdpo", beta=700.0)
+    obj = objective("sdpo", beta=700.0, safeguard=0.6)
     hyper = obj.hyper_tensor(pred.device)
     for source in (NO_DRAWS, draws(3, device)):
         err, ref_err = (OP.pair_error(x, target, *source) for x in (pred, ref))
-        arguments = (hyper, gain, weight, obj.number)
-        out = OP.pair_loss(pred, target, ref, None, *arguments, *source)
-        cached = OP.pair_loss(pred, target, None, ref_err, *arguments, *source)
-        loss, pair_loss, *rest = OP.loss_epilogue(err, ref_err, *arguments)
-        for got in (out, cached):
-            expected = (loss, pair_loss, err, ref_err, *rest)
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        for guarded in (False, True):
+            arguments = (hyper, gain, weight, obj.number, guarded)
+            out = OP.pair_loss(pred, target, ref, None, *arguments, *source)
+            cached = OP.pair_loss(pred, target, None, ref_err, *arguments, *source)
+            cross = OP.pair_cross(pred, target, *source) if guarded else None
+            loss, pair_loss, *rest = OP.loss_epilogue(
+                err, ref_err, hyper, gain, weight, cross, obj.number
+            )
+            for got in (out, cached):
+                expected = (loss, pair_loss, err, ref_err, *rest)
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 # --- As torch operators ---
@@ -100,9 +104,10 @@ def calls() -> dict[str, tuple]:
     return {
         "add_noise": (target, pair_id, index, p, q, seed),
         "pair_error": (learned, target, *source),
-        "pair_loss": (learned, target, ref, None, hyper, None, weight, 0, *source),
+        "pair_cross": (pred, target, *source),
+        "pair_loss": (learned, target, ref, None, hyper, None, weight, 0, True, *source),
         "pair_grad": (pred, target, coef, err[0].clone(), 0.5, *source),
-        "loss_epilogue": (learned_err, ref_err.clone(), hyper, None, weight, 0),
+        "loss_epilogue": (learned_err, ref_err.clone(), hyper, None, weight, ref_err[:2] - 0.5, 0),
         "unit_seed": (pred, target, 64.0, *source),
     }
 
@@ -155,7 +160,7 @@ def test_the_short_way_is_the_operator():
     arguments = calls()["pair_loss"]
     for call in (ops.checked_pair_loss, OP.pair_loss):
         out = call(*arguments)
-        assert [x.requires_grad for x in out] == [True] + [False] * 6
+        assert [x.requires_grad for x in out] == [True] + [False] * 7
         with pytest.raises(ValueError, match="target must not require a gradient"):
             call(arguments[0], arguments[1].clone().requires_grad_(), *arguments[2:])
         with torch.no_grad():
@@ -200,7 +205,7 @@ def test_an_objective_of_the_oracle_alone_trains(monkeypatch):
     monkeypatch.setattr(oracle, "OBJECTIVES", added)
     pred, target = torch.randn(4, 70, requires_grad=True), torch.randn(4, 70)
     ref_err = torch.rand(4, dtype=torch.float64)
-    out = OP.pair_loss(pred, target, None, ref_err, HYPER, None, None, square, *NO_DRAWS)
+    out = OP.pair_loss(pred, target, None, ref_err, HYPER, None, None, square, False, *NO_DRAWS)
     err_w = OP.pair_error(pred, target, *NO_DRAWS)[:2]
     expected = torch.cat((2 * err_w, -torch.ones(2)))
     torch.testing.assert_close(out[-1], expected.detach(), rtol=1e-12, atol=0)
@@ -238,16 +243,20 @@ BAD_CALLS = {
         TARGET, TARGET, ERRORS[:3], None, 1.0, *NO_DRAWS
     ),
     "one of ref and ref_err": lambda: OP.pair_loss(
-        TARGET, TARGET, None, None, HYPER, None, None, 0, *NO_DRAWS
+        TARGET, TARGET, None, None, HYPER, None, None, 0, False, *NO_DRAWS
     ),
     "weight must be torch.float64 [2]": lambda: OP.loss_epilogue(
-        ERRORS, ERRORS, HYPER, None, torch.zeros(2), 0
+        ERRORS, ERRORS, HYPER, None, torch.zeros(2), None, 0
     ),
+    "cross must be torch.float64 [2]": lambda: OP.loss_epilogue(
+        ERRORS, ERRORS, HYPER, None, None, ERRORS, 0
+    ),
+    "pred must be of the target's 4 rows": lambda: OP.pair_cross(TARGET[:2], TARGET, *NO_DRAWS),
     "target must not require a gradient": lambda: OP.pair_error(
         TARGET, TARGET.clone().requires_grad_(), *NO_DRAWS
     ),
     "objective must be": lambda: OP.loss_epilogue(
-        ERRORS, ERRORS, HYPER, None, None, len(OBJECTIVES)
+        ERRORS, ERRORS, HYPER, None, None, None, len(OBJECTIVES)
     ),
 }
 

@@ -1,7 +1,7 @@
 """What nvcc made of the kernels for sm_90: registers, loads and stores, instructions, the ticket.
 
 Compiled as setup.py does it. Held to vectors are the loops over whole aligned vectors, one in each
-of the 27 kernels that move tensors. Not held: their second loops, for rows that are not aligned
+of the 36 kernels that move tensors. Not held: their second loops, for rows that are not aligned
 and the last elements; the last block's sums over slots and the epilogue, scalars of a pair both.
 """
 
@@ -23,10 +23,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 MANGLED = {"f": "f32", "13__nv_bfloat16": "bf16", "6__half": "f16"}
-KERNEL = r"\d+(noise|error|grad|epilogue)_kernel(?:I({0})({0}|S\d*_)EE)?".format("|".join(MANGLED))
+KERNEL = r"\d+(noise|error|grad|epilogue)_kernel(?:I({0})({0}|S\d*_)(?:Lb([01])E)?EE)?".format(
+    "|".join(MANGLED)
+)
 # Tensors of the first and of the second dtype that are loaded, and those that are stored, of a
 # member: x0 | x_t; pred, ref, target | seed; pred, target | grad_pred.
 MOVED = {"noise": ((1, 0), (0, 1)), "error": ((2, 1), (1, 0)), "grad": ((1, 1), (1, 0))}
+MOVED["cross"] = MOVED["error"]  # the error kernel with the product of the residuals
 # What the order of memory rests on, and what it orders, at the head of a line of PTX.
 ORDERED = r"^\s*(?:@%p\d+ )?((?:bar|fence|membar|atom|red|(?:ld|st)\.global)[\w.]*)"
 BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "": 4}
@@ -66,7 +69,8 @@ def named(mangled: str) -> str:
     """error<bf16,f32> of _ZN..12error_kernelI13__nv_bfloat16fEE.., epilogue of its kernel."""
     kernel = re.search(KERNEL, mangled)
     assert kernel, mangled
-    name, first, second = kernel.groups()
+    name, first, second, cross = kernel.groups()
+    name = "cross" if cross == "1" else name
     return f"{name}<{MANGLED[first]},{MANGLED.get(second, MANGLED[first])}>" if first else name
 
 
@@ -89,8 +93,8 @@ def test_the_ticket_is_what_was_checked(build: Made) -> None:
     """The order of instructions that tests/loss/litmus/ticket.litmus speaks of, in PTX."""
     text = (build.folder / "pair.ptx").read_text()
     kernels = {named(part.split("(")[0]): part for part in re.split(r"\.entry ", text)[1:]}
-    errors = [part for name, part in kernels.items() if name.startswith("error")]
-    assert len(errors) == len(PAIRS)
+    errors = [part for name, part in kernels.items() if name.startswith(("error", "cross"))]
+    assert len(errors) == 2 * len(PAIRS)
     for ptx in errors:
         order = re.findall(ORDERED, ptx, re.M)
         (ticket,) = [i for i, word in enumerate(order) if word.startswith(("atom", "red"))]

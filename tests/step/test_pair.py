@@ -21,6 +21,8 @@ OBJECTIVES = {
     "dpo_cm": {"beta": 40.0, "mask_threshold": 0.2},
     "sdpo": {"beta": 40.0, "mask_threshold": 0.2, "combine": "mean"},
     "sdpo+sft": {"beta": 40.0, "mask_threshold": 0.2, "inverse_weight": True, "sft_weight": 0.3},
+    "dpo+safeguard": {"beta": 40.0, "safeguard": 0.3},
+    "dpo_cm+safeguard": {"beta": 40.0, "mask_threshold": 0.2, "safeguard": 0.6},
     "sft": None,
 }
 
@@ -56,7 +58,7 @@ def assert_same(out, gradient, expected, wanted, tolerance):
 
 @pytest.mark.parametrize("form", STEPS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("objective", ["dpo", "sdpo"])
+@pytest.mark.parametrize("objective", ["dpo", "sdpo", "dpo+safeguard"])
 def test_every_model_steps_as_two_models_do(name, form, objective):
     c, objective = case(name), make(objective)
     expected = plain(c, objective, gain=gain_of(c, objective))

@@ -2,8 +2,8 @@
 // in every order of threads and blocks and on every grid.
 //
 //   kernels all | few         the cases; prints what differs and ends with 1
-//   kernels epilogue < lines  "objective, 8 hypers, e_w e_l r_w r_l, gain, weight" a line;
-//                             prints "loss margin importance_w importance_l coef_w coef_l"
+//   kernels epilogue < lines  "objective, 10 hypers, e_w e_l r_w r_l, gain, weight, cross" a line;
+//                             prints "loss margin importance_w importance_l coef_w coef_l lambda"
 #include "kernels.h"
 
 #include <cmath>
@@ -78,17 +78,20 @@ struct Case {
   bool shared, regenerate, with_ref;
   int objective;
 
+  // With a safeguard: half of the cases that can have one.
+  bool guarded() const { return members == 2 && !shared && (elements + int(pred) + int(target)) % 2 == 0; }
   std::string name() const {
     char text[200];
     std::snprintf(
-        text, sizeof text, "pred %d target %d pairs %d members %d elements %d offset %d%s%s%s objective %d",
+        text, sizeof text, "pred %d target %d pairs %d members %d elements %d offset %d%s%s%s%s objective %d",
         int(pred), int(target), int(pairs), int(members), int(elements), int(offset),
-        shared ? " shared" : "", regenerate ? " regenerated" : "", with_ref ? " ref" : "", objective);
+        shared ? " shared" : "", regenerate ? " regenerated" : "", with_ref ? " ref" : "",
+        guarded() ? " guarded" : "", objective);
     return text;
   }
 };
 
-Hyper const kHyper{4.0, 0.1, 0.05, 0.1, 0.5, 2, 0, 0.3};
+Hyper const kHyper{4.0, 0.1, 0.05, 0.1, 0.5, 2, 0, 0.3, 1, 0.6};
 
 using Doubles = std::vector<double>;
 Doubles poisoned(size_t n) { return Doubles(n, std::nan("")); }
@@ -102,7 +105,7 @@ struct Trial {
   std::vector<int64_t> pair_id, index;
   std::vector<float> p, q;
   Doubles hyper, gain, weight, upstream{0.75};
-  Doubles err, ref_err, lone_err, seed_err, loss, pair_loss, margin, importance, coef;
+  Doubles err, ref_err, lone_err, seed_err, loss, pair_loss, margin, importance, coef, cross, lambda;
 
   explicit Trial(Case const& c)
       : c(c),
@@ -134,14 +137,15 @@ struct Trial {
 
   Draws draws() { return {77, pair_id.data(), index.data()}; }
   ErrorArgs errors() {
-    workspace.assign(cuda::workspace_bytes(shape, c.with_ref), 0xff);
+    workspace.assign(cuda::workspace_bytes(shape, c.with_ref, c.guarded()), 0xff);
     Target const y{target.data(), c.target, c.regenerate ? draws() : Draws{}, p.data(), q.data()};
     return {shape,          pred.data(),     c.with_ref ? ref.data() : nullptr, c.pred, y, err.data(),
-            ref_err.data(), workspace.data()};
+            ref_err.data(), workspace.data(), nullptr};
   }
   EpilogueArgs epilogue() {
     return {c.pairs,        c.objective, hyper.data(),     gain.data(),   weight.data(),     err.data(),
-            ref_err.data(), loss.data(), pair_loss.data(), margin.data(), importance.data(), coef.data()};
+            ref_err.data(), loss.data(), pair_loss.data(), margin.data(), importance.data(), coef.data(),
+            c.guarded() ? cross.data() : nullptr, c.guarded() ? lambda.data() : nullptr};
   }
 
   // Every launcher once; the bytes of all that they wrote.
@@ -149,7 +153,7 @@ struct Trial {
     size_t const rows = shape.rows, pairs = shape.pairs;
     err = lone_err = seed_err = importance = coef = poisoned(rows);
     ref_err = c.with_ref ? poisoned(rows) : Doubles(rows, 1.25);
-    pair_loss = margin = poisoned(pairs);
+    pair_loss = margin = cross = lambda = poisoned(pairs);
     loss = poisoned(1);
     for (Tensor* out : {&noisy, &grad, &seed}) std::fill(out->bytes.begin(), out->bytes.end(), 0xff);
 
@@ -159,7 +163,9 @@ struct Trial {
     lone_err = err;
     if (c.members == 2) {
       std::fill(err.begin(), err.end(), std::nan(""));
-      must(cuda::pair_loss({errors(), epilogue()}, nullptr));
+      ErrorArgs both = errors();
+      if (c.guarded()) both.cross = cross.data();
+      must(cuda::pair_loss({both, epilogue()}, nullptr));
       Doubles const before = coef;
       must(cuda::loss_epilogue(epilogue(), nullptr));
       if (std::memcmp(before.data(), coef.data(), rows * sizeof(double)))
@@ -179,8 +185,8 @@ struct Trial {
 
     std::vector<unsigned char> all;
     for (Tensor* out : {&noisy, &grad, &seed}) all.insert(all.end(), out->bytes.begin(), out->bytes.end());
-    for (Doubles* out :
-         {&err, &lone_err, &seed_err, &ref_err, &loss, &pair_loss, &margin, &importance, &coef}) {
+    for (Doubles* out : {&err, &lone_err, &seed_err, &ref_err, &loss, &pair_loss, &margin, &importance,
+                         &coef, &cross, &lambda}) {
       auto const* bytes = reinterpret_cast<unsigned char const*>(out->data());
       all.insert(all.end(), bytes, bytes + out->size() * sizeof(double));
     }
@@ -232,12 +238,29 @@ struct Trial {
       close("grad", i, grad.get(i), expected[i], slack[i] + ulp_of(c.pred) * std::fabs(expected[i]) + 1e-7);
     for (int64_t w = 0; c.members == 2 && w < c.pairs; ++w) {
       int64_t const l = w + c.pairs;
-      PairResult const out =
-          evaluate(c.objective, err[w], err[l], ref_err[w], ref_err[l], gain[w], weight[w], kHyper);
-      double const got[] = {pair_loss[w], margin[w], importance[w], importance[l], coef[w], coef[l]};
-      double const want[] = {out.loss,         out.margin, out.importance_w,
-                             out.importance_l, out.coef_w, out.coef_l};
-      for (int i = 0; i < 6; ++i) close("outcome", 6 * w + i, got[i], want[i], 1e-12 * std::fabs(want[i]));
+      if (c.guarded()) {
+        Key const key = make_key(77, pair_id[w], index[w], Domain::noise);
+        double product = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          Normals const four = normals(key, uint32_t(i / 4));
+          float const noise[4] = {four.x, four.y, four.z, four.w};
+          double d[2];
+          for (int64_t m = 0; m < 2; ++m) {
+            int64_t const at = (m ? l : w) * n + i;
+            float const x0 = target.get(at);
+            d[m] = pred.get(at) - (c.regenerate ? combine(p[w], noise[i % 4], q[w], x0) : x0);
+          }
+          product += d[0] * d[1] / double(n);
+        }
+        close("cross", w, cross[w], product, 4 * eps * std::sqrt(err[w] * err[l]));
+      }
+      PairResult const out = evaluate(c.objective, err[w], err[l], ref_err[w], ref_err[l], gain[w],
+                                      weight[w], c.guarded() ? cross[w] : 0.0, kHyper);
+      double const got[] = {pair_loss[w], margin[w], importance[w],                         importance[l],
+                            coef[w],      coef[l],   c.guarded() ? lambda[w] : out.lambda};
+      double const want[] = {out.loss,   out.margin, out.importance_w, out.importance_l,
+                             out.coef_w, out.coef_l, out.lambda};
+      for (int i = 0; i < 7; ++i) close("outcome", 7 * w + i, got[i], want[i], 1e-12 * std::fabs(want[i]));
       mean_loss += out.loss / double(c.pairs);
     }
     if (c.members == 2) close("loss", 0, loss[0], mean_loss, 1e-12 * std::fabs(mean_loss));
@@ -319,15 +342,17 @@ int epilogue() {
   emulation::settings = {};
   int objective;
   while (std::cin >> objective) {
-    Doubles in(kHypers + 6), err(2), ref(2), loss(1), pair_loss(1), margin(1), importance(2), coef(2);
+    Doubles in(kHypers + 7), err(2), ref(2), loss(1), pair_loss(1), margin(1), importance(2), coef(2),
+        lambda(1);
     for (double& x : in) std::cin >> x;
     double const* rest = in.data() + kHypers;
     err = {rest[0], rest[1]}, ref = {rest[2], rest[3]};
     must(cuda::loss_epilogue({1, objective, in.data(), rest + 4, rest + 5, err.data(), ref.data(),
-                              loss.data(), pair_loss.data(), margin.data(), importance.data(), coef.data()},
+                              loss.data(), pair_loss.data(), margin.data(), importance.data(), coef.data(),
+                              rest + 6, lambda.data()},
                              nullptr));
-    std::printf("%.17g %.17g %.17g %.17g %.17g %.17g\n", loss[0], margin[0], importance[0], importance[1],
-                coef[0], coef[1]);
+    std::printf("%.17g %.17g %.17g %.17g %.17g %.17g %.17g\n", loss[0], margin[0], importance[0],
+                importance[1], coef[0], coef[1], lambda[0]);
   }
   return 0;
 }
