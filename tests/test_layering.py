@@ -46,7 +46,8 @@ LOSS = {
     "native": {"_C", "oracle"},
     "ops": {"native"},
     "objectives": set(),
-    "functional": {"ops", "objectives", "oracle"},
+    "inputs": {"objectives"},
+    "functional": {"inputs", "ops", "objectives", "oracle"},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..loss.objectives import OBJECTIVES, objective
 from .options import (
+    FINITE,
     NOT_EMPTY,
     POSITIVE,
     WINDOW,
@@ -100,8 +101,8 @@ class Pairs(Options):
     inverse_weight: bool | None = option(None,
         help="sdpo: divide by the clipped weight instead of multiplying")
     placement: Literal["ratio", "loss"] | None = option(None,
-        help="dpo_cm, sdpo: the importance weight stands on the log-ratios within the sigmoid "
-        "(ratio; dpo_cm's default) or on the loss (sdpo's)")
+        help="dpo_cm, sdpo: the importance weight stands on the ratios within the sigmoid "
+        "(ratio: dpo_cm's default) or before it (loss: sdpo's)")
     safeguard: float | None = option(None,
         help="mu, 0 <= mu < 1: scales the loser's gradient so that to first order the winner's "
         "error does not rise (published with SD1.5 0.9, SDXL 0.6)")
@@ -117,7 +118,7 @@ class Pairs(Options):
         help="window on the noise level (flow: sigma; DDPM: t / T) that draws are restricted to")
     time_sampling: Literal["uniform", "logit_normal"] | None = option(None,
         help="flow: uniform or logit_normal draws of the time before the shift")
-    logit_mean: float | None = option(None, needs=[LOGIT_NORMAL],
+    logit_mean: float | None = option(None, FINITE, needs=[LOGIT_NORMAL],
         help="flow: mean of the time's logit (default 0; above it more noise)")
     logit_std: float | None = option(None, POSITIVE, needs=[LOGIT_NORMAL],
         help="flow: standard deviation of the time's logit (default 1)")

@@ -283,7 +283,7 @@ def supervised(err: Tensor, ref_err: Tensor, weight: Tensor | None) -> PairLoss:
     pair_loss, zeros = weight * err[:pairs], torch.zeros_like(weight)
     coef = torch.cat([weight, zeros])
     plain = (pair_loss.detach(), err.detach(), ref_err.detach())
-    return PairLoss(pair_loss.mean(), *plain, zeros, None, coef, None)
+    return PairLoss(pair_loss.mean(), *plain, zeros, None, coef)
 
 
 def in_shards(parameters: Sequence[Tensor]) -> bool:

@@ -71,6 +71,21 @@ SFT = {"objective": "sft", "beta": None}
         ({"objective": "sft"}, "beta has no effect with objective sft: remove it"),
         (SFT | {"clip": 0.1}, "clip has no effect with objective sft: remove it"),
         (SFT | {"sft_weight": 0.1}, "sft_weight has no effect with objective sft: remove it"),
+        (SFT | {"safeguard": 0.5}, "safeguard has no effect with objective sft: remove it"),
+        ({"safeguard": 1.0}, "dpo: safeguard must be finite and >= 0 and < 1, got 1.0"),
+        (
+            {"logit_mean": 0.5},
+            "logit_mean has no effect with time_sampling None: remove it, or set ",
+        ),
+        (
+            {"logit_std": 0.5, "time_sampling": "uniform"},
+            "logit_std has no effect with time_sampling uniform: remove it, or set it to ",
+        ),
+        ({"logit_std": 0.0, "time_sampling": "logit_normal"}, f"logit_std: {POSITIVE} 0.0"),
+        (
+            {"logit_mean": math.inf, "time_sampling": "logit_normal"},
+            "logit_mean: expected a finite number, got inf",
+        ),
         (SFT | {"beta_convention": "sum"}, "beta_convention has no effect with objective sft: "),
         (
             SFT | {"importance_steps": 5},

@@ -157,7 +157,8 @@ def test_every_metric_by_hand():
     coef = torch.tensor([0.5, 0.5, 0.0, -0.5, 0.0, 0.0]).double()
     zeros = torch.zeros(3).double()
     out = PairLoss(torch.tensor(0.75).double(), zeros, err, ref, zeros, importance, coef)
-    rule = fastpref.objective("dpo_cm", beta=4.0, mask_threshold=0.4, clip=0.2)
+    out = out._replace(safeguard=torch.tensor([1.0, 0.5, 0.0]).double())
+    rule = fastpref.objective("dpo_cm", beta=4.0, mask_threshold=0.4, clip=0.2, safeguard=0.5)
     assert {k: v.tolist() for k, v in pair_values(out, rule).items()} == {
         "loss": [0.75] * 3,
         "errors/policy_w": [1, 2, 3],
@@ -170,6 +171,7 @@ def test_every_metric_by_hand():
         "rewards/margins": [4, 0, -4],
         "rewards/accuracies": [1, 0.5, 0],
         "implicit_acc": [1, 0.5, 0],
+        "safeguard/lambda": [1, 0.5, 0],
         "importance/weight": [0.625, 1.25, 0.375],
         "importance/masked": [0, 0, 0.5],
         "importance/kept_clipped": [1, 0.5, 0.5],

@@ -294,6 +294,7 @@ def test_another_objectives_grid_fits_and_anything_else_is_named(filled, tmp_pat
         cache.ErrorCache(folder, kind(where, c), dataset)
     (where / "fingerprint.json").write_text("something")
     flow = {"timestep_range": (0.1, 1.0), "shift": 2.0, "time_sampling": "logit_normal"}
+    flow |= {"logit_mean": 0.5, "logit_std": 2.0}
     for field, value in flow.items():
         other = kind(where, c, process=c.process.replace(**{field: value}))
         with pytest.raises(ValueError, match=rf"another process.{field} \("):
