@@ -264,7 +264,7 @@ class Step:
         seed, pair_id, index, p, q = self.draws
         x_t = OP.add_noise(self.x0, pair_id, index, p, q, seed)
         loss, *rest = OP.pair_loss(
-            self.pred, self.x0, self.ref, None, self.hyper, self.gain, self.weight, self.number,
+            self.pred, self.x0, self.ref, None, self.hyper, self.gain, self.weight, self.number, True,
             *self.draws,
         )  # fmt: skip
         grad = OP.pair_grad(self.pred, self.x0, rest[-1], loss, 0.5, *self.draws)
