@@ -18,7 +18,6 @@ from fastpref.demo.online import CLIP
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
 
-pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 SPO = HERE.parent / "spo"
@@ -62,6 +61,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.distributed
 def test_spo(prompts, tmp_path):
     """Three parts of a round, two or one batch of an update and three clips on two processes; the
     second time one is lost while it samples.
@@ -103,6 +103,7 @@ def test_spo(prompts, tmp_path):
     assert apart(tmp_path / "two", tmp_path / "again") == 0
 
 
+@pytest.mark.distributed
 def test_the_preference_model(encoded_pairs, tmp_path):
     """Batches of a step and of the held-out pairs on two processes."""
     few = {"family": "toy", "model": BASE, "data": encoded_pairs, "clip": CLIP, "frames": "tile"}
@@ -122,6 +123,7 @@ def test_the_preference_model(encoded_pairs, tmp_path):
         assert got.get("eval/accuracy") == want.get("eval/accuracy")
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path):
     """Pairs, encoding, four runs and what is said of them; the table is that of one."""
     few = ["--pairs", "16", "--steps", "4", "--clips", "8"]
