@@ -18,7 +18,6 @@ from fastpref.demo.online import CLIP
 from fastpref.spo.config import SPOConfig
 from fastpref.spo.loop import spo
 
-
 HERE = Path(__file__).parent
 SPO = HERE.parent / "spo"
 SHARED = ("2/labels.jsonl", "2/labels-1.jsonl")

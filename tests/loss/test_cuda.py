@@ -264,8 +264,8 @@ class Step:
         seed, pair_id, index, p, q = self.draws
         x_t = OP.add_noise(self.x0, pair_id, index, p, q, seed)
         loss, *rest = OP.pair_loss(
-            self.pred, self.x0, self.ref, None, self.hyper, self.gain, self.weight, self.number, True,
-            *self.draws,
+            self.pred, self.x0, self.ref, None, self.hyper, self.gain, self.weight, self.number,
+            True, *self.draws,
         )  # fmt: skip
         grad = OP.pair_grad(self.pred, self.x0, rest[-1], loss, 0.5, *self.draws)
         return flat(x_t, loss, *rest, grad, *OP.unit_seed(self.pred, self.x0, 2.0, *self.draws))
