@@ -2,7 +2,8 @@
 draws, and writes a row a run: `python -m bench.evidence --world toy`
 
 A run that has its row is not done again, and a killed one goes on, so that hours can be spent in
-pieces (`--minutes`).
+pieces (`--minutes`). `--table ROWS` makes tables, verdicts and pictures from rows alone, `--page`
+bench/EVIDENCE.md from those in bench/results.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.evidence import runs
+from bench.evidence import page, runs
 from bench.evidence.grid import ALPHAS, NAMES, Setting, grid
+from bench.evidence.pictures import draw
+from bench.evidence.results import Results
+from bench.evidence.tables import markdown
 from bench.evidence.world import World
 from fastpref.files import differences, locked, mark, write_atomic
 from fastpref.run.folder import read_record
@@ -49,8 +53,10 @@ class Options:
         return {"world": world, "pairs": self.pairs, "steps": self.steps, "clips": self.clips}
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Flags to options; ValueError with one line for any mistake."""
+def parse(arguments: Sequence[str]) -> Options | Path | None:
+    """Flags to options, or the rows whose table is asked for, or None for the page; ValueError with
+    one line for any mistake.
+    """
     parser = Parser(prog="python -m bench.evidence", description=__doc__.strip())
     add = parser.add_argument
     add("--world", default="toy", choices=WORLDS)
@@ -63,7 +69,15 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--steps", type=int, help="training steps of a run")
     add("--clips", type=int, help="clips to choose on, and as many to report on")
     add("--minutes", type=float, default=float("inf"), help="no run begins later than that")
+    add(
+        "--table", type=Path, metavar="ROWS", help="print what these rows say; pictures beside them"
+    )
+    add("--page", action="store_true", help="write bench/EVIDENCE.md and its pictures")
     found = parser.parse_args(list(arguments))
+    if found.page:
+        return None
+    if found.table:
+        return found.table
     world = importlib.import_module(f"bench.evidence.{found.world}")
     for name, least in (("pairs", 8), ("steps", 1), ("clips", 1)):
         if getattr(found, name) is None:
@@ -141,11 +155,31 @@ def base_row(world: World, name: str, options: Options) -> dict[str, Any]:
     }
 
 
+def tell(path: Path) -> None:
+    """Prints the tables and verdicts of a file of rows; the same, and pictures, beside it."""
+    if not path.is_file():
+        raise ValueError(f"--table {path}: expected a file of rows, rows.jsonl of an output_dir")
+    results = Results(runs.read(path))
+    said = markdown(results, draw(results, path.parent, path.stem))
+    write_atomic(path.with_suffix(".md"), said.encode())
+    print(said)
+
+
 def main(arguments: Sequence[str] = ()) -> int:
+    """Runs left to do, 0 when all have their rows."""
     options = parse(arguments)
+    if options is None:
+        page.write()
+        return 0
+    if isinstance(options, Path):
+        tell(options)
+        return 0
     with locked(mark(options.output_dir, "evidence")):
         claim(options)
-        return compare(options)
+        left = compare(options)
+    if not left:
+        tell(options.output_dir / "rows.jsonl")
+    return left
 
 
 if __name__ == "__main__":

@@ -7,11 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastpref.look.evaluate import Z, Interval
+from fastpref.look.evaluate import Interval, Z
 
 RESAMPLES = 10_000
 # Student's 97.5 % point by degrees of freedom; beyond them Z, a little too narrow.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+STUDENT = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}
 
 
 def interval(

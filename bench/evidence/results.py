@@ -37,15 +37,15 @@ class Results:
     def __init__(self, rows: Sequence[Row]) -> None:
         bases = [row for row in rows if row["name"] == "base"]
         if not bases:
-            raise ValueError("expected the row of the base model, named base, in the rows; got none")
+            raise ValueError(
+                "expected the row of the base model, named base, in the rows; got none"
+            )
         self.base, self.runs = bases[0], {}
         for row in rows:
             if row["name"] != "base":
                 setting = Setting(row["name"], row["beta"], row["alpha"])
                 self.runs.setdefault(setting, {})[row["seed"]] = row
-        self.prompts = {
-            name: _places(asked) for name, asked in self.base["prompts"].items()
-        }
+        self.prompts = {name: _places(asked) for name, asked in self.base["prompts"].items()}
 
     @cached_property
     def names(self) -> list[str]:

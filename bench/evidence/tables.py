@@ -1,0 +1,131 @@
+"""The page of a comparison, made from its rows alone: tables and verdicts, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean as average
+
+from bench.evidence.claims import Claim, claims
+from bench.evidence.grid import CONTROLS, LONGER, SAFEGUARD
+from bench.evidence.intervals import RESAMPLES, difference, mean
+from bench.evidence.results import Results, Setting
+from bench.paper import head, row
+from fastpref.look.evaluate import Interval
+
+
+def signed(found: Interval) -> str:
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def percent(found: Interval) -> str:
+    value, low, high = (100 * x for x in found)
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def plain(found: Interval) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def named(setting: Setting) -> str:
+    return f"{setting} (control)" if setting.name in CONTROLS else str(setting)
+
+
+def chosen_table(results: Results) -> list[str]:
+    """A line for each objective at the setting that was chosen."""
+    lines = head(
+        "objective",
+        "win rate over the base",
+        "score gain",
+        "over dpo's gain",
+        "winner's error",
+        "loser's error",
+        "s/pair",
+        "seeds",
+    )
+    for name in results.ordinary():
+        best = results.chosen(name)
+        lead = "-"
+        if name != "dpo" and "dpo" in results.names and (seeds := results.seeds(name, "dpo")):
+            dpo = results.gains(results.chosen("dpo"), seeds)
+            lead = signed(difference(results.gains(best, seeds), dpo))
+        taken = average(r["seconds_per_pair"] for r in results.rows(best))
+        cells = (
+            plain(mean(results.wins(best))),
+            signed(mean(results.gains(best))),
+            lead,
+            percent(results.error(best, 0)),
+            percent(results.error(best, 1)),
+            f"{taken:.4f}",
+            len(results.seeds(name)),
+        )
+        lines.append(row(named(best), *cells))
+    return lines
+
+
+def beta_table(results: Results) -> list[str]:
+    """Score gain and winner's error at every beta, the chosen one in bold."""
+    lines = head("objective", "score gain and winner's error at beta ...")
+    for name in results.ordinary():
+        best, settings = results.chosen(name), results.settings(name)
+        for alpha in sorted({s.alpha for s in settings}, key=lambda a: a or 0):
+            cells = []
+            for s in (s for s in settings if s.alpha == alpha and s.beta is not None):
+                gain, error = mean(results.gains(s)).value, 100 * results.error(s, 0).value
+                cell = f"{s.beta:g}: {gain:+.3f}, {error:+.1f} %"
+                cells.append(f"**{cell}**" if s == best else cell)
+            if cells:
+                shown = name if alpha is None else f"{name}, alpha {alpha:g}"
+                lines.append(row(shown, "; ".join(cells)))
+    return lines
+
+
+def claim_table(found: Sequence[Claim]) -> list[str]:
+    lines = head("claim", "verdict", "interval", "of")
+    for claim in found:
+        shown = "-"
+        if claim.found is not None:
+            shown = (signed if claim.edge == 0 else plain)(claim.found)
+        aside = f" (claimed: below {claim.edge:g})" if claim.below else ""
+        lines.append(row(claim.said, f"**{claim.verdict}**", shown, claim.measured + aside))
+    return lines
+
+
+def markdown(results: Results, pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """All of a comparison. pictures: what they show, and where they are."""
+    found = claims(results)
+    judged = [claim for claim in found if claim.found is not None]
+    parts = [
+        _setting(results),
+        "\n".join(claim_table(found)),
+        _legend(results, len(judged)),
+        "\n".join(chosen_table(results)),
+        "\n".join(beta_table(results)),
+        *(f"![{said}]({where})" for said, where in pictures),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(results: Results) -> str:
+    """How much was run, where."""
+    base, runs = results.base, [r for each in results.runs.values() for r in each.values()]
+    where = sorted({(r["device"], r["torch"], r["threads"], r["commit"]) for r in runs})
+    each = [f"{d}, torch {t}, {n} thread{'s' * (n > 1)}, commit {c}" for d, t, n, c in where]
+    seeds = sorted({len(results.seeds(name)) for name in results.names}, reverse=True)
+    return (
+        f"{len(runs)} runs of {base['steps']} steps on {base['pairs']} pairs "
+        f"({' or '.join(map(str, seeds))} seeds a setting), {base['clips']} clips to choose on and "
+        f"as many to report on: {'; '.join(each)}."
+    )
+
+
+def _legend(results: Results, judged: int) -> str:
+    return (
+        "A verdict is what a 95 % interval over prompts and seeds says: it lies wholly on the "
+        "claimed side, wholly on the other, or on both (`bench/evidence/intervals.py`: "
+        f"{RESAMPLES:,} resamples of both, a seed's part stretched by Student's factor; errors: "
+        f"over held-out pairs and seeds). {judged} intervals are read here and none is corrected "
+        "for that: of such, one in twenty errs by chance. Each objective stands at the beta (and "
+        "alpha) with the highest score gain on the choice prompts; everything else is of the "
+        f"report prompts. Safeguard: mu {SAFEGUARD:g}. `_long`: {LONGER} times the steps, at the "
+        "middle beta. Seconds are of the process's own time on a CPU."
+    )
