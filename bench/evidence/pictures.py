@@ -27,11 +27,13 @@ def draw(results: Results, folder: Path, stem: str) -> list[tuple[str, str]]:
     return found
 
 
-def _figure(down: int, across: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def _figure(
+    down: int, across: int, width: float, height: float, **share: bool
+) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False)
+    axes = figure.subplots(down, across, squeeze=False, **share)
     return figure, list(axes.flat)
 
 
@@ -78,7 +80,7 @@ def beta(results: Results) -> Any:
     lines = [line for line in _lines(results) if len(line[1]) > 1]
     across = min(4, len(lines)) or 1
     down = math.ceil(len(lines) / across) or 1
-    figure, axes = _figure(down, across, 2.7 * across, 2.3 * down)
+    figure, axes = _figure(down, across, 2.7 * across, 2.3 * down, sharey=True)
     dpo = [(s.beta, mean(results.gains(s))) for s in results.settings("dpo")]
     for axis, (label, settings, _) in zip(axes, lines, strict=False):
         if settings[0].name not in ("ipo", "spo"):  # of another scale
@@ -93,7 +95,8 @@ def beta(results: Results) -> Any:
         axis.set_xscale("log")
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.sharey(axes[0])
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(max(low, -high / 4), high)  # what is ruined does not press the rest together
     for axis in axes[len(lines) :]:
         axis.set_axis_off()
     figure.supxlabel("beta", fontsize=9)
