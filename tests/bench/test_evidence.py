@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_every_objective_stands_at_every_beta_alpha_and_seed():
     assert {s.beta for s in found if s.name == "dpo_shuffled"} == {2000.0}
     assert {s.beta for s in found if s.name == "spo"} == {3.0, 10.0, 30.0}
     assert [s.seed for s in found] == sorted(s.seed for s in found)  # seed by seed
+    five = grid(["dpo_long"], (1.0, 2.0, 5.0, 4.0, 3.0), {}, (), 1)
+    assert [s.beta for s in five] == [3.0]
     with pytest.raises(ValueError, match="odd number of them, got 2"):
         grid(["dpo_long"], BETAS[:2], {}, (), 1)
 
@@ -190,7 +193,8 @@ def rows_of(truth: dict, seeds: int = 3, noise: float = 0.001) -> list[dict]:
     shared = {"device": "a CPU", "torch": "2", "threads": 1, "commit": "abc"}
     first = {"name": "base", "world": "toy", "pairs": 8, "steps": 4, "clips": len(report)}
     first |= {"prompts": {"choice": choice, "report": report}, "parameters": 1, **shared}
-    first |= {"scores": {"choice": base, "report": base}, "errors": [errors, errors]}
+    easier = [v + 500 for v in base]
+    first |= {"scores": {"choice": easier, "report": base}, "errors": [errors, errors]}
 
     def noisy(values: list, mean: float, spread: float) -> list[int]:
         wobble = torch.randn(len(values), generator=g).tolist()
@@ -209,7 +213,7 @@ def rows_of(truth: dict, seeds: int = 3, noise: float = 0.001) -> list[dict]:
             mine = {"name": name, "beta": beta, "alpha": alpha, "seed": seed, **shared}
             mine["scores"] = {
                 "report": noisy(base, 1e4 * true["gain"], 1e4 * noise),
-                "choice": noisy(base, 1e4 * true.get("choice", true["gain"]), 1e4 * noise),
+                "choice": noisy(easier, 1e4 * true.get("choice", true["gain"]), 1e4 * noise),
             }
             up = [e * true.get("winner", 0.0) for e in errors]
             winners = [round(e + u) for e, u in zip(errors, up, strict=True)]
@@ -241,10 +245,21 @@ def test_the_setting_is_chosen_on_one_set_and_reported_on_the_other():
     results = Results(rows_of(truth))
     best = results.chosen("dpo")
     assert best.beta == 2000.0
+    assert results.choice_gain(best) == pytest.approx(0.05, abs=0.001)
     assert mean(results.gains(best)).value == pytest.approx(0.02, abs=0.001)
     said = markdown(results)
     assert "| dpo, beta 2000 | 1.00 [1.00, 1.00] | +0.020 [" in said
     assert "200: +0.090" in said and "**2000: +0.020" in said
+
+
+def test_a_win_is_of_the_same_clip_and_a_tie_counts_half():
+    rows = rows_of({("dpo", 1.0, None): flat(0.0)}, seeds=1)
+    base = rows[0]["scores"]["report"]
+    change = [1, -1, 0, 0] + [1, 1, 1, 1] + [0] * 16  # of prompts 0 to 3, 4 to 5 and 0 to 1, ...
+    rows[1]["scores"]["report"] = [b + c for b, c in zip(base, change, strict=True)]
+    results = Results(rows)
+    each = results.wins(results.chosen("dpo"))
+    assert each.tolist() == [[0.75, 0.5, 0.5, 0.5, 0.625, 0.625]]
 
 
 def test_a_name_takes_part_with_the_seeds_that_all_its_settings_have():
@@ -432,6 +447,7 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, monkeypatch, caps
 
     def row(world, setting, steps, folder, base):
         done.append(setting.label)
+        time.sleep(0.02)
         return {**vars(setting), "scores": base["scores"], "errors": base["errors"]}
 
     class AWorld:
@@ -447,6 +463,7 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, monkeypatch, caps
     flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,spo", "--seeds", "1"]
     assert command.main([*flags, "--minutes", "0"]) == 3  # no spo in this world
     assert "3 runs left" in capsys.readouterr().out and not done
+    assert command.main([*flags, "--minutes", "0.0001"]) in (2, 3)  # 6 ms: one run at the most
     assert command.main(flags) == 0 and len(done) == 3
     assert command.main(flags) == 0 and len(done) == 3
     assert command.main([*flags[:-1], "2"]) == 0 and len(done) == 6
