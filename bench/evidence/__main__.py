@@ -27,8 +27,10 @@ from bench.evidence.pictures import draw
 from bench.evidence.results import Results
 from bench.evidence.tables import markdown
 from bench.evidence.world import World
+from fastpref.faults import ended, interrupt, on_signals
 from fastpref.files import differences, locked, mark, write_atomic
 from fastpref.run.folder import read_record
+from fastpref.run.guard import Diverged
 from fastpref.run.parsing import Parser, betas, names
 
 WORLDS = ("toy", "mid")
@@ -114,7 +116,9 @@ def claim(options: Options) -> None:
 
 
 def compare(options: Options) -> int:
-    """Does the runs that have no row yet; how many are left when time is up."""
+    """Does the runs that have no row yet; how many are left: when time is up, or diverged, which
+    are begun again by the next call.
+    """
     start, folder = time.perf_counter(), options.output_dir
     path, world_name = folder / "rows.jsonl", options.record["world"]
     rows = runs.read(path)
@@ -126,20 +130,26 @@ def compare(options: Options) -> int:
     left = [s for s in options.settings if runs.key(vars(s)) not in have]
     if world.spo is None:
         left = [s for s in left if s.name != "spo"]
+    diverged: list[str] = []
     print(f"{len(left)} runs of {len(options.settings)} to do", flush=True)
     for number, setting in enumerate(left):
         begin = time.perf_counter()
         if begin - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: {len(left) - number} runs left")
-            return len(left) - number
+            return len(left) - number + len(diverged)
         run = folder / "runs" / setting.label
-        new = runs.row(world, setting, options.steps, run, rows[0])
+        try:
+            new = runs.row(world, setting, options.steps, run, rows[0])
+        except Diverged as error:
+            diverged.append(setting.label)
+            print(f"{setting.label} is left out, it diverged: {error}", flush=True)
+            continue
         runs.append(path, rows, new)
         rows.append(new)
         runs.lighten(run)
         print(f"{setting.label}: {runs.line(new, rows[0])} ({time.perf_counter() - begin:.0f} s)")
         sys.stdout.flush()
-    return 0
+    return len(diverged)
 
 
 def base_row(world: World, name: str, options: Options) -> dict[str, Any]:
@@ -177,13 +187,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     with locked(mark(options.output_dir, "evidence")):
         claim(options)
         left = compare(options)
-    if not left:
+    if len(runs.read(options.output_dir / "rows.jsonl")) > 1:
         tell(options.output_dir / "rows.jsonl")
     return left
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.evidence: {error}")
+    on_signals(interrupt)
+    sys.exit(ended("bench.evidence", lambda: main(sys.argv[1:])))

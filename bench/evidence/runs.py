@@ -6,10 +6,10 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +55,19 @@ def config(world: World, setting: Setting, steps: int, folder: Path) -> Config:
 def trained(world: World, setting: Setting, steps: int, folder: Path) -> dict[str, Any]:
     """What the loop returned, with `pairs_per_step` and `before`; what it says goes into a log."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        open(folder.with_suffix(f"{folder.suffix}.log"), "w") as log,
-        contextlib.redirect_stdout(log),
-    ):
+    with open(folder.parent / f"{folder.name}.log", "w") as log, _into(log):
         if setting.name == "spo":
             assert world.spo and setting.beta
             return world.spo(folder, setting.seed, setting.beta, steps)
         asked = config(world, setting, steps, folder)
         pairs = asked.train_batch_size * asked.gradient_accumulation_steps
         return train(asked) | {"pairs_per_step": pairs, "before": world.before}
+
+
+@contextlib.contextmanager
+def _into(log: TextIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
 
 
 def looked(world: World, model: nn.Module) -> dict[str, Any]:

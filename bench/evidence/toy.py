@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,8 +91,7 @@ def _spo(
     """
     data, ranked = world / "encoded" / "ranked", world / "ranked"
     made = once(world / "ranked.json", partial(make_pairs, base, ranked, RANKED * pairs, "ranked"))
-    with contextlib.redirect_stderr(sys.stdout):  # into the log
-        encode("toy", BASE, ranked / "ranked.jsonl", data, progress=False)
+    encode("toy", BASE, ranked / "ranked.jsonl", data, progress=False)
     learn = partial(online.learn_preferences, BASE, data, world / "spm", 2 * steps)
     taught = once(world / "spm.json", learn)
     trained = online.train(

@@ -23,6 +23,7 @@ from bench.evidence.world import World, asked, once
 from fastpref.demo import clips
 from fastpref.demo.pairs import SEEDS
 from fastpref.look.evaluate import Interval
+from fastpref.run.guard import Diverged
 
 BETAS = (200.0, 2000.0, 20000.0)
 OWN = {"spo": (3.0, 10.0, 30.0)}
@@ -442,16 +443,21 @@ def test_a_folder_keeps_one_size_of_comparison(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rows_done(monkeypatch) -> list[str]:
+    """What a comparison of a world of nothing does, run by run, in which beta 20000 diverges."""
     done = []
 
     def row(world, setting, steps, folder, base):
+        if setting.beta == 20000.0:
+            raise Diverged("not finite")
         done.append(setting.label)
         time.sleep(0.02)
         return {**vars(setting), "scores": base["scores"], "errors": base["errors"]}
 
     class AWorld:
-        NAME, PAIRS, STEPS, CLIPS, BETAS, OWN = "x", 8, 1, 1, BETAS, {}
+        PAIRS, STEPS, CLIPS, OWN = 8, 1, 1, {}
+        BETAS = (*BETAS[:2], 5.0)
         __name__ = "bench.evidence.toy"
         prepare = staticmethod(lambda folder, pairs, clips: a_world())
 
@@ -460,14 +466,24 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, monkeypatch, caps
     scores = {"scores": {"choice": [1], "report": [1]}, "errors": [[1], [1]]}
     monkeypatch.setattr(command, "base_row", lambda *_: {"name": "base", **scores})
     monkeypatch.setattr(command, "tell", lambda path: None)
+    return done
+
+
+def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, rows_done, capsys):
     flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,spo", "--seeds", "1"]
     assert command.main([*flags, "--minutes", "0"]) == 3  # no spo in this world
-    assert "3 runs left" in capsys.readouterr().out and not done
+    assert "3 runs left" in capsys.readouterr().out and not rows_done
     assert command.main([*flags, "--minutes", "0.0001"]) in (2, 3)  # 6 ms: one run at the most
-    assert command.main(flags) == 0 and len(done) == 3
-    assert command.main(flags) == 0 and len(done) == 3
-    assert command.main([*flags[:-1], "2"]) == 0 and len(done) == 6
+    assert command.main(flags) == 0 and len(rows_done) == 3
+    assert command.main(flags) == 0 and len(rows_done) == 3
+    assert command.main([*flags[:-1], "2"]) == 0 and len(rows_done) == 6
     assert [runs.key(r) for r in runs.read(tmp_path / "rows.jsonl")][1] == ("dpo", 200.0, None, 0)
+
+
+def test_a_run_that_diverges_ends_no_other(tmp_path, rows_done, capsys):
+    flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,hinge", "--seeds", "1"]
+    assert command.main([*flags, "--betas", "20000,7,8"]) == 2 and len(rows_done) == 4
+    assert "dpo-beta20000-seed0 is left out, it diverged: not finite" in capsys.readouterr().out
 
 
 def test_the_page_says_what_its_rows_say():
