@@ -9,6 +9,7 @@ from statistics import mean as average
 import torch
 from torch import Tensor
 
+from bench.evidence.grid import LONG
 from bench.evidence.intervals import difference, interval, mean
 from bench.evidence.results import Results, Setting
 from fastpref.look.evaluate import Interval
@@ -20,12 +21,14 @@ FIFTH = 0.2  # of DPO's time SPO's paper claims for SD1.5 (a twentieth for SDXL)
 class Claim:
     """said: what is claimed; measured: the number that `found` is an interval of, and its unit.
 
-    It is claimed to lie above `edge`, or below it. found is None where the rows lack runs.
+    It is claimed to lie above `edge`, or below it. found is None where the rows lack runs; of one
+    seed alone it says nothing of others, and nothing is judged.
     """
 
     said: str
     measured: str
     found: Interval | None
+    seeds: int
     edge: float = 0.0
     below: bool = False
 
@@ -34,6 +37,8 @@ class Claim:
         """By which side of the edge all of the interval lies on."""
         if self.found is None:
             return "not run"
+        if self.seeds < 2:
+            return "cannot be told here"
         above, under = self.found.low > self.edge, self.found.high < self.edge
         if under if self.below else above:
             return "holds"
@@ -54,24 +59,27 @@ def claims(results: Results) -> list[Claim]:
     ]
 
 
+def _seeds(results: Results, *names: str) -> list[int]:
+    """That all the names have; none where one of them was not run."""
+    return results.seeds(*names) if set(names) <= set(results.names) else []
+
+
 def _lead(results: Results, said: str, one: str, other: str, below: bool = False) -> Claim:
     """Of one name's chosen setting over the other's, in score."""
     found = None
-    if {one, other} <= set(results.names):
-        seeds = results.seeds(one, other)
-        if seeds:
-            mine, its = (results.gains(results.chosen(name), seeds) for name in (one, other))
-            found = difference(mine, its)
-    return Claim(said, f"score gain of {one} less that of {other}", found, below=below)
+    if seeds := _seeds(results, one, other):
+        mine, its = (results.gains(results.chosen(name), seeds) for name in (one, other))
+        found = difference(mine, its)
+    return Claim(said, f"score gain of {one} less that of {other}", found, len(seeds), below=below)
 
 
 def _over_dpo(results: Results) -> Iterator[Claim]:
     yield _lead(results, "DPO-C&M is better than DPO", "dpo_cm", "dpo")
-    yield _lead(results, "the same, weight on the loss", "dpo_cm_loss", "dpo")
+    yield _lead(results, "the same, the weight on the loss", "dpo_cm_loss", "dpo")
     yield _lead(results, "SDPO is better than DPO", "sdpo", "dpo")
-    yield _lead(results, "the same, weight in the ratio", "sdpo_ratio", "dpo")
+    yield _lead(results, "the same, the weight in the ratio", "sdpo_ratio", "dpo")
     yield _lead(results, "DMPO is better than DPO", "dmpo", "dpo")
-    placed = "the weight belongs in the ratio, not on the loss"
+    placed = "the weight does more in the ratio than on the loss"
     yield _lead(results, f"{placed}: C&M", "dpo_cm", "dpo_cm_loss")
     yield _lead(results, f"{placed}: SDPO", "sdpo_ratio", "sdpo")
 
@@ -84,7 +92,7 @@ def regret(means: Tensor, best: int) -> Tensor:
 def _sensitivity(results: Results) -> Iterator[Claim]:
     for name, shown in (("dpo_cm", "DPO-C&M"), ("sdpo", "SDPO")):
         found = None
-        if {"dpo", name} <= set(results.names) and (seeds := results.seeds("dpo", name)):
+        if seeds := _seeds(results, "dpo", name):
             tables, best, count = [], [], []
             for each in (name, "dpo"):
                 settings = results.settings(each)
@@ -99,38 +107,35 @@ def _sensitivity(results: Results) -> Iterator[Claim]:
         measured = (
             f"share of the chosen beta's gain lost on average over the betas, {name} less dpo"
         )
-        yield Claim(f"{shown} is less sensitive to beta than DPO", measured, found, below=True)
+        said = f"{shown} is less sensitive to beta than DPO"
+        yield Claim(said, measured, found, len(seeds), below=True)
 
 
 def _collapse(results: Results) -> Iterator[Claim]:
-    """From an ordinary run's number of steps to a long run's end."""
-
-    def change(name: str, seeds: list[int] | None = None) -> Tensor | None:
-        long = f"{name}_long"
-        return _late(results, long, seeds) if long in results.names else None
-
-    for name, shown, below in (
-        ("dpo", "DPO collapses late", True),
-        ("dpo_cm", "DPO-C&M does not", False),
-        ("sdpo", "SDPO does not", False),
-    ):
-        table = change(name)
-        measured = f"score from a quarter of {name}_long to its end"
-        yield Claim(shown, measured, None if table is None else mean(table), below=below)
-    for name, shown in (("dpo_cm", "DPO-C&M"), ("sdpo", "SDPO")):
-        seeds = results.seeds("dpo_long", f"{name}_long")
-        mine, its = change(name, seeds), change("dpo", seeds)
-        found = None if mine is None or its is None or not seeds else difference(mine, its)
-        yield Claim(
-            f"{shown} keeps more of it late than DPO",
-            f"that change of {name}_long less that of dpo_long",
-            found,
-        )
+    """From an ordinary run's number of steps to a long run's end, at each beta of long runs."""
+    betas = {s.beta for name in LONG for s in results.settings(name)}
+    for beta in sorted(betas, reverse=True):
+        at = f", at beta {beta:g}"
+        dpo = Setting("dpo_long", beta, None)
+        for name, shown in (("dpo", "DPO"), ("dpo_cm", "DPO-C&M"), ("sdpo", "SDPO")):
+            long = Setting(f"{name}_long", beta, None)
+            seeds = sorted(results.runs.get(long, {}))
+            found = mean(_late(results, long, seeds)) if seeds else None
+            measured = f"score from a quarter of {long.name} to its end{at}"
+            if name == "dpo":
+                yield Claim("DPO collapses late", measured, found, len(seeds), below=True)
+                continue
+            yield Claim(f"{shown} does not collapse late", measured, found, len(seeds))
+            seeds = sorted({*seeds} & results.runs.get(dpo, {}).keys())
+            found = None
+            if seeds:
+                found = difference(*(_late(results, s, seeds) for s in (long, dpo)))
+            measured = f"that change of {long.name} less that of dpo_long{at}"
+            yield Claim(f"{shown} keeps more late than DPO", measured, found, len(seeds))
 
 
-def _late(results: Results, name: str, seeds: list[int] | None = None) -> Tensor:
+def _late(results: Results, setting: Setting, seeds: list[int]) -> Tensor:
     """[seeds, prompts]: gain at the end less gain at a quarter of the steps."""
-    (setting,) = results.settings(name)
     curve, rows = results.curve(setting, seeds), results.rows(setting, seeds)
     steps = [point["step"] for point in rows[0]["curve"]]
     quarter = min(range(len(steps)), key=lambda i: abs(steps[i] - steps[-1] / 4))
@@ -145,7 +150,7 @@ def _dmpo_optimum(results: Results) -> Iterator[Claim]:
             inside, *outer = [results.gains(s) for s in edges]
             found = interval(lambda m: m.min(-1).values, [inside - outer_ for outer_ in outer])
         measured = f"score gain of the best {axis} inside less that of the better edge"
-        yield Claim(said, measured, found)
+        yield Claim(said, measured, found, len(_seeds(results, "dmpo")))
 
 
 def _edges(results: Results, axis: str) -> list[Setting]:
@@ -181,23 +186,16 @@ def reached(goal: Tensor, gains: Tensor, seconds: Tensor) -> Tensor:
 
 def _spo(results: Results) -> Iterator[Claim]:
     yield _lead(results, "SPO is better than DPO", "spo", "dpo")
-    shares = {True: None, False: None}
-    if {"spo", "dpo"} <= set(results.names) and (seeds := results.seeds("spo", "dpo")):
-        for whole in shares:
-            shares[whole] = _share_of_time(results, seeds, whole)
+    loops, whole = None, None
+    if seeds := _seeds(results, "spo", "dpo"):
+        loops, whole = (_share_of_time(results, seeds, stands) for stands in (False, True))
     measured = "seconds of spo to dpo's final gain, over dpo's"
-    yield Claim(
-        "SPO takes less time to DPO's gain", f"{measured}; loops alone", shares[False], 1.0, True
-    )
-    whole = f"{measured}; with pairs, ranked clips and the preference model"
-    yield Claim("the same, with what stands before", whole, shares[True], 1.0, True)
-    yield Claim(
-        "SPO takes at most a fifth of DPO's time",
-        f"{measured}; loops alone",
-        shares[False],
-        FIFTH,
-        True,
-    )
+    alone = f"{measured}; loops alone"
+    before = f"{measured}; with pairs, ranked clips and the preference model"
+    many = len(seeds)
+    yield Claim("SPO takes less time to DPO's gain", alone, loops, many, 1.0, True)
+    yield Claim("the same, with what stands before", before, whole, many, 1.0, True)
+    yield Claim("SPO takes at most a fifth of DPO's time", alone, loops, many, FIFTH, True)
 
 
 def _share_of_time(results: Results, seeds: list[int], whole: bool) -> Interval:
@@ -221,7 +219,7 @@ def _share_of_time(results: Results, seeds: list[int], whole: bool) -> Interval:
 
 def _safeguard(results: Results) -> Iterator[Claim]:
     name, rise, cost, kept = "dpo_safeguard", None, None, None
-    if {"dpo", name} <= set(results.names) and (seeds := results.seeds("dpo", name)):
+    if seeds := _seeds(results, "dpo", name):
         both = [s for s in results.settings(name) if Setting("dpo", s.beta, None) in results.runs]
         plain = [Setting("dpo", s.beta, None) for s in both]
         base = results.base_errors(0).expand(len(seeds), -1)
@@ -242,16 +240,18 @@ def _safeguard(results: Results) -> Iterator[Claim]:
         "the safeguard keeps winners better than DPO",
         "winner's error over the base's, dpo_safeguard less dpo, mean over equal betas",
         rise,
+        len(seeds),
         below=True,
     )
     yield Claim(
         "with it the winner's error does not rise",
         "winner's error over the base's, dpo_safeguard at its chosen beta",
         kept,
+        len(seeds),
         below=True,
     )
     measured = "score gain of dpo_safeguard less that of dpo, mean over equal betas"
-    yield Claim("it costs gain at equal beta", measured, cost, below=True)
+    yield Claim("it costs gain at equal beta", measured, cost, len(seeds), below=True)
     yield _lead(results, "it costs gain at the betas chosen", name, "dpo", below=True)
 
 
@@ -261,12 +261,10 @@ def _controls(results: Results) -> Iterator[Claim]:
     yield _lead(results, f"{window}: C&M", "dpo_cm", "dpo_windowed")
     yield _lead(results, f"{window}: SDPO", "sdpo", "dpo_windowed")
     found = None
-    if {"dpo", "dpo_shuffled"} <= set(results.names) and (
-        seeds := results.seeds("dpo", "dpo_shuffled")
-    ):
+    if seeds := _seeds(results, "dpo", "dpo_shuffled"):
         (shuffled,) = results.settings("dpo_shuffled")
         equal = Setting("dpo", shuffled.beta, None)
         if equal in results.runs:
             found = difference(results.gains(equal, seeds), results.gains(shuffled, seeds))
     measured = "score gain of dpo less that of dpo_shuffled, at equal beta"
-    yield Claim("control: the labels do the work", measured, found)
+    yield Claim("control: the labels do the work", measured, found, len(seeds))

@@ -34,7 +34,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 NAMES = OBJECTIVES | CONTROLS
 LONG = tuple(name for name in NAMES if name.endswith("_long"))
-ONCE = ("dpo_shuffled", *LONG)  # at the middle beta alone, which is fixed beforehand
 ALPHAS = (0.001, 0.01, 0.1)
 TIMED = ("dpo", "spo", *LONG)  # whose clips are judged on the way too
 
@@ -80,17 +79,19 @@ def grid(
             mine: Sequence[float | None] = own.get(name, betas)
             if name == "sft":
                 mine = (None,)
-            elif name in ONCE:
-                mine = (middle(betas, name),)
+            elif name == "dpo_shuffled" or name in LONG:
+                mine = middle(betas, name)[: 1 if name == "dpo_shuffled" else 2]
             for alpha in alphas if name == "dmpo" else (None,):
                 found += [Setting(name, beta, alpha, seed) for beta in mine]
     return found
 
 
-def middle(betas: Sequence[float], name: str) -> float:
+def middle(betas: Sequence[float], name: str) -> list[float]:
+    """The middle beta, and the next lower one if there is one."""
     if len(betas) % 2 == 0:
         raise ValueError(
             f"--betas: {name} is trained at the middle one: expected an odd number of them, got "
             f"{len(betas)}"
         )
-    return sorted(betas)[len(betas) // 2]
+    found, at = sorted(betas), len(betas) // 2
+    return [found[at], *found[max(0, at - 1) : at]]

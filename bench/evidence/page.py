@@ -19,6 +19,11 @@ HEAD = """\
 on the same pairs and the same draws of noise and time, chooses each one's beta on one set of
 prompts and judges it on another. This page is made from the rows in `bench/results`
 (`python -m bench.evidence --page`), its verdicts by rule (`bench/evidence/claims.py`).
+
+Claims are of DPO-C&M and SDPO (arXiv 2505.21893), DMPO (2507.07510), SPO (2406.04314) and
+Diffusion-SDPO's safeguard (2511.03317), as their abstracts and reviews have them; the full texts of
+the first two were not available to us, and the losses tried here are our reading of them (README,
+"Objectives").
 """
 WORLDS = {
     "toy": """\

@@ -54,7 +54,7 @@ def winner(results: Results) -> Any:
     for i, (label, settings, colour) in enumerate(_lines(results)):
         gains = [results.gains(s).mean().item() for s in settings]
         # symlog: errors go from -2 to several hundred per cent
-        errors = [100 * results.error(s, 0).value for s in settings]
+        errors = [100 * results.winner_error(s) for s in settings]
         dashed = "--" if i >= 10 else "-"
         marker = "x" if settings[0].name in CONTROLS else "o"
         axis.plot(errors, gains, dashed, marker=marker, ms=4, lw=1, color=colour, label=label)
@@ -119,10 +119,12 @@ def steps(results: Results) -> Any:
     trained.set(title="implicit accuracy in training", xlabel="step")
     held.set(title="the same on held-out pairs", xlabel="step")
     held.legend(fontsize=6)
-    for name in (n for n in LONG if n in results.names):
-        (setting,) = results.settings(name)
-        marks = [p["step"] for p in results.rows(setting)[0]["curve"]]
-        _band(late, marks, results, setting, label=f"{name}, beta {setting.beta:g}")
+    betas = sorted({s.beta for name in LONG for s in results.settings(name)})
+    for i, name in enumerate(LONG):
+        for setting in results.settings(name):
+            marks = [p["step"] for p in results.rows(setting)[0]["curve"]]
+            style = {"color": f"C{i}", "ls": "--" if setting.beta != betas[-1] else "-"}
+            _band(late, marks, results, setting, label=f"{name}, beta {setting.beta:g}", **style)
     late.axhline(0, color="grey", lw=0.5)
     late.set(title="score gain of the long runs", xlabel="step")
     if late.lines[1:]:

@@ -62,7 +62,8 @@ class Results:
         return sorted(set.intersection(*each)) if each else []
 
     def rows(self, setting: Setting, seeds: Sequence[int] | None = None) -> list[Row]:
-        return [self.runs[setting][s] for s in seeds or self.seeds(setting.name)]
+        mine = self.runs[setting]
+        return [mine[s] for s in seeds or self.seeds(setting.name) or sorted(mine)]
 
     def scores(self, setting: Setting, seeds: Sequence[int] | None = None) -> Tensor:
         """[seeds, clips] of the report set, of every clip."""
@@ -113,6 +114,10 @@ class Results:
         mine = self.errors(setting, member)
         base = self.base_errors(member).expand_as(mine)
         return interval(lambda m: m[..., 0] / m[..., 1] - 1, [mine, base])
+
+    def winner_error(self, setting: Setting) -> float:
+        """That of winners alone, without its interval."""
+        return (self.errors(setting, 0).mean() / self.base_errors(0).mean()).item() - 1
 
     def curve(self, setting: Setting, seeds: Sequence[int] | None = None) -> Tensor:
         """[points, seeds, prompts]: gains at the checkpoints of runs whose clips were judged."""

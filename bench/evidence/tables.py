@@ -70,7 +70,7 @@ def beta_table(results: Results) -> list[str]:
         for alpha in sorted({s.alpha for s in settings}, key=lambda a: a or 0):
             cells = []
             for s in (s for s in settings if s.alpha == alpha and s.beta is not None):
-                gain, error = mean(results.gains(s)).value, 100 * results.error(s, 0).value
+                gain, error = results.gains(s).mean().item(), 100 * results.winner_error(s)
                 cell = f"{s.beta:g}: {gain:+.3f}, {error:+.1f} %"
                 cells.append(f"**{cell}**" if s == best else cell)
             if cells:
@@ -126,6 +126,6 @@ def _legend(results: Results, judged: int) -> str:
         f"over held-out pairs and seeds). {judged} intervals are read here and none is corrected "
         "for that: of such, one in twenty errs by chance. Each objective stands at the beta (and "
         "alpha) with the highest score gain on the choice prompts; everything else is of the "
-        f"report prompts. Safeguard: mu {SAFEGUARD:g}. `_long`: {LONGER} times the steps, at the "
-        "middle beta. Seconds are of the process's own time on a CPU."
+        f"report prompts. Safeguard: mu {SAFEGUARD:g}. `_long`: {LONGER} times the steps, at two "
+        "betas. Seconds are of the process's own time on a CPU."
     )

@@ -25,15 +25,15 @@ OWN = {"spo": (3.0, 10.0, 30.0)}
 def test_every_objective_stands_at_every_beta_alpha_and_seed():
     found = grid(list(NAMES), BETAS, OWN, (0.01, 0.1), 3)
     count = {name: sum(s.name == name for s in found) for name in NAMES}
-    once_each = {"sft", "dpo_shuffled", *LONG}
-    expected = {n: 3 * (1 if n in once_each else 6 if n == "dmpo" else 3) for n in NAMES}
+    few = {"sft": 1, "dpo_shuffled": 1, "dmpo": 6} | dict.fromkeys(LONG, 2)
+    expected = {n: 3 * few.get(n, 3) for n in NAMES}
     assert count == expected
     assert len({s.label for s in found}) == len(found)
     assert {s.beta for s in found if s.name == "dpo_shuffled"} == {2000.0}
     assert {s.beta for s in found if s.name == "spo"} == {3.0, 10.0, 30.0}
     assert [s.seed for s in found] == sorted(s.seed for s in found)  # seed by seed
     five = grid(["dpo_long"], (1.0, 2.0, 5.0, 4.0, 3.0), {}, (), 1)
-    assert [s.beta for s in five] == [3.0]
+    assert [s.beta for s in five] == [3.0, 2.0]
     with pytest.raises(ValueError, match="odd number of them, got 2"):
         grid(["dpo_long"], BETAS[:2], {}, (), 1)
 

@@ -102,7 +102,11 @@ def test_a_late_collapse_is_the_change_from_a_quarter_to_the_end(end, verdict):
     found = found_claim(truth, "DPO collapses late", noise=0.002)
     assert found.verdict == verdict
     assert found.found.value == pytest.approx(end - 0.05, abs=0.003)
-    relative = found_claim(truth, "SDPO keeps more of it late than DPO", noise=0.002)
+    lower = {(f"{n}_long", 600.0, None): flat(0.0, curve=[0.05] * 4) for n in ("dpo", "sdpo")}
+    each = [c for c in claims(Results(rows_of(truth | lower))) if c.said == "DPO collapses late"]
+    assert [c.measured[-12:] for c in each] == ["at beta 2000", " at beta 600"]
+    assert each[1].found.value == pytest.approx(0, abs=0.002)
+    relative = found_claim(truth, "SDPO keeps more late than DPO", noise=0.002)
     assert relative.verdict == verdict  # the other changes by 0
 
 
@@ -166,10 +170,11 @@ def test_the_safeguard_keeps_winners_at_equal_beta_and_its_cost():
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side():
-    claim = Claim("", "", Interval(0.1, 0.05, 0.15))
+    claim = Claim("", "", Interval(0.1, 0.05, 0.15), 2)
     assert claim.verdict == "holds"
     assert replace(claim, below=True).verdict == "does not hold"
     assert replace(claim, edge=0.1).verdict == "cannot be told here"
     assert replace(claim, edge=0.2, below=True).verdict == "holds"
     assert replace(claim, found=Interval(0.0, 0.0, 0.0)).verdict == "cannot be told here"
     assert replace(claim, found=None).verdict == "not run"
+    assert replace(claim, seeds=1).verdict == "cannot be told here"
