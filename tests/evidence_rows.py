@@ -59,6 +59,9 @@ def over_betas(name: str, gains: tuple, **other) -> dict:
 
 
 def timed(seconds: float, before: float, end: float = 0.06) -> dict:
+    """DPO gains 0.04 in 40 s, evenly, after 10; SPO `end` in four times `seconds`."""
     truth = over_betas("dpo", (0.02, 0.04, 0.03), seconds=10.0, before=10.0)
+    for setting in truth.values():
+        setting["curve"] = [setting["gain"] * i / 4 for i in range(1, 5)]
     way = [end / 4, end / 2, 3 * end / 4, end]
     return truth | {("spo", 10.0, None): flat(end, seconds=seconds, curve=way, before=before)}

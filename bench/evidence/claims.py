@@ -186,27 +186,34 @@ def reached(goal: Tensor, gains: Tensor, seconds: Tensor) -> Tensor:
 
 def _spo(results: Results) -> Iterator[Claim]:
     yield _lead(results, "SPO is better than DPO", "spo", "dpo")
-    loops, whole = None, None
+    alone = whole = own = None
     if seeds := _seeds(results, "spo", "dpo"):
-        loops, whole = (_share_of_time(results, seeds, stands) for stands in (False, True))
-    measured = "seconds of spo to dpo's final gain, over dpo's"
-    alone = f"{measured}; loops alone"
+        spo, dpo = results.chosen("spo"), results.chosen("dpo")
+        alone = _share_of_time(results, spo, dpo, seeds)
+        whole = _share_of_time(results, spo, dpo, seeds, whole=True)
+        own = _share_of_time(results, dpo, spo, seeds)
+    measured, many = "seconds of spo to dpo's final gain, over dpo's", len(seeds)
+    loops = f"{measured}; loops alone"
     before = f"{measured}; with pairs, ranked clips and the preference model"
-    many = len(seeds)
-    yield Claim("SPO takes less time to DPO's gain", alone, loops, many, 1.0, True)
+    yield Claim("SPO takes less time to DPO's gain", loops, alone, many, 1.0, True)
     yield Claim("the same, with what stands before", before, whole, many, 1.0, True)
-    yield Claim("SPO takes at most a fifth of DPO's time", alone, loops, many, FIFTH, True)
+    yield Claim("SPO takes at most a fifth of DPO's time", loops, alone, many, FIFTH, True)
+    measured = "seconds of dpo to spo's final gain, over spo's; loops alone"
+    yield Claim("DPO takes more time to SPO's gain", measured, own, many, 1.0)
 
 
-def _share_of_time(results: Results, seeds: list[int], whole: bool) -> Interval:
-    """whole: with what stands before both loops."""
-    spo, dpo = results.chosen("spo"), results.chosen("dpo")
+def _share_of_time(
+    results: Results, one: Setting, other: Setting, seeds: list[int], whole: bool = False
+) -> Interval:
+    """Seconds of one to the other's final gain, over the other's. whole: with what stands before
+    both loops.
+    """
     before = [
-        average(r["before"] for r in results.rows(s, seeds)) if whole else 0.0 for s in (spo, dpo)
+        average(r["before"] for r in results.rows(s, seeds)) if whole else 0.0 for s in (one, other)
     ]
-    goal = results.gains(dpo, seeds)
-    curve = results.curve(spo, seeds)
-    times = [*results.seconds(spo, seeds), results.seconds(dpo, seeds)[-1]]
+    goal = results.gains(other, seeds)
+    curve = results.curve(one, seeds)
+    times = [*results.seconds(one, seeds), results.seconds(other, seeds)[-1]]
     tables = [goal, *curve, *(t[:, None].expand_as(goal) for t in times)]
     points = len(curve)
 

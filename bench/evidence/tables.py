@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isinf
 from statistics import mean as average
 
 from bench.evidence.claims import Claim, claims
@@ -23,7 +24,13 @@ def percent(found: Interval) -> str:
 
 
 def plain(found: Interval) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    value, low, high = ("never" if isinf(x) else f"{x:.2f}" for x in found)
+    return f"{value} [{low}, {high}]"
+
+
+def share(found: Interval) -> str:
+    """Of what lies between 0 and 1, which a seed's stretched part may leave."""
+    return plain(Interval(found.value, max(0.0, found.low), min(1.0, found.high)))
 
 
 def named(setting: Setting) -> str:
@@ -50,7 +57,7 @@ def chosen_table(results: Results) -> list[str]:
             lead = signed(difference(results.gains(best, seeds), dpo))
         taken = average(r["seconds_per_pair"] for r in results.rows(best))
         cells = (
-            plain(mean(results.wins(best))),
+            share(mean(results.wins(best))),
             signed(mean(results.gains(best))),
             lead,
             percent(results.error(best, 0)),

@@ -141,6 +141,9 @@ def test_spos_time_to_dpos_gain():
     assert found_claim(timed(2.0, 60.0), fifth).verdict == "holds"
     never = found_claim(timed(6.0, 60.0, end=0.02), loop)
     assert never.verdict == "does not hold" and never.found.low == math.inf
+    # DPO has 0.02 after half of its 40 s
+    other = found_claim(timed(4.0, 60.0, end=0.02), "DPO takes more time to SPO's gain")
+    assert other.verdict == "holds" and other.found.value == pytest.approx(20 / 16, rel=0.03)
     assert found_claim(timed(15.0, 60.0), loop, noise=0.02).verdict == "cannot be told here"
 
 
