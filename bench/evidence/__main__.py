@@ -130,6 +130,9 @@ def compare(options: Options) -> int:
     left = [s for s in options.settings if runs.key(vars(s)) not in have]
     if world.spo is None:
         left = [s for s in left if s.name != "spo"]
+    for setting in left:  # a mistake is told before hours are spent
+        if setting.name != "spo":
+            runs.config(world, setting, options.steps, folder / "runs" / setting.label)
     diverged: list[str] = []
     print(f"{len(left)} runs of {len(options.settings)} to do", flush=True)
     for number, setting in enumerate(left):

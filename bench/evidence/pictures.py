@@ -53,7 +53,6 @@ def winner(results: Results) -> Any:
     figure, (axis,) = _figure(1, 1, 8.5, 5.5)
     for i, (label, settings, colour) in enumerate(_lines(results)):
         gains = [results.gains(s).mean().item() for s in settings]
-        # symlog: errors go from -2 to several hundred per cent
         errors = [100 * results.winner_error(s) for s in settings]
         dashed = "--" if i >= 10 else "-"
         marker = "x" if settings[0].name in CONTROLS else "o"
@@ -64,7 +63,7 @@ def winner(results: Results) -> Any:
             axis.plot(errors[at], gains[at], marker=marker, ms=9, mew=2, color=colour)
     axis.axhline(0, color="grey", lw=0.5)
     axis.axvline(0, color="grey", lw=0.5)
-    axis.set_xscale("symlog", linthresh=2)
+    axis.set_xscale("symlog", linthresh=2)  # from -2 to some 90 %
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(
         xlabel="winner's error over the base's, %",

@@ -138,7 +138,7 @@ def _point(
     step = int(saved.name.removeprefix(checkpoint.PREFIX))
     point = {
         "step": step,
-        "seconds": round(seconds[step], 3) if step in seconds else None,
+        "seconds": round(max((s for k, s in seconds.items() if k <= step), default=0.0), 3),
         "winner": round(winner, 5),
         "loser": round(loser, 5),
         "accuracy": round(right.mean().item(), 4),

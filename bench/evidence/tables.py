@@ -120,8 +120,8 @@ def _setting(results: Results) -> str:
     seeds = sorted({len(results.seeds(name)) for name in results.names}, reverse=True)
     return (
         f"{len(runs)} runs of {base['steps']} steps on {base['pairs']} pairs "
-        f"({' or '.join(map(str, seeds))} seeds a setting), {base['clips']} clips to choose on and "
-        f"as many to report on: {'; '.join(each)}."
+        f"({' or '.join(map(str, seeds))} seeds a setting), {len(base['prompts']['choice'])} clips "
+        f"to choose on and {len(base['prompts']['report'])} to report on: {'; '.join(each)}."
     )
 
 

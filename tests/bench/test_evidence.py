@@ -183,6 +183,13 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, rows_done, capsys
     assert [runs.key(r) for r in runs.read(tmp_path / "rows.jsonl")][1] == ("dpo", 200.0, None, 0)
 
 
+def test_a_mistake_is_told_before_the_first_run(tmp_path, rows_done):
+    flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,dmpo", "--alphas", "0.7"]
+    with pytest.raises(ValueError, match="alpha.*0.7"):
+        command.main(flags)
+    assert not rows_done
+
+
 def test_a_run_that_diverges_ends_no_other(tmp_path, rows_done, capsys):
     flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,hinge", "--seeds", "1"]
     assert command.main([*flags, "--betas", "20000,7,8"]) == 2 and len(rows_done) == 4
