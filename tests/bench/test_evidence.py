@@ -185,7 +185,7 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, rows_done, capsys
 
 def test_a_mistake_is_told_before_the_first_run(tmp_path, rows_done):
     flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,dmpo", "--alphas", "0.7"]
-    with pytest.raises(ValueError, match="alpha.*0.7"):
+    with pytest.raises(ValueError, match=r"alpha.*0\.7"):
         command.main(flags)
     assert not rows_done
 
