@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def fresh(width: int, layers: int) -> nn.Module:
     return model
 
 
+@cache
+def texts() -> Tensor:
+    """What the model reads of every prompt of pretraining, [prompts, 8, 32]."""
+    found = toy.encode_text(toy.pipeline(""), PRETRAINING_PROMPTS)
+    return torch.stack([cond["text"] for cond in found])
+
+
 def judge_all(prompts: list[str], clips: list[Tensor]) -> dict[str, Tensor]:
     """Noise-free scores `[N]` float64: the whole `score` and each of its parts."""
     each = [mid_clips.judge(p, c.cpu()) for p, c in zip(prompts, clips, strict=True)]
@@ -108,8 +116,7 @@ class Pretraining:
             self.model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01
         )
         self.draw = torch.Generator(device).manual_seed(options.seed)
-        texts = [c["text"] for c in toy.encode_text(toy.pipeline(""), PRETRAINING_PROMPTS)]
-        self.text = torch.stack(texts).to(device)
+        self.text = texts().to(device)
         self.asked = mid_clips.parse(PRETRAINING_PROMPTS).to(device)
 
     def save(self, path: Path) -> None:
