@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command
 
 from bench.evidence import mid, mid_clips, mid_pretrain, mid_prompts
+from bench.evidence.__main__ import main
 from bench.evidence.mid_clips import PARTS, PLACES
 from bench.evidence.mid_prompts import Thing
 from fastpref.demo.clips import COLOURS
@@ -240,13 +240,16 @@ def test_pairs_are_the_noisy_judges_and_made_once(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_runs_end_to_end_on_a_small_base(base, tmp_path):
+    names = ["dpo", "dpo_cm", "sdpo", "sft", "dpo_windowed", "dpo_shuffled"]
     shutil.copytree(base, tmp_path / "world" / "base")
-    command(
-        *("-m", "bench.evidence", "--world", "mid", "--objectives", "dpo", "--betas", "2000"),
-        *("--seeds", "1", "--pairs", "8", "--steps", "2", "--clips", "4"),
-        *("--output_dir", str(tmp_path)),
-    )
+    arguments = ["--world", "mid", "--objectives", ",".join(names), "--betas", "2000"]
+    arguments += ["--seeds", "1", "--pairs", "8", "--steps", "2", "--clips", "4"]
+    main([*arguments, "--output_dir", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == ["base", "dpo"]
-    assert rows[0]["world"] == "mid" and len(rows[1]["scores"]["report"]) == 4
-    assert rows[1]["steps"] == 2 and rows[1]["errors"] != rows[0]["errors"]
+    assert [row["name"] for row in rows] == ["base", *names]
+    assert rows[0]["world"] == "mid" and not set.intersection(
+        *map(set, rows[0]["prompts"].values())
+    )
+    for row in rows[1:]:
+        assert row["steps"] == 2 and len(row["scores"]["report"]) == 4
+        assert row["errors"] != rows[0]["errors"]
