@@ -25,7 +25,7 @@ from fastpref.pairs.media import write_clip
 from fastpref.process import FlowMatching
 from fastpref.run import adapters
 
-PAIRS, STEPS, CLIPS = 256, 120, 96
+PAIRS, STEPS, CLIPS = 256, 100, 96
 BETAS = (200.0, 600.0, 2000.0, 6000.0, 20000.0)
 OWN = {"ipo": (2.0, 6.0, 20.0, 60.0, 200.0)}  # its target is 1 / (2 beta), in errors
 PAIRS_PER_STEP = 8

@@ -128,7 +128,7 @@ class Pretraining:
 
     def take_up(self, path: Path) -> None:
         """ValueError: what stands there is of other options."""
-        state = torch.load(path, map_location=self.draw.device)
+        state = torch.load(path, map_location="cpu")
         if state["options"] != asdict(self.options):
             raise ValueError(
                 f"{path}: is of {state['options']}, got {asdict(self.options)}: delete it, or "
@@ -136,7 +136,7 @@ class Pretraining:
             )
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        self.draw.set_state(state["draw"].cpu())
+        self.draw.set_state(state["draw"])
         self.step = state["step"]
 
     def loss(self) -> Tensor:
