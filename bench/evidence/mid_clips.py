@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.evidence.mid_prompts import DIRECTIONS, read
 from fastpref.demo.clips import BACKGROUND, COLOURS
-
-from .mid_prompts import DIRECTIONS, read
 
 FRAMES, SIZE = 16, 32
 RADIUS, SPEED = 4.0, 1.2  # pixels, pixels per frame
@@ -40,10 +39,10 @@ class Scenes(NamedTuple):
     front: Tensor  # [N] bool: the first passes before the second
 
     def take(self, rows: Tensor) -> Scenes:
-        return Scenes(*(value[rows] for value in tuple(self)))
+        return Scenes(*(value[rows] for value in self))
 
     def to(self, device: torch.device) -> Scenes:
-        return Scenes(*(value.to(device) for value in tuple(self)))
+        return Scenes(*(value.to(device) for value in self))
 
 
 def parse(prompts: list[str]) -> Scenes:

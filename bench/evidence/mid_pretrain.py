@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.evidence import mid_clips
+from bench.evidence.mid_clips import FRAMES, SIZE
+from bench.evidence.mid_prompts import NEVER_SEEN, PAIR_PROMPTS, PRETRAINING_PROMPTS
 from fastpref.files import write_atomic
 from fastpref.look.sample import sample
 from fastpref.models import toy
 from fastpref.process import FlowMatching
-
-from . import mid_clips
-from .mid_clips import FRAMES, SIZE
-from .mid_prompts import NEVER_SEEN, PAIR_PROMPTS, PRETRAINING_PROMPTS
 
 STATEFUL = ("model", "average", "optimizer")
 SAVE_STEPS = 250
@@ -200,9 +199,9 @@ def pretrain(output: Path, options: Options, bf16: bool | None = None) -> None:
         mean += (loss - mean) / min(taken, 100)
         if run.step % SAVE_STEPS == 0 or run.step == options.steps:
             run.save(state)
-            said = f"step {run.step} loss {mean:.4f} {run.check(PAIR_PROMPTS[:48])}"
+            said = f"step {run.step} loss {mean:.4f} {run.check(PAIR_PROMPTS[:24])}"
             print(f"{said} {time.time() - start:.0f} s", flush=True)
-    print("never seen:", run.check(NEVER_SEEN[:96]), flush=True)
+    print("never seen:", run.check(NEVER_SEEN[:48]), flush=True)
     toy.save(run.average, partial / "base")
     os.replace(partial / "base", output)
     shutil.rmtree(partial)
