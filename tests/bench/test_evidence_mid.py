@@ -195,6 +195,10 @@ def test_pretraining_learns():
     )
     losses = [run.update(bf16=False).item() for _ in range(40)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    noise = torch.randn(4, 3, 16, 32, 32)
+    with torch.no_grad():
+        velocity = toy.predict(run.model, noise, torch.full((4,), 1000.0), {"text": run.text[:4]})
+    assert (noise - velocity).mean() < -0.4  # dark, as the clips are
 
 
 def test_the_size_is_the_checkpoints_own(base):
