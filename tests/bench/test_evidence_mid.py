@@ -198,7 +198,7 @@ def test_pretraining_learns():
     noise = torch.randn(4, 3, 16, 32, 32)
     with torch.no_grad():
         velocity = toy.predict(run.model, noise, torch.full((4,), 1000.0), {"text": run.text[:4]})
-    assert (noise - velocity).mean() < -0.4  # dark, as the clips are
+    assert (noise - velocity).mean() < -0.15  # dark, as the clips are
 
 
 def test_the_size_is_the_checkpoints_own(base):
