@@ -197,7 +197,8 @@ def test_pretraining_learns():
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     noise = torch.randn(4, 3, 16, 32, 32)
     with torch.no_grad():
-        velocity = toy.predict(run.model, noise, torch.full((4,), 1000.0), {"text": run.text[:4]})
+        text = {"text": run.text[:4]}
+        velocity = toy.predict(run.average, noise, torch.full((4,), 1000.0), text)
     assert (noise - velocity).mean() < -0.15  # dark, as the clips are
 
 
@@ -218,25 +219,34 @@ def test_clips_depend_on_their_seeds_alone(base):
 
 
 def test_pairs_are_the_noisy_judges_and_made_once(base, tmp_path, monkeypatch):
-    model = mid._load(base, None)
+    model, sampled, seen = mid._load(base, None), mid.sampled, {}
+
+    def watched(model, prompts, seeds):
+        clips = sampled(model, prompts, seeds)
+        assert not seen.keys() & set(seeds)  # each has a noise of its own
+        seen.update(zip(seeds, clips, strict=True))
+        return clips
+
+    monkeypatch.setattr(mid, "sampled", watched)
     monkeypatch.setattr(mid, "AT_ONCE", 2)
     made = mid.make_pairs(model, tmp_path, 3, "pairs", TEXTS)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == TEXTS
-    for row, gap in zip(rows, made["gaps"], strict=True):
-        clips = [
-            decode((tmp_path / row[kind]).read_bytes(), Sampling()).frames
-            for kind in ("chosen", "rejected")
-        ]
-        chosen, rejected = mid_pretrain.judge_all([row["prompt"]] * 2, clips)["score"]
-        assert (chosen - rejected).item() == pytest.approx(gap)
+    generator = torch.Generator().manual_seed(mid.SEEDS["pairs"])
+    noise = 0.05 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    clips = [clip for _, clip in sorted(seen.items())]
+    scores = mid_pretrain.judge_all([t for t in TEXTS for _ in range(6)], clips)["score"].view(3, 6)
+    for i, row in enumerate(rows):
+        order = (scores + noise)[i].argsort()
+        for kind, member in (("chosen", order[-1]), ("rejected", order[0])):
+            file = (tmp_path / row[kind]).read_bytes()
+            assert torch.equal(decode(file, Sampling()).frames, clips[6 * i + member])
+        assert made["gaps"][i] == pytest.approx((scores[i, order[-1]] - scores[i, order[0]]).item())
     assert made["right"] == sum(gap > 0 for gap in made["gaps"]) / 3
     (tmp_path / "parts" / "00002.json").unlink()
-    asked = []
-    sampled = mid.sampled
-    monkeypatch.setattr(mid, "sampled", lambda m, p, s: asked.extend(p) or sampled(m, p, s))
+    seen.clear()
     again = mid.make_pairs(model, tmp_path, 3, "pairs", TEXTS)
-    assert set(asked) == {TEXTS[2]} and again["gaps"] == made["gaps"]
+    assert len(seen) == 6 and again["gaps"] == made["gaps"]
 
 
 # --- all of it ---
