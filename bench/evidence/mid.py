@@ -93,7 +93,8 @@ def _clips(model: nn.Module, asked: Asked) -> list[Tensor]:
 
 
 def _errors(validation: PairDataset, model: nn.Module) -> Tensor:
-    return evaluate.errors(model, toy, FlowMatching(), validation, seed=VALIDATION_SEED)
+    process = FlowMatching()
+    return evaluate.errors(model, toy, process, validation, seed=VALIDATION_SEED, draws_per_pair=4)
 
 
 def make_pairs(
