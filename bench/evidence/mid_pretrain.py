@@ -95,9 +95,9 @@ def sampled(
 class Options:
     """What a pretraining can be asked for; what stands half done is of the same."""
 
-    steps: int = 6000
+    steps: int = 3000
     batch: int = 32
-    rate: float = 6e-4
+    rate: float = 1e-3
     width: int = 384
     layers: int = 4
     seed: int = 0
