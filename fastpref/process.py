@@ -172,8 +172,11 @@ class FlowMatching(Process):
             raise ValueError(
                 f"time_sampling must be uniform or logit_normal, got {self.time_sampling!r}"
             )
-        if not self.logit_std > 0:
-            raise ValueError(f"logit_std must be > 0, got {self.logit_std}")
+        if not (0 < self.logit_std < math.inf and math.isfinite(self.logit_mean)):
+            raise ValueError(
+                "logit_std must be > 0 and finite, and logit_mean finite, got"
+                f" {self.logit_std} and {self.logit_mean}"
+            )
         lo, hi = self._window()
         if hi - lo < 1e-6:
             raise ValueError(

@@ -24,7 +24,7 @@ from fastpref.process import DDPM_KIND, from_config
             lambda: FlowMatching(time_sampling="beta"),
             "time_sampling must be uniform or logit_normal",
         ),
-        (lambda: FlowMatching(logit_std=0.0), "logit_std must be > 0, got 0.0"),
+        (lambda: FlowMatching(logit_std=0.0), "logit_std must be > 0 and finite, and"),
         (
             lambda: FlowMatching(
                 time_sampling="logit_normal", logit_std=0.1, timestep_range=(0.99, 1.0)

@@ -170,8 +170,9 @@ def plain(c: Case, objective: Any, *, gain: Tensor | None = None) -> tuple[Tenso
         # The loser's error counts lambda times in the gradient, not in the loss.
         one, other = residuals[-1].detach().chunk(2)
         slopes = torch.autograd.grad(loss, err, retain_graph=True)[0].chunk(2)
-        products = one.square().mean(1), (one * other).mean(1)
-        share = oracle.safeguard(*slopes, *products, objective.safeguard)
+        own, both = one.square().mean(1), (one * other).mean(1)
+        most = (1 - objective.safeguard) * own / both * (slopes[0] / -slopes[1]).clamp(max=1)
+        share = torch.where((slopes[1] < 0) & (both > 0), most.clamp(0, 1), 1.0)
         err.backward(torch.cat([slopes[0], share * slopes[1]]))
     else:
         loss.backward()

@@ -30,7 +30,7 @@ class PairLoss(NamedTuple):
     pair_loss: Tensor  # [B] the terms of that mean
     err: Tensor  # [2B] policy errors, winners first
     ref_err: Tensor  # [2B] reference errors
-    margin: Tensor  # [B] what the loss sees: weighted in dpo_cm, clamped in spo
+    margin: Tensor  # [B] what the sigmoid sees: weighted at placement ratio, clamped in spo
     importance: Tensor | None  # [2B] the unclipped wbar of each member; None where there is none
     coef: Tensor  # [2B] d pair_loss / d err, the losers' times the safeguard's lambda
     safeguard: Tensor | None = None  # [B] that lambda; None where there is none

@@ -125,15 +125,15 @@ def deferred(
             refs.append(pair_error(reference(*inputs), y))
         pred = policy(*inputs)
         err_l = pair_error(pred, y)
-        own.append(products(winner, pred, target, i, pairs))
-        crosses.append(own[-1])
+        cross = products(winner, pred, target, i, pairs)
+        crosses.append(cross)
         del pred, winner
         if objective is None:  # sft leaves the loser alone, but a pass without gradient would be
             err_l = err_l.detach()  # other code to compile
         err.append(torch.cat([err_w, err_l]))
         said.append(torch.cat(refs))
 
-        out = finish(err[-1], said[-1], objective, *own)
+        out = finish(err[-1], said[-1], objective, *own, cross)
         if skip_zeros and not out.coef.any():
             fill_gradients(parameters)
         else:
@@ -171,13 +171,13 @@ def _winner_twice(
             err_w = pair_error(pred_w, y)
         pred = policy(*loser)
         err_l = pair_error(pred, z)
-        own.append(products(pred_w if guarded(objective) else None, pred, target, i, pairs))
-        crosses.append(own[-1])
+        cross = products(pred_w if guarded(objective) else None, pred, target, i, pairs)
+        crosses.append(cross)
         del pred, pred_w
         if objective is None:  # sft leaves the loser alone
             err_l = err_l.detach()
         err.append(torch.cat([err_w, err_l]))
-        out = finish(err[-1], said[-1], objective, *own)
+        out = finish(err[-1], said[-1], objective, *own, cross)
         if out.loss.requires_grad:
             (out.loss * (scale / pairs)).backward()
         (pair_error(policy(*winner), y) * (out.coef[0] * (scale / pairs))).sum().backward()

@@ -364,6 +364,7 @@ def test_opcheck():
     calls = [
         (OP.add_noise, (step.x0, pair_id, index, p, q, seed, torch.bfloat16)),
         (OP.pair_error, (pred, step.x0, *step.draws)),
+        (OP.pair_cross, (step.pred, step.x0, *step.draws)),
         (OP.pair_loss, (pred, step.x0, step.ref, None, hyper, gain, weight, 5, True, *step.draws)),
         (OP.pair_loss, (pred, step.x0, None, ref_err, hyper, None, None, 0, False, *NO_DRAWS)),
         (OP.pair_grad, (step.pred, step.x0, coef, loss, 0.5, *step.draws)),

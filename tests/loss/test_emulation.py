@@ -109,6 +109,7 @@ def test_the_functor_is_the_oracles(program: Path) -> None:
     options["sdpo"] += [{**each, "placement": "ratio"} for each in options["sdpo"]]
     for name in set(OBJECTIVES) - {"spo"}:
         options.setdefault(name, []).append({"safeguard": 0.3})
+        options[name].append({"safeguard": 0.2, "sft_weight": 0.4})
     generator = torch.Generator().manual_seed(1)
     lines, expected = [], []
     for name in OBJECTIVES:

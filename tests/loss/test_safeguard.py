@@ -103,12 +103,13 @@ def test_lambda_and_the_gradient_are_the_formulas(name, dtype, regenerated):
     assert {0.5, 1} <= counted
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.25])
 @pytest.mark.parametrize("name", PLACED)
-def test_to_first_order_the_winners_error_does_not_rise(name):
+def test_to_first_order_the_winners_error_does_not_rise(name, mu):
     """Both predictions moved by what they share, against the gradient of the loss: d e_w <= 0, and
     of the fall that the winner's own gradient makes at least mu is left, where both pull apart.
     """
-    mu, without, rises = 0.25, [], []
+    without, rises = [], []
     for seed in range(20):
         pred, ref, y, target, gain, _ = batch((3, 50), torch.float64, 100 + seed)
         shared = torch.zeros_like(pred[:6]).requires_grad_()

@@ -132,6 +132,14 @@ def test_a_target_may_be_a_tensor_and_the_reference_errors(form):
     assert distance(gradients(c.parameters), wanted) < 1e-10
 
 
+def test_member_by_member_every_pair_has_its_own_lambda():
+    c, rule = case("sd15", torch.float64), make("dpo+safeguard")
+    joint, one_by_one = (run(c, form, rule)[0] for form in ("joint", "deferred"))
+    assert len(set(joint.safeguard.tolist())) == len(c.weight) and (joint.safeguard < 1).any()
+    for field in ("safeguard", "coef", "pair_loss"):
+        torch.testing.assert_close(getattr(one_by_one, field), getattr(joint, field))
+
+
 def test_a_parameter_the_prediction_does_not_use_stays_without_gradient():
     c = case("sd15", torch.float64)
     idle = torch.nn.Parameter(torch.ones(3))
