@@ -36,20 +36,25 @@ def config(world: World, setting: Setting, steps: int, folder: Path) -> Config:
     if setting.alpha is not None:
         asked["alpha"] = setting.alpha
     asked |= world.hyper.get(setting.name, world.hyper.get(setting.objective, {}))
-    points = 2 * POINTS if setting.name in LONG else POINTS
+    every = _every(setting, steps)
     return Config(
         family=world.family,
         model=str(world.model),
         data=str(world.shuffled if setting.name == "dpo_shuffled" else world.data),
         output_dir=str(folder),
         max_train_steps=steps,
-        checkpointing_steps=max(1, steps // points),
-        checkpoints_total_limit=4 * points,
-        logging_steps=max(1, min(10, steps // points)),
+        checkpointing_steps=every,
+        checkpoints_total_limit=4 * steps // every,  # all, and those of interruptions
+        logging_steps=min(10, every),
         seed=setting.seed,
         **world.settings,
         **asked,
     )
+
+
+def _every(setting: Setting, steps: int) -> int:
+    """Steps from one point of a curve to the next."""
+    return max(1, steps // (2 * POINTS if setting.name in LONG else POINTS))
 
 
 def trained(world: World, setting: Setting, steps: int, folder: Path) -> dict[str, Any]:
@@ -101,13 +106,16 @@ def row(
     share = (clock() - start) / (time.perf_counter() - wall)
     model = world.load(Path(done["artifact"]))
     seconds = {k: share * s for k, s in elapsed(folder, done["pairs_per_step"]).items()}
-    curve = []
+    last, curve = done["global_step"], []
     for saved in reversed(checkpoint.folders(folder)):  # the last one's stay in the model
-        curve.append(_point(world, setting, model, saved, seconds, base))
+        step = int(saved.name.removeprefix(checkpoint.PREFIX))
+        if step % _every(setting, last) == 0 or step == last:  # not of an interruption
+            point = {"step": step, "seconds": _up_to(seconds, step)}
+            curve.append(point | _point(world, setting, model, saved, base))
     log = [r for r in read_metrics(folder) if "implicit_acc" in r]
     return {
         **asdict(setting),
-        "steps": done["global_step"],
+        "steps": last,
         "pairs_per_step": done["pairs_per_step"],
         **looked(world, model),
         "curve": curve,
@@ -118,12 +126,16 @@ def row(
     }
 
 
+def _up_to(seconds: Mapping[int, float], step: int) -> float:
+    """Of a loop, to the last step that it logged by then."""
+    return round(max((s for k, s in seconds.items() if k <= step), default=0.0), 3)
+
+
 def _point(
     world: World,
     setting: Setting,
     model: nn.Module,
     saved: Path,
-    seconds: Mapping[int, float],
     base: Mapping[str, Any],
 ) -> dict[str, Any]:
     from safetensors.torch import load_file
@@ -135,10 +147,7 @@ def _point(
     change = errors - reference
     margin = change[:, 1] - change[:, 0]
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    step = int(saved.name.removeprefix(checkpoint.PREFIX))
     point = {
-        "step": step,
-        "seconds": round(max((s for k, s in seconds.items() if k <= step), default=0.0), 3),
         "winner": round(winner, 5),
         "loser": round(loser, 5),
         "accuracy": round(right.mean().item(), 4),

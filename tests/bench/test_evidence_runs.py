@@ -12,6 +12,7 @@ import pytest
 
 from bench.evidence import runs
 from bench.evidence.toy import VALIDATION
+from fastpref.faults import INTERRUPTED
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--pairs", "8", "--steps", "8", "--clips", "12", "--seeds", "1"]
@@ -34,8 +35,8 @@ def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(folder, *flags), cwd=ROOT, capture_output=True, text=True)
 
 
-def kill_once(folder: Path, there: Path) -> None:
-    """Starts the grid and ends it by SIGKILL as soon as `there` is there."""
+def kill_once(folder: Path, there: Path, by: signal.Signals = signal.SIGKILL) -> None:
+    """Starts the grid and ends it by a signal as soon as `there` is there."""
     process = subprocess.Popen(
         command(folder, *GRID),
         cwd=ROOT,
@@ -44,9 +45,10 @@ def kill_once(folder: Path, there: Path) -> None:
     )
     while not there.exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(by)
     process.wait()
-    assert process.returncode == -signal.SIGKILL and there.exists()
+    ended = INTERRUPTED if by == signal.SIGTERM else -by
+    assert process.returncode == ended and there.exists()
 
 
 def without_time(value):
@@ -85,7 +87,8 @@ def test_killed_and_begun_again_it_ends_with_the_rows_of_an_unbroken_one(tmp_pat
     kill_once(broken, broken / "world" / "validation.json")
     kill_once(broken, broken / "runs" / "dpo-beta2000-seed0" / "checkpoint-4")
     first = len(runs.read(broken / "rows.jsonl"))
-    kill_once(broken, broken / "runs" / "sft-seed0" / "checkpoint-2")
+    metrics = broken / "runs" / "sft-seed0" / "metrics.jsonl"
+    kill_once(broken, metrics, signal.SIGTERM)  # which leaves a checkpoint of its own
     before = runs.read(broken / "rows.jsonl")
     assert first == 1 and [r["name"] for r in before] == names[:3]
     again = run(broken, *GRID, "--minutes", "0")
