@@ -17,7 +17,7 @@ def rows_of(truth: dict, seeds: int = 3, noise: float = 0.001) -> list[dict]:
     choice = [f"other {i % PROMPTS}" for i in range(PROMPTS * EACH)]
     base = [7000 + 10 * i for i in range(PROMPTS * EACH)]
     errors = [10000 + 100 * i for i in range(8)]
-    shared = {"device": "a CPU", "torch": "2", "threads": 1, "commit": "abc"}
+    shared = {"device": "a CPU", "torch": "2", "threads": 1, "cuda": "", "commit": "abc"}
     first = {"name": "base", "world": "toy", "pairs": 8, "steps": 4, "clips": len(report)}
     first |= {"prompts": {"choice": choice, "report": report}, "parameters": 1, **shared}
     easier = [v + 500 for v in base]

@@ -22,15 +22,14 @@ import torch
 
 from bench import timing
 from bench.evidence import page, runs
-from bench.evidence.grid import ALPHAS, NAMES, Setting, grid
+from bench.evidence.grid import ALPHAS, NAMES, SAFEGUARD, Run, grid
 from bench.evidence.pictures import draw
 from bench.evidence.results import Results
 from bench.evidence.tables import markdown
 from bench.evidence.world import World
 from fastpref.faults import ended, interrupt, on_signals
-from fastpref.files import differences, locked, mark, write_atomic
+from fastpref.files import differences, locked, mark, model_identity, write_atomic
 from fastpref.run.folder import read_record
-from fastpref.run.guard import Diverged
 from fastpref.run.parsing import Parser, betas, names
 
 WORLDS = ("toy", "mid")
@@ -41,7 +40,7 @@ class Options:
     """What the command can be asked for, filled in from its world."""
 
     world: ModuleType
-    settings: list[Setting]
+    settings: list[Run]
     output_dir: Path
     pairs: int
     steps: int
@@ -102,27 +101,32 @@ def parse(arguments: Sequence[str]) -> Options | Path | None:
     )
 
 
-def claim(options: Options) -> None:
+def claim(folder: Path, record: str, now: dict[str, Any]) -> None:
     """A folder keeps the data and the rows of one size of one world."""
-    path, now = options.output_dir / "evidence.json", options.record
+    path = folder / record
     if not path.exists():
         write_atomic(path, json.dumps(now).encode())
-    before = read_record(path)
+    before, now = read_record(path), json.loads(json.dumps(now))
     if before != now:
         raise ValueError(
-            f"{options.output_dir} holds another comparison: {differences(before, now)}. "
+            f"{folder} holds another comparison: {differences(before, now)}. "
             "Choose another output_dir, or the same values"
         )
 
 
+def made_of(world: World) -> dict[str, Any]:
+    """What all runs of a world share, beside its size."""
+    how = {"settings": world.settings, "hyper": world.hyper, "safeguard": SAFEGUARD}
+    return how | {"model": model_identity(world.model)}
+
+
 def compare(options: Options) -> int:
-    """Does the runs that have no row yet; how many are left: when time is up, or diverged, which
-    are begun again by the next call.
-    """
+    """Does the runs that have no row yet; how many are left when time is up."""
     start, folder = time.perf_counter(), options.output_dir
     path, world_name = folder / "rows.jsonl", options.record["world"]
     rows = runs.read(path)
     world = options.world.prepare(folder / "world", options.pairs, options.clips)
+    claim(folder, "settings.json", made_of(world))
     if not rows:
         rows = [base_row(world, world_name, options)]
         runs.append(path, [], rows[0])
@@ -133,26 +137,20 @@ def compare(options: Options) -> int:
     for setting in left:  # a mistake is told before hours are spent
         if setting.name != "spo":
             runs.config(world, setting, options.steps, folder / "runs" / setting.label)
-    diverged: list[str] = []
     print(f"{len(left)} runs of {len(options.settings)} to do", flush=True)
     for number, setting in enumerate(left):
         begin = time.perf_counter()
         if begin - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: {len(left) - number} runs left")
-            return len(left) - number + len(diverged)
+            return len(left) - number
         run = folder / "runs" / setting.label
-        try:
-            new = runs.row(world, setting, options.steps, run, rows[0])
-        except Diverged as error:
-            diverged.append(setting.label)
-            print(f"{setting.label} is left out, it diverged: {error}", flush=True)
-            continue
+        new = runs.row(world, setting, options.steps, run, rows[0])
         runs.append(path, rows, new)
         rows.append(new)
         runs.lighten(run)
         print(f"{setting.label}: {runs.line(new, rows[0])} ({time.perf_counter() - begin:.0f} s)")
         sys.stdout.flush()
-    return len(diverged)
+    return 0
 
 
 def base_row(world: World, name: str, options: Options) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         tell(options)
         return 0
     with locked(mark(options.output_dir, "evidence")):
-        claim(options)
+        claim(options.output_dir, "evidence.json", options.record)
         left = compare(options)
     if len(runs.read(options.output_dir / "rows.jsonl")) > 1:
         tell(options.output_dir / "rows.jsonl")

@@ -39,7 +39,7 @@ TIMED = ("dpo", "spo", *LONG)  # whose clips are judged on the way too
 
 
 @dataclass(frozen=True)
-class Setting:
+class Run:
     """One run. alpha: dmpo's; beta is None for sft alone."""
 
     name: str
@@ -49,8 +49,8 @@ class Setting:
 
     @property
     def label(self) -> str:
-        alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
-        beta = "" if self.beta is None else f"-beta{self.beta:g}"
+        alpha = "" if self.alpha is None else f"-alpha{self.alpha:.15g}"
+        beta = "" if self.beta is None else f"-beta{self.beta:.15g}"
         return f"{self.name}{alpha}{beta}-seed{self.seed}"
 
     @property
@@ -67,7 +67,7 @@ def grid(
     own: Mapping[str, Sequence[float]],
     alphas: Sequence[float],
     seeds: int,
-) -> list[Setting]:
+) -> list[Run]:
     """All runs, seed by seed, so that what is there when time is up covers every setting.
 
     own: betas of the objectives whose beta has another scale. ValueError: an even number of betas,
@@ -82,7 +82,7 @@ def grid(
             elif name == "dpo_shuffled" or name in LONG:
                 mine = middle(betas, name)[: 1 if name == "dpo_shuffled" else 2]
             for alpha in alphas if name == "dmpo" else (None,):
-                found += [Setting(name, beta, alpha, seed) for beta in mine]
+                found += [Run(name, beta, alpha, seed) for beta in mine]
     return found
 
 

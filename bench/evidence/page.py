@@ -39,8 +39,9 @@ betas 1000 and 2000 before; ipo's grid was moved after a look at one seed.
 ## mid
 
 A Wan transformer of {parameters:,} parameters, pretrained by `python -m
-bench.evidence.mid_pretrain` on 16-frame clips of two objects, and a noisy judge. What holds here
-need not hold at size either.
+bench.evidence.mid_pretrain` on 16-frame clips of two objects, and a noisy judge. Betas are chosen
+on prompts that were never trained on either, other ones than those reported. What holds here need
+not hold at size either.
 """,
 }
 

@@ -110,18 +110,20 @@ def steps(results: Results) -> Any:
     for i, name in enumerate(names):
         rows = results.rows(results.chosen(name))
         look: dict[str, Any] = {"color": f"C{i % 10}", "ls": "--" if i >= 10 else "-", "lw": 1.2}
-        logged = torch.tensor([r["logged"] for r in rows]).mean(0)
-        if len(logged):
-            trained.plot(*logged.T, label=name, **look)
-        points = [[(p["step"], p["accuracy"]) for p in r["curve"]] for r in rows]
-        held.plot(*torch.tensor(points).mean(0).T, label=name, marker=".", **look)
+        logged: dict[int, list[float]] = {}
+        for step, accuracy in (point for row in rows for point in row["logged"]):
+            logged.setdefault(step, []).append(accuracy)
+        at = sorted(step for step in logged if len(logged[step]) == len(rows))
+        trained.plot(at, [sum(logged[s]) / len(rows) for s in at], label=name, **look)
+        right = torch.tensor(results.points(results.chosen(name), "accuracy")).mean(1)
+        held.plot(results.steps(results.chosen(name)), right, label=name, marker=".", **look)
     trained.set(title="implicit accuracy in training", xlabel="step")
     held.set(title="the same on held-out pairs", xlabel="step")
     held.legend(fontsize=6)
     betas = sorted({s.beta for name in LONG for s in results.settings(name)})
     for i, name in enumerate(LONG):
         for setting in results.settings(name):
-            marks = [p["step"] for p in results.rows(setting)[0]["curve"]]
+            marks = results.steps(setting)
             style = {"color": f"C{i}", "ls": "--" if setting.beta != betas[-1] else "-"}
             _band(late, marks, results, setting, label=f"{name}, beta {setting.beta:g}", **style)
     late.axhline(0, color="grey", lw=0.5)

@@ -32,7 +32,9 @@ class Setting:
 
 
 class Results:
-    """The rows of one comparison. A name takes part with the seeds that all its settings have."""
+    """The rows of one comparison. A name takes part with the seeds that all its settings have; a
+    setting of which a run diverged with none: it is never chosen, and named apart.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         bases = [row for row in rows if row["name"] == "base"]
@@ -40,11 +42,16 @@ class Results:
             raise ValueError(
                 "expected the row of the base model, named base, in the rows; got none"
             )
-        self.base, self.runs = bases[0], {}
+        self.base: Row = bases[0]
+        self.runs: dict[Setting, dict[int, Row]] = {}
         for row in rows:
             if row["name"] != "base":
                 setting = Setting(row["name"], row["beta"], row["alpha"])
                 self.runs.setdefault(setting, {})[row["seed"]] = row
+        every = {s: [r for r in each.values() if "diverged" in r] for s, each in self.runs.items()}
+        self.diverged = [setting for setting, lost in every.items() if lost]
+        for setting in self.diverged:
+            del self.runs[setting]
         self.prompts = {name: _places(asked) for name, asked in self.base["prompts"].items()}
 
     @cached_property
@@ -119,17 +126,25 @@ class Results:
         """That of winners alone, without its interval."""
         return (self.errors(setting, 0).mean() / self.base_errors(0).mean()).item() - 1
 
+    def steps(self, setting: Setting, seeds: Sequence[int] | None = None) -> list[int]:
+        """Of the checkpoints that all the seeds' runs have."""
+        each = [{p["step"] for p in row["curve"]} for row in self.rows(setting, seeds)]
+        return sorted(set.intersection(*each))
+
+    def points(self, setting: Setting, what: str, seeds: Sequence[int] | None = None) -> Any:
+        """[steps][seeds]: what the curves of the runs have at those checkpoints."""
+        rows, steps = self.rows(setting, seeds), self.steps(setting, seeds)
+        found = [{p["step"]: p[what] for p in row["curve"]} for row in rows]
+        return [[points[step] for points in found] for step in steps]
+
     def curve(self, setting: Setting, seeds: Sequence[int] | None = None) -> Tensor:
         """[points, seeds, prompts]: gains at the checkpoints of runs whose clips were judged."""
-        rows = self.rows(setting, seeds)
-        points = [[p["report"] for p in row["curve"]] for row in rows]
-        scores = SCORE * torch.tensor(points, dtype=torch.float64).transpose(0, 1)
-        return scores - self.by_prompt(self.base_scores)
+        scores = self.points(setting, "report", seeds)
+        return SCORE * torch.tensor(scores, dtype=torch.float64) - self.by_prompt(self.base_scores)
 
     def seconds(self, setting: Setting, seeds: Sequence[int] | None = None) -> Tensor:
         """[points, seeds] of the training loop."""
-        rows = self.rows(setting, seeds)
-        return torch.tensor([[p["seconds"] for p in row["curve"]] for row in rows]).T.double()
+        return torch.tensor(self.points(setting, "seconds", seeds), dtype=torch.float64)
 
     def ordinary(self) -> list[str]:
         """Names without the long runs."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.evidence.grid import LONG, NAMES, TIMED, Setting
+from bench.evidence.grid import LONG, NAMES, TIMED, Run
 from bench.evidence.world import Asked, World, clock
 from fastpref.demo.timeline import elapsed
 from fastpref.files import write_atomic
@@ -23,6 +23,7 @@ from fastpref.look import evaluate
 from fastpref.look.report import read_metrics
 from fastpref.run import checkpoint
 from fastpref.run.config import Config
+from fastpref.run.guard import Diverged
 from fastpref.run.train import train
 
 POINTS = 4  # checkpoints of a run, evenly spaced; a long one has twice as many
@@ -30,7 +31,7 @@ SCORE, ERROR = 1e-4, 1e-5  # units of the integers in a row
 HEAVY = ("checkpoint-*", "*.safetensors", "tensorboard", "result.json")  # of a run that has its row
 
 
-def config(world: World, setting: Setting, steps: int, folder: Path) -> Config:
+def config(world: World, setting: Run, steps: int, folder: Path) -> Config:
     """The same options as `fastpref train` takes."""
     asked = {"objective": setting.objective, **NAMES[setting.name], "beta": setting.beta}
     if setting.alpha is not None:
@@ -52,12 +53,12 @@ def config(world: World, setting: Setting, steps: int, folder: Path) -> Config:
     )
 
 
-def _every(setting: Setting, steps: int) -> int:
+def _every(setting: Run, steps: int) -> int:
     """Steps from one point of a curve to the next."""
     return max(1, steps // (2 * POINTS if setting.name in LONG else POINTS))
 
 
-def trained(world: World, setting: Setting, steps: int, folder: Path) -> dict[str, Any]:
+def trained(world: World, setting: Run, steps: int, folder: Path) -> dict[str, Any]:
     """What the loop returned, with `pairs_per_step` and `before`; what it says goes into a log."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.log", "w") as log, _into(log):
@@ -92,17 +93,23 @@ def _whole(values: Tensor, unit: float) -> list[int]:
 
 
 def row(
-    world: World, setting: Setting, steps: int, folder: Path, base: Mapping[str, Any]
+    world: World, setting: Run, steps: int, folder: Path, base: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Trains a run (or goes on with it) and says all that tables are made of.
 
     curve: at each checkpoint its seconds of the loop (by `clock`), the errors of winners and losers
     over the base's mean (0.01: 1 % above), the share of held-out pairs that the implicit reward
     orders right, ties 0.5, and of TIMED names the mean score of each prompt of `report`, in order.
+    Seconds of a run that went on are told by the process's share of its last part. Of a run that
+    diverged there is no more than that.
     """
     steps = setting.steps(steps)
     start, wall = clock(), time.perf_counter()
-    done = trained(world, setting, steps, folder)
+    try:
+        done = trained(world, setting, steps, folder)
+    except Diverged as error:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {**asdict(setting), "diverged": str(error), **timing.environment(device)}
     share = (clock() - start) / (time.perf_counter() - wall)
     model = world.load(Path(done["artifact"]))
     seconds = {k: share * s for k, s in elapsed(folder, done["pairs_per_step"]).items()}
@@ -126,6 +133,13 @@ def row(
     }
 
 
+def ordered(errors: Tensor, reference: Tensor) -> float:
+    """Share of pairs [N, 2] whose winner's error fell more than the loser's, ties 0.5."""
+    change = errors - reference
+    margin = change[:, 1] - change[:, 0]
+    return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()
+
+
 def _up_to(seconds: Mapping[int, float], step: int) -> float:
     """Of a loop, to the last step that it logged by then."""
     return round(max((s for k, s in seconds.items() if k <= step), default=0.0), 3)
@@ -133,7 +147,7 @@ def _up_to(seconds: Mapping[int, float], step: int) -> float:
 
 def _point(
     world: World,
-    setting: Setting,
+    setting: Run,
     model: nn.Module,
     saved: Path,
     base: Mapping[str, Any],
@@ -144,13 +158,10 @@ def _point(
     reference = ERROR * torch.tensor(base["errors"], dtype=torch.float64).T
     errors = world.errors(model)
     winner, loser = evaluate.relative_errors(errors, reference)
-    change = errors - reference
-    margin = change[:, 1] - change[:, 0]
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
     point = {
         "winner": round(winner, 5),
         "loser": round(loser, 5),
-        "accuracy": round(right.mean().item(), 4),
+        "accuracy": round(ordered(errors, reference), 4),
     }
     if setting.name in TIMED:
         prompts = list(dict.fromkeys(world.report[0]))
@@ -194,6 +205,8 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def line(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """A run in a line: its gains, and the change of its winners' error."""
+    if "diverged" in row:
+        return f"diverged, {row['diverged']}"
 
     def mean(values: Sequence[int]) -> float:
         return sum(values) / len(values)

@@ -92,7 +92,9 @@ def claim_table(found: Sequence[Claim]) -> list[str]:
         shown = "-"
         if claim.found is not None:
             shown = (signed if claim.edge == 0 else plain)(claim.found)
-        aside = f" (claimed: below {claim.edge:g})" if claim.below else ""
+        aside = ""
+        if claim.below or claim.edge:
+            aside = f" (claimed: {'below' if claim.below else 'above'} {claim.edge:g})"
         lines.append(row(claim.said, f"**{claim.verdict}**", shown, claim.measured + aside))
     return lines
 
@@ -126,13 +128,20 @@ def _setting(results: Results) -> str:
 
 
 def _legend(results: Results, judged: int) -> str:
+    runs = [r for each in results.runs.values() for r in each.values()]
+    alone = all(r["threads"] == 1 and not r["cuda"] for r in runs)
+    seconds = "the process's own time" if alone else "wall time"
+    lost = ""
+    if results.diverged:
+        lost = f" Diverged, so never chosen: {'; '.join(map(str, results.diverged))}."
     return (
         "A verdict is what a 95 % interval over prompts and seeds says: it lies wholly on the "
-        "claimed side, wholly on the other, or on both (`bench/evidence/intervals.py`: "
-        f"{RESAMPLES:,} resamples of both, a seed's part stretched by Student's factor; errors: "
-        f"over held-out pairs and seeds). {judged} intervals are read here and none is corrected "
-        "for that: of such, one in twenty errs by chance. Each objective stands at the beta (and "
-        "alpha) with the highest score gain on the choice prompts; everything else is of the "
-        f"report prompts. Safeguard: mu {SAFEGUARD:g}. `_long`: {LONGER} times the steps, at two "
-        "betas. Seconds are of the process's own time on a CPU."
+        "claimed side, wholly on the other, or on both. It is a bootstrap of both with Student's "
+        f"factor ({RESAMPLES:,} resamples, `bench/evidence/intervals.py`; of errors over held-out "
+        "pairs and seeds), nominal: with 3 seeds and 12 prompts it held the truth in 93 to 100 % "
+        "of simulations. Base model, pairs and judge are the same in all runs: of others it says "
+        f"nothing. {judged} intervals are read here and none is corrected for that: one in twenty "
+        "may err by chance. Each objective stands at the beta (and alpha) with the highest score "
+        "gain on the choice prompts; everything else is of the report prompts. Safeguard: mu "
+        f"{SAFEGUARD:g}. `_long`: {LONGER} times the steps. Seconds are {seconds}.{lost}"
     )

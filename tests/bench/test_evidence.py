@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from evidence_rows import BETAS, flat, over_betas, rows_of, timed
 
 from bench.evidence import __main__ as command
 from bench.evidence import page, runs, toy
-from bench.evidence.grid import LONG, NAMES, Setting, grid
+from bench.evidence.grid import LONG, NAMES, Run, grid
 from bench.evidence.world import World, asked, once
 from fastpref.demo import clips
 from fastpref.demo.pairs import SEEDS
@@ -50,7 +51,7 @@ def test_runs_differ_by_what_their_name_says_and_nothing_else():
     found = {}
     for name in (n for n in NAMES if n != "spo"):
         beta = None if name == "sft" else 2000.0
-        setting = Setting(name, beta, 0.1 if name == "dmpo" else None, 1)
+        setting = Run(name, beta, 0.1 if name == "dmpo" else None, 1)
         made = runs.config(a_world(), setting, setting.steps(80), Path("out"))
         found[name] = {k: v for k, v in made.to_dict().items() if v is not None}
     plain = found["dpo"]
@@ -148,12 +149,10 @@ def test_a_folder_keeps_one_size_of_comparison(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows_done(monkeypatch) -> list[str]:
-    """What a comparison of a world of nothing does, run by run, in which beta 20000 diverges."""
+    """What a comparison of a world of nothing does, run by run."""
     done = []
 
     def row(world, setting, steps, folder, base):
-        if setting.beta == 20000.0:
-            raise Diverged("not finite")
         done.append(setting.label)
         time.sleep(0.02)
         return {**vars(setting), "scores": base["scores"], "errors": base["errors"]}
@@ -190,10 +189,34 @@ def test_a_mistake_is_told_before_the_first_run(tmp_path, rows_done):
     assert not rows_done
 
 
-def test_a_run_that_diverges_ends_no_other(tmp_path, rows_done, capsys):
-    flags = ["--output_dir", str(tmp_path), "--objectives", "dpo,hinge", "--seeds", "1"]
-    assert command.main([*flags, "--betas", "20000,7,8"]) == 2 and len(rows_done) == 4
-    assert "dpo-beta20000-seed0 is left out, it diverged: not finite" in capsys.readouterr().out
+def test_a_run_that_diverges_is_a_row_and_is_not_repeated(tmp_path, monkeypatch):
+    def diverging(*_):
+        raise Diverged("not finite")
+
+    monkeypatch.setattr(runs, "trained", diverging)
+    found = runs.row(a_world(), Run("dpo", 7.0, None, 1), 4, tmp_path, {})
+    assert (found["name"], found["beta"], found["seed"]) == ("dpo", 7.0, 1)
+    assert found["diverged"] == "not finite" and "scores" not in found
+    assert runs.line(found, {}) == "diverged, not finite"
+
+
+def test_held_out_accuracy_is_of_winners_whose_error_fell_more():
+    reference = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    change = torch.tensor([[-0.5, -0.25], [0.25, 0.5], [0.5, 0.25], [0.5, 0.5]])
+    assert runs.ordered(reference + change, reference) == pytest.approx((2 + 0.5) / 4)
+
+
+def test_what_the_runs_are_made_of_is_kept(tmp_path, rows_done, monkeypatch):
+    flags = ["--output_dir", str(tmp_path), "--objectives", "dpo", "--seeds", "1"]
+    command.main(flags)
+    monkeypatch.setattr(command, "SAFEGUARD", 0.9)
+    with pytest.raises(ValueError, match=r"safeguard \(0\.6 there, 0\.9 here\)"):
+        command.main(flags)
+
+
+def test_no_two_runs_share_a_folder():
+    labels = {Run("dpo", beta, None, 0).label for beta in (1000000.1, 1000000.2, 1e6)}
+    assert len(labels) == 3 and "dpo-beta1000000-seed0" in labels
 
 
 def test_the_page_says_what_its_rows_say():
