@@ -96,6 +96,8 @@ def test_sensitivity_needs_gains_and_the_same_betas():
     dpo = over_betas("dpo", (0.02, 0.05, 0.03))
     losing = found_claim(dpo | over_betas("sdpo", (-0.05, -0.01, -0.03)), said)
     assert losing.verdict == "cannot be told here (sdpo is not shown to gain)"
+    little = found_claim(dpo | over_betas("sdpo", (0.001, 0.002, 0.001)), said, noise=0.02)
+    assert little.verdict == "cannot be told here (sdpo is not shown to gain)"
     one = {("sdpo", 2000.0, None): flat(0.05)}
     assert found_claim(dpo | one, said).verdict == "not run"
     more = {("sdpo", 7.0, None): flat(-0.9)} | over_betas("sdpo", (0.02, 0.05, 0.03))
@@ -294,5 +296,7 @@ def test_rows_of_several_calls_with_other_betas_make_a_page():
     assert found["control: the labels do the work"].found.value == pytest.approx(0.035, abs=0.001)
     assert found["the safeguard keeps winners better than DPO"].verdict == "not run"
     assert found["with it the winner's error does not rise"].found is not None
+    own = over_betas("dpo_safeguard", (0.01, 0.02, 0.01), winner=-0.01)
+    assert found_claim(own, "with it the winner's error does not rise").verdict == "holds"
     alone = {("dpo_shuffled", 7.0, None): flat(0.0), ("dpo", 2000.0, None): flat(0.05)}
     assert found_claim(alone, "control: the labels do the work").verdict == "not run"
