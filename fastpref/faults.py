@@ -250,7 +250,8 @@ def _frames(error: BaseException) -> Iterator[TracebackType]:
 
 
 def _ours(frame: TracebackType) -> bool:
-    return Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+    path = Path(frame.tb_frame.f_code.co_filename)
+    return path.is_relative_to(PACKAGE) or path.is_relative_to(PACKAGE.parent / "bench")
 
 
 def _raised_by_us(frame: TracebackType) -> bool:

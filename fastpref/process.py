@@ -172,9 +172,9 @@ class FlowMatching(Process):
             raise ValueError(
                 f"time_sampling must be uniform or logit_normal, got {self.time_sampling!r}"
             )
-        if not (0 < self.logit_std < math.inf and math.isfinite(self.logit_mean)):
+        if not (0 < self.logit_std < math.inf and -20 <= self.logit_mean <= 20):
             raise ValueError(
-                "logit_std must be > 0 and finite, and logit_mean finite, got"
+                "logit_std must be > 0 and finite, and logit_mean from -20 to 20, got"
                 f" {self.logit_std} and {self.logit_mean}"
             )
         lo, hi = self._window()

@@ -23,7 +23,7 @@ LARGEST = 1e100  # that is drawn: matplotlib squares
 MOST_TEXT, MOST_CAPTION = 1 << 20, 300  # characters of a config.yaml, of a sheet's line
 
 THUMBNAIL = 56  # pixels a frame is wide in the contact sheet, about
-SHARES = ("online/kept", "spo/clamped", "eval/accuracy", "eval/plain_accuracy")
+SHARES = ("online/kept", "spo/clamped", "eval/accuracy", "eval/plain_accuracy", "safeguard/lambda")
 ERRORS = ("policy_w", "reference_w", "policy_l", "reference_l")
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from ..loss.objectives import OBJECTIVES, objective
 from .options import (
-    FINITE,
     NOT_EMPTY,
     POSITIVE,
     WINDOW,
@@ -49,8 +48,9 @@ ZERO_GRADIENTS: Need = (
     "has no effect with objective {objective}: no gradient is zero; remove it",
     lambda c: c.objective in ZEROS,
 )
+LOGIT: Rule = ("a number from -20 to 20", lambda x: -20 <= x <= 20)  # beyond: one level of noise
 LOGIT_NORMAL: Need = (
-    "has no effect with time_sampling {time_sampling}: remove it, or set it to logit_normal",
+    "has no effect with time_sampling {time_sampling}: remove it, or take logit_normal",
     lambda c: c.time_sampling == "logit_normal",
 )
 NO_GRAPHS: Need = (
@@ -118,7 +118,7 @@ class Pairs(Options):
         help="window on the noise level (flow: sigma; DDPM: t / T) that draws are restricted to")
     time_sampling: Literal["uniform", "logit_normal"] | None = option(None,
         help="flow: uniform or logit_normal draws of the time before the shift")
-    logit_mean: float | None = option(None, FINITE, needs=[LOGIT_NORMAL],
+    logit_mean: float | None = option(None, LOGIT, needs=[LOGIT_NORMAL],
         help="flow: mean of the time's logit (default 0; above it more noise)")
     logit_std: float | None = option(None, POSITIVE, needs=[LOGIT_NORMAL],
         help="flow: standard deviation of the time's logit (default 1)")

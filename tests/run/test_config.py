@@ -75,16 +75,16 @@ SFT = {"objective": "sft", "beta": None}
         ({"safeguard": 1.0}, "dpo: safeguard must be finite and >= 0 and < 1, got 1.0"),
         (
             {"logit_mean": 0.5},
-            "logit_mean has no effect with time_sampling None: remove it, or set ",
+            "logit_mean has no effect with time_sampling None: remove it, or take ",
         ),
         (
             {"logit_std": 0.5, "time_sampling": "uniform"},
-            "logit_std has no effect with time_sampling uniform: remove it, or set it to ",
+            "logit_std has no effect with time_sampling uniform: remove it, or take ",
         ),
         ({"logit_std": 0.0, "time_sampling": "logit_normal"}, f"logit_std: {POSITIVE} 0.0"),
         (
-            {"logit_mean": math.inf, "time_sampling": "logit_normal"},
-            "logit_mean: expected a finite number, got inf",
+            {"logit_mean": 1e6, "time_sampling": "logit_normal"},
+            "logit_mean: expected a number from -20 to 20, got 1000000",
         ),
         (SFT | {"beta_convention": "sum"}, "beta_convention has no effect with objective sft: "),
         (
