@@ -61,7 +61,13 @@ def learn_preferences(base: Path, data: Path, folder: Path, steps: int) -> dict[
 
 
 def train(
-    base: Path, prompts: Path, scorer: str, folder: Path, seed: int, steps: int
+    base: Path,
+    prompts: Path,
+    scorer: str,
+    folder: Path,
+    seed: int,
+    steps: int,
+    beta: float = 10.0,
 ) -> dict[str, Any]:
     """`fastpref spo` on the `prompts` of the pairs, with a checkpoint after every quarter."""
     count = len(read_prompts(prompts))
@@ -75,6 +81,7 @@ def train(
             height=clips.SIZE,
             width=clips.SIZE,
             scorer=scorer,
+            beta=beta,
             guidance_scale=1.0,
             sampling_steps=10,
             # The last steps change too little to be judged, and weigh the most: k grows as r falls.

@@ -1,0 +1,3 @@
+"""Every objective over a grid of betas and seeds on the same pairs and draws; what of the papers'
+claims shows. `python -m bench.evidence`.
+"""
