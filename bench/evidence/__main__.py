@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.evidence import page, runs
+from bench.evidence import page, rows, runs
 from bench.evidence.grid import ALPHAS, NAMES, SAFEGUARD, Run, grid
 from bench.evidence.pictures import draw
 from bench.evidence.results import Results
 from bench.evidence.tables import markdown
 from bench.evidence.world import World
-from fastpref.faults import ended, interrupt, on_signals
+from fastpref.faults import INTERRUPTED, ended, interrupt, on_signals
 from fastpref.files import differences, locked, mark, model_identity, write_atomic
 from fastpref.run.folder import read_record
 from fastpref.run.parsing import Parser, betas, names
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> Options | Path | None:
     add("--betas", help="comma-separated, for all that have no scale of their own (ipo, spo)")
     add("--alphas", default=",".join(f"{a:g}" for a in ALPHAS), help="dmpo's: %(default)s")
     add("--seeds", type=int, default=3, help="initialisations and data orders of each setting")
-    add("--output_dir", type=Path, help="default: runs/evidence-WORLD")
+    add("--output_dir", help="default: runs/evidence-WORLD")
     add("--pairs", type=int, help="preference pairs to make")
     add("--steps", type=int, help="training steps of a run")
     add("--clips", type=int, help="clips to choose on, and as many to report on")
@@ -85,6 +85,10 @@ def parse(arguments: Sequence[str]) -> Options | Path | None:
             setattr(found, name, getattr(world, name.upper()))
         if getattr(found, name) < least:
             raise ValueError(f"--{name}: expected at least {least}, got {getattr(found, name)}")
+    if not found.minutes >= 0:
+        raise ValueError(f"--minutes: expected at least 0, got {found.minutes:g}")
+    if found.output_dir == "":
+        raise ValueError("--output_dir: expected a folder, got nothing")
     if found.seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {found.seeds}")
     alphas = betas("--alphas", found.alphas)
@@ -93,7 +97,7 @@ def parse(arguments: Sequence[str]) -> Options | Path | None:
     return Options(
         world=world,
         settings=grid(asked, some, world.OWN, alphas, found.seeds),
-        output_dir=found.output_dir or Path("runs") / f"evidence-{found.world}",
+        output_dir=Path(found.output_dir or f"runs/evidence-{found.world}"),
         pairs=found.pairs,
         steps=found.steps,
         clips=found.clips,
@@ -123,37 +127,43 @@ def made_of(world: World) -> dict[str, Any]:
 def compare(options: Options) -> int:
     """Does the runs that have no row yet; how many are left when time is up."""
     start, folder = time.perf_counter(), options.output_dir
-    path, world_name = folder / "rows.jsonl", options.record["world"]
-    rows = runs.read(path)
+    path, size = folder / "rows.jsonl", options.record
+    done = rows.read(path)
+    if done and (wrong := differences({k: done[0][k] for k in size}, size)):
+        raise ValueError(f"{path} line 1: another comparison's: {wrong}. Choose another output_dir")
     world = options.world.prepare(folder / "world", options.pairs, options.clips)
     claim(folder, "settings.json", made_of(world))
-    if not rows:
-        rows = [base_row(world, world_name, options)]
-        runs.append(path, [], rows[0])
-    have = {runs.key(row) for row in rows}
-    left = [s for s in options.settings if runs.key(vars(s)) not in have]
+    if not done:
+        done = [base_row(world, options)]
+        rows.append(path, [], done[0])
+    have = {rows.key(row) for row in done}
+    left = [s for s in options.settings if rows.key(vars(s)) not in have]
     if world.spo is None:
         left = [s for s in left if s.name != "spo"]
     for setting in left:  # a mistake is told before hours are spent
         if setting.name != "spo":
             runs.config(world, setting, options.steps, folder / "runs" / setting.label)
-    print(f"{len(left)} runs of {len(options.settings)} to do", flush=True)
+    print(f"{counted(len(left))} of {len(options.settings)} to do", flush=True)
     for number, setting in enumerate(left):
         begin = time.perf_counter()
         if begin - start > 60 * options.minutes:
-            print(f"{options.minutes:g} minutes are over: {len(left) - number} runs left")
+            print(f"{options.minutes:g} minutes are over: {counted(len(left) - number)} left")
             return len(left) - number
         run = folder / "runs" / setting.label
-        new = runs.row(world, setting, options.steps, run, rows[0])
-        runs.append(path, rows, new)
-        rows.append(new)
+        new = runs.row(world, setting, options.steps, run, done[0])
+        rows.append(path, done, new)
+        done.append(new)
         runs.lighten(run)
-        print(f"{setting.label}: {runs.line(new, rows[0])} ({time.perf_counter() - begin:.0f} s)")
-        sys.stdout.flush()
+        took = time.perf_counter() - begin
+        print(f"{setting.label}: {rows.line(new, done[0])} ({took:.0f} s)", flush=True)
     return 0
 
 
-def base_row(world: World, name: str, options: Options) -> dict[str, Any]:
+def counted(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def base_row(world: World, options: Options) -> dict[str, Any]:
     """Of the base model, and what holds for all rows."""
     model = world.load(None)
     return {
@@ -167,13 +177,14 @@ def base_row(world: World, name: str, options: Options) -> dict[str, Any]:
 
 
 def tell(path: Path) -> None:
-    """Prints the tables and verdicts of a file of rows; the same, and pictures, beside it."""
-    if not path.is_file():
+    """Prints the tables and verdicts of a file of rows; pictures beside it."""
+    if path.suffix != ".jsonl" or not path.is_file():
         raise ValueError(f"--table {path}: expected a file of rows, rows.jsonl of an output_dir")
-    results = Results(runs.read(path))
-    said = markdown(results, draw(results, path.parent, path.stem))
-    write_atomic(path.with_suffix(".md"), said.encode())
-    print(said)
+    found = rows.read(path)
+    if not found:
+        raise ValueError(f"--table {path}: expected rows, got an empty file")
+    results = Results(found)
+    print(markdown(results, draw(results, path.parent, path.stem)))
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -188,11 +199,13 @@ def main(arguments: Sequence[str] = ()) -> int:
     with locked(mark(options.output_dir, "evidence")):
         claim(options.output_dir, "evidence.json", options.record)
         left = compare(options)
-    if len(runs.read(options.output_dir / "rows.jsonl")) > 1:
+    if len(rows.read(options.output_dir / "rows.jsonl")) > 1:
         tell(options.output_dir / "rows.jsonl")
     return left
 
 
 if __name__ == "__main__":
     on_signals(interrupt)
-    sys.exit(ended("bench.evidence", lambda: main(sys.argv[1:])))
+    left: list[int] = []
+    code = ended("bench.evidence", lambda: left.append(main(sys.argv[1:])))
+    sys.exit(code or (INTERRUPTED if any(left) else code))

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from bench.evidence.grid import LONG, NAMES
 from bench.evidence.intervals import interval
-from bench.evidence.runs import ERROR, SCORE
+from bench.evidence.rows import ERROR, SCORE, Row
 from fastpref.look.evaluate import Interval
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,17 @@ class Setting:
 
 
 class Results:
-    """The rows of one comparison. A name takes part with the seeds that all its settings have; a
-    setting of which a run diverged with none: it is never chosen, and named apart.
+    """The rows of one comparison, the base model's first. A name takes part with the seeds that all
+    its settings have; a setting of which a run diverged with none: it is never chosen, and named
+    apart.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        bases = [row for row in rows if row["name"] == "base"]
-        if not bases:
-            raise ValueError(
-                "expected the row of the base model, named base, in the rows; got none"
-            )
-        self.base: Row = bases[0]
+        self.base, *others = rows
         self.runs: dict[Setting, dict[int, Row]] = {}
-        for row in rows:
-            if row["name"] != "base":
-                setting = Setting(row["name"], row["beta"], row["alpha"])
-                self.runs.setdefault(setting, {})[row["seed"]] = row
+        for row in others:
+            setting = Setting(row["name"], row["beta"], row["alpha"])
+            self.runs.setdefault(setting, {})[row["seed"]] = row
         every = {s: [r for r in each.values() if "diverged" in r] for s, each in self.runs.items()}
         self.diverged = [setting for setting, lost in every.items() if lost]
         for setting in self.diverged:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from bench import timing
 from bench.evidence.grid import LONG, NAMES, TIMED, Run
+from bench.evidence.rows import ERROR, SCORE
 from bench.evidence.world import Asked, World, clock
 from fastpref.demo.timeline import elapsed
-from fastpref.files import write_atomic
 from fastpref.look import evaluate
 from fastpref.look.report import read_metrics
 from fastpref.run import checkpoint
@@ -27,7 +26,6 @@ from fastpref.run.guard import Diverged
 from fastpref.run.train import train
 
 POINTS = 4  # checkpoints of a run, evenly spaced; a long one has twice as many
-SCORE, ERROR = 1e-4, 1e-5  # units of the integers in a row
 HEAVY = ("checkpoint-*", "*.safetensors", "tensorboard", "result.json")  # of a run that has its row
 
 
@@ -171,49 +169,8 @@ def _point(
     return point
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; ValueError: a line that is none, by its number."""
-    found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            found.append(json.loads(line))
-            found[-1]["name"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{path} line {number}: expected a row of bench.evidence; remove it"
-            ) from None
-    return found
-
-
-def append(path: Path, rows: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> None:
-    """The rows and a new one, whole or as before."""
-    lines = [json.dumps(r, separators=(",", ":")) + "\n" for r in (*rows, new)]
-    write_atomic(path, "".join(lines).encode())
-
-
 def lighten(folder: Path) -> None:
     """Removes what is large of a run that has its row; its config, metrics and log stay."""
     for pattern in HEAVY:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run is known by."""
-    return tuple(row.get(name) for name in ("name", "beta", "alpha", "seed"))
-
-
-def line(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """A run in a line: its gains, and the change of its winners' error."""
-    if "diverged" in row:
-        return f"diverged, {row['diverged']}"
-
-    def mean(values: Sequence[int]) -> float:
-        return sum(values) / len(values)
-
-    gains = (
-        f"{name} {SCORE * (mean(row['scores'][name]) - mean(base['scores'][name])):+.3f}"
-        for name in ("choice", "report")
-    )
-    winner = mean(row["errors"][0]) / mean(base["errors"][0]) - 1
-    return f"gain on {' and '.join(gains)}, winners' error {100 * winner:+.1f} %"

@@ -119,11 +119,13 @@ def _setting(results: Results) -> str:
     base, runs = results.base, [r for each in results.runs.values() for r in each.values()]
     where = sorted({(r["device"], r["torch"], r["threads"], r["commit"]) for r in runs})
     each = [f"{d}, torch {t}, {n} thread{'s' * (n > 1)}, commit {c}" for d, t, n, c in where]
-    seeds = sorted({len(results.seeds(name)) for name in results.names}, reverse=True)
+    seeds = sorted({len(results.seeds(name)) for name in results.names}, reverse=True) or [0]
+    many = "" if seeds == [1] else "s"
+    clips = {which: len(base["prompts"][which]) for which in ("choice", "report")}
     return (
-        f"{len(runs)} runs of {base['steps']} steps on {base['pairs']} pairs "
-        f"({' or '.join(map(str, seeds))} seeds a setting), {len(base['prompts']['choice'])} clips "
-        f"to choose on and {len(base['prompts']['report'])} to report on: {'; '.join(each)}."
+        f"{len(runs)} run{'s' * (len(runs) != 1)} of {base['steps']} steps on {base['pairs']} "
+        f"pairs ({' or '.join(map(str, seeds))} seed{many} a setting), {clips['choice']} clips to "
+        f"choose on and {clips['report']} to report on: {'; '.join(each)}."
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.files import write_atomic
+from fastpref.run.folder import read_record
 
 Asked = tuple[list[str], list[int]]  # prompts, and a seed of its own for each
 
@@ -60,9 +61,11 @@ def clock() -> float:
 
 
 def once(record: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, and its `seconds`; where it was made before, from the record."""
+    """What `make` returns, and its `seconds`; where it was made before, from the record.
+    ValueError: that is not readable.
+    """
     if not record.exists():
         start = clock()
         made = make()
         write_atomic(record, json.dumps(made | {"seconds": clock() - start}).encode())
-    return json.loads(record.read_text())
+    return read_record(record, {"seconds": float})

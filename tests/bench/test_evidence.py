@@ -11,7 +11,7 @@ import torch
 from evidence_rows import BETAS, flat, over_betas, rows_of, timed
 
 from bench.evidence import __main__ as command
-from bench.evidence import page, runs, toy
+from bench.evidence import page, rows, runs, toy
 from bench.evidence.grid import LONG, NAMES, Run, grid
 from bench.evidence.world import World, asked, once
 from fastpref.demo import clips
@@ -98,6 +98,9 @@ def test_what_was_made_once_is_not_made_again(tmp_path):
         return {"right": 1.0}
 
     first, second = (once(tmp_path / "x.json", make) for _ in range(2))
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is not readable"):
+        once(tmp_path / "x.json", make)
     assert first == second and first["right"] == 1.0 and first["seconds"] >= 0 and len(made) == 1
 
 
@@ -108,17 +111,62 @@ def test_tables_and_pictures_are_made_from_rows_alone(tmp_path, capsys):
     truth = timed(6.0, 60.0) | over_betas("sdpo", (0.02, 0.05, 0.03))
     truth |= {("dpo_long", 2000.0, None): flat(0.05, curve=[0.01 * i for i in range(8)])}
     path = tmp_path / "rows.jsonl"
-    for row in (rows := rows_of(truth)):
-        runs.append(path, runs.read(path), row)
-    assert runs.read(path) == rows
+    for row in (made := rows_of(truth)):
+        rows.append(path, rows.read(path), row)
+    assert rows.read(path) == made
     assert command.main(["--table", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert (tmp_path / "rows.md").read_text().strip() == said.strip()
-    for name in ("winner", "beta", "steps", "seconds"):
-        assert (tmp_path / f"rows_{name}.png").stat().st_size > 5000
-    path.write_text(path.read_text() + '{"cut')
-    with pytest.raises(ValueError, match=rf"rows.jsonl line {len(rows) + 1}: expected a row"):
-        command.main(["--table", str(path)])
+    assert "| dpo, beta 2000 |" in capsys.readouterr().out
+    pictures = {f"rows_{name}.png" for name in ("winner", "beta", "steps", "seconds")}
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", *pictures}
+    assert all((tmp_path / name).stat().st_size > 5000 for name in pictures)
+
+
+def broken(change) -> list:
+    """Two runs' rows, the last one changed."""
+    made = rows_of({("dpo", 7.0, None): flat(0.1)}, seeds=2)
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize("change, line, match", [
+    (lambda r: r.append("cut"), 4, "all its fields"),
+    (lambda r: r.pop(0), 1, "the base model's row"),
+    (lambda r: r.append(dict(r[2])), 4, "each run once"),
+    (lambda r: r[2].update(name="ppo"), 3, "one of dpo, ipo"),
+    (lambda r: r[2].pop("beta"), 3, "all its fields"),
+    (lambda r: r[2].update(beta="7"), 3, "as long as the base"),
+    (lambda r: r[2].update(seed=None), 3, "as long as the base"),
+    (lambda r: r[2]["scores"].pop("choice"), 3, "all its fields"),
+    (lambda r: r[2]["scores"].update(report=[1]), 3, "as long as the base"),
+    (lambda r: r[2]["scores"]["report"].__setitem__(0, float("nan")), 3, "as long as the base"),
+    (lambda r: r[2].update(errors=[[1], [1]]), 3, "as long as the base"),
+    (lambda r: r[2].update(curve=[]), 3, "as long as the base"),
+    (lambda r: r[2]["curve"][0].pop("report"), 3, "all its fields"),
+    (lambda r: r[2]["curve"][0].update(seconds=None), 3, "as long as the base"),
+    (lambda r: r[2].pop("threads"), 3, "all its fields"),
+    (lambda r: r[0].pop("prompts"), 1, "all its fields"),
+    (lambda r: r[0].update(scores={"choice": [], "report": []}), 1, "as long as the base"),
+])  # fmt: skip
+def test_a_row_that_is_none_is_named(tmp_path, change, line, match):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in broken(change)))
+    with pytest.raises(ValueError, match=match) as caught:
+        rows.read(path)
+    assert str(caught.value).startswith(f"{path} line {line}: ") and "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_of_rows_is_left_as_it_is(tmp_path):
+    for name in ("page.md", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match="expected a file of rows"):
+            command.main(["--table", str(tmp_path / name)])
+    (tmp_path / "cut.jsonl").write_text('{"name": "base"')
+    with pytest.raises(ValueError, match="line 1: expected JSON"):
+        command.main(["--table", str(tmp_path / "cut.jsonl")])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="expected rows, got an empty file"):
+        command.main(["--table", str(tmp_path / "empty.jsonl")])
+    assert (tmp_path / "page.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("flags, match", [
@@ -128,11 +176,14 @@ def test_tables_and_pictures_are_made_from_rows_alone(tmp_path, capsys):
     (["--alphas", "x"], "--alphas: expected numbers"),
     (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     (["--pairs", "4"], "--pairs: expected at least 8, got 4"),
+    (["--minutes", "nan"], "--minutes: expected at least 0, got nan"),
+    (["--minutes", "-1"], "--minutes: expected at least 0, got -1"),
+    (["--output_dir", ""], "--output_dir: expected a folder, got nothing"),
     (["--table", "nowhere"], "--table nowhere: expected a file of rows"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(flags, match, tmp_path):
     with pytest.raises(ValueError, match=match) as caught:
-        command.main([*flags, "--output_dir", str(tmp_path / "out")])
+        command.main(["--output_dir", str(tmp_path / "out"), *flags])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -151,22 +202,22 @@ def test_a_folder_keeps_one_size_of_comparison(tmp_path, monkeypatch):
 def rows_done(monkeypatch) -> list[str]:
     """What a comparison of a world of nothing does, run by run."""
     done = []
+    base, made = rows_of({("dpo", 7.0, None): flat(0.1)}, seeds=1)
 
     def row(world, setting, steps, folder, base):
         done.append(setting.label)
         time.sleep(0.02)
-        return {**vars(setting), "scores": base["scores"], "errors": base["errors"]}
+        return made | vars(setting)
 
     class AWorld:
-        PAIRS, STEPS, CLIPS, OWN = 8, 1, 1, {}
+        PAIRS, STEPS, CLIPS, OWN = 8, 4, 24, {}
         BETAS = (*BETAS[:2], 5.0)
         __name__ = "bench.evidence.toy"
         prepare = staticmethod(lambda folder, pairs, clips: a_world())
 
     monkeypatch.setattr(command.importlib, "import_module", lambda name: AWorld())
     monkeypatch.setattr(runs, "row", row)
-    scores = {"scores": {"choice": [1], "report": [1]}, "errors": [[1], [1]]}
-    monkeypatch.setattr(command, "base_row", lambda *_: {"name": "base", **scores})
+    monkeypatch.setattr(command, "base_row", lambda *_: base)
     monkeypatch.setattr(command, "tell", lambda path: None)
     return done
 
@@ -179,7 +230,22 @@ def test_time_that_is_over_leaves_the_rest_for_later(tmp_path, rows_done, capsys
     assert command.main(flags) == 0 and len(rows_done) == 3
     assert command.main(flags) == 0 and len(rows_done) == 3
     assert command.main([*flags[:-1], "2"]) == 0 and len(rows_done) == 6
-    assert [runs.key(r) for r in runs.read(tmp_path / "rows.jsonl")][1] == ("dpo", 200.0, None, 0)
+    assert [rows.key(r) for r in rows.read(tmp_path / "rows.jsonl")][1] == ("dpo", 200.0, None, 0)
+
+
+def test_rows_of_another_comparison_are_not_gone_on_with(tmp_path, rows_done):
+    flags = ["--output_dir", str(tmp_path), "--objectives", "dpo", "--seeds", "1"]
+    command.main(flags)
+    path = tmp_path / "rows.jsonl"
+    base, *others = rows.read(path)
+    for change in ({"pairs": 16}, {"world": "mid"}):
+        path.write_text("".join(json.dumps(r) + "\n" for r in (base | change, *others)))
+        with pytest.raises(ValueError, match=r"line 1: another comparison's: (pairs|world) \("):
+            command.main(flags)
+    path.write_text("".join(json.dumps(r) + "\n" for r in others))
+    with pytest.raises(ValueError, match="line 1: expected the base model's row"):
+        command.main(flags)
+    assert len(rows_done) == 3
 
 
 def test_a_mistake_is_told_before_the_first_run(tmp_path, rows_done):
@@ -197,7 +263,7 @@ def test_a_run_that_diverges_is_a_row_and_is_not_repeated(tmp_path, monkeypatch)
     found = runs.row(a_world(), Run("dpo", 7.0, None, 1), 4, tmp_path, {})
     assert (found["name"], found["beta"], found["seed"]) == ("dpo", 7.0, 1)
     assert found["diverged"] == "not finite" and "scores" not in found
-    assert runs.line(found, {}) == "diverged, not finite"
+    assert rows.line(found, {}) == "diverged, not finite"
 
 
 def test_held_out_accuracy_is_of_winners_whose_error_fell_more():
@@ -232,8 +298,6 @@ def test_what_the_rows_committed_say_of_themselves():
     for world in page.WORLDS:
         path = page.rows_file(world)
         if path.exists():
-            rows = runs.read(path)
-            assert len({runs.key(r) for r in rows}) == len(rows)
-            assert all(r["commit"] and "dirty" not in r["commit"] for r in rows)
+            kept = rows.read(path)
+            assert all(r["commit"] and "dirty" not in r["commit"] for r in kept)
             assert not any(word in path.read_text() for word in ("/tmp", "/work", "/home"))
-            assert json.loads(path.read_text().splitlines()[0])["name"] == "base"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.evidence import runs
+from bench.evidence import rows as kept
 from bench.evidence.toy import VALIDATION
 from fastpref.faults import INTERRUPTED
 from fastpref.run.parsing import safe_load
@@ -63,7 +63,7 @@ def test_killed_and_begun_again_it_ends_with_the_rows_of_an_unbroken_one(tmp_pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole, *GRID)
     assert done.returncode == 0, done.stderr
-    rows = runs.read(whole / "rows.jsonl")
+    rows = kept.read(whole / "rows.jsonl")
     names = ["base", "dpo", "dmpo", "sft", "dpo_shuffled", "sdpo_long"]
     assert [r["name"] for r in rows] == names
     for row in rows[1:]:
@@ -82,35 +82,35 @@ def test_killed_and_begun_again_it_ends_with_the_rows_of_an_unbroken_one(tmp_pat
     folder = whole / "runs" / "dpo-beta2000-seed0"
     assert not [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]
     assert (folder / "metrics.jsonl").exists() and (folder / "config.yaml").exists()
-    assert "| dpo, beta 2000 |" in (whole / "rows.md").read_text()
+    assert "| dpo, beta 2000 |" in done.stdout
     assert (whole / "rows_seconds.png").exists()
 
     kill_once(broken, broken / "world" / "validation.json")
     kill_once(broken, broken / "runs" / "dpo-beta2000-seed0" / "checkpoint-4")
-    first = len(runs.read(broken / "rows.jsonl"))
+    first = len(kept.read(broken / "rows.jsonl"))
     metrics = broken / "runs" / "sft-seed0" / "metrics.jsonl"
     kill_once(broken, metrics, signal.SIGTERM)  # which leaves a checkpoint of its own
-    before = runs.read(broken / "rows.jsonl")
+    before = kept.read(broken / "rows.jsonl")
     assert first == 1 and [r["name"] for r in before] == names[:3]
     again = run(broken, *GRID, "--minutes", "0")
-    assert again.returncode == 0 and "3 runs left" in again.stdout
+    assert again.returncode == INTERRUPTED and "3 runs left" in again.stdout
     again = run(broken, *GRID)
     assert again.returncode == 0, again.stderr
-    after = runs.read(broken / "rows.jsonl")
+    after = kept.read(broken / "rows.jsonl")
     assert after[:3] == before  # not done again
     assert without_time(after) == without_time(rows)
 
     other = run(broken, *GRID, "--steps", "9")
     assert other.returncode == 1
     assert "steps (8 there, 9 here)" in other.stderr and other.stderr.count("\n") == 1
-    assert runs.read(broken / "rows.jsonl") == after
+    assert kept.read(broken / "rows.jsonl") == after
 
 
 @pytest.mark.slow
 def test_spo_learns_its_preference_model_once(tmp_path):
     done = run(tmp_path, "--objectives", "spo")
     assert done.returncode == 0, done.stderr
-    _, *rows = runs.read(tmp_path / "rows.jsonl")
+    _, *rows = kept.read(tmp_path / "rows.jsonl")
     assert [r["beta"] for r in rows] == [3.0, 10.0, 30.0]
     (before,) = {r["before"] for r in rows}
     assert before > 0
