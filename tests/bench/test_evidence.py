@@ -144,6 +144,7 @@ def broken(change) -> list:
     (lambda r: r[2]["curve"][0].pop("report"), 3, "all its fields"),
     (lambda r: r[2]["curve"][0].update(seconds=None), 3, "as long as the base"),
     (lambda r: r[2].pop("threads"), 3, "all its fields"),
+    (lambda r: r[2].update(before=None), 3, "as long as the base"),
     (lambda r: r[0].pop("prompts"), 1, "all its fields"),
     (lambda r: r[0].update(scores={"choice": [], "report": []}), 1, "as long as the base"),
 ])  # fmt: skip
