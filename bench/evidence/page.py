@@ -33,7 +33,8 @@ The demo's world: a Wan transformer of {parameters:,} parameters makes clips of 
 frames of 12 x 12 pixels; a noisy judge picks the best and the worst of six; adapters of rank 8.
 It is a toy: what holds here need not hold at size. Betas are chosen on the prompts of the pairs,
 with clips of their own; reported are prompts never trained on, which `fastpref demo` had shown at
-betas 1000 and 2000 before; ipo's grid was moved after a look at one seed. SPO's runs at its three
+betas 1000 and 2000 before; ipo's grid was moved, and the long runs at beta 600 were added, after a
+look at one seed. SPO's runs at its three
 betas differ, by less than what is shown: in their 16 updates margins stay small, so beta scales the
 gradient, and AdamW forgets a gradient's scale.
 """,
