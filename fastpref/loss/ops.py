@@ -55,7 +55,16 @@ def _fake_pair_cross(pred, target, *_):
 def _fake_pair_loss(pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, *_):
     rows = target.shape[0]
     pairs = rows // 2
-    sizes = [(), (pairs,), (rows,), (rows,), (pairs,), (rows,), (pairs * safeguard,), (rows,)]
+    sizes = [
+        (),
+        (pairs,),
+        (rows,),
+        (rows,),
+        (pairs,),
+        (rows,),
+        (pairs if safeguard else 0,),
+        (rows,),
+    ]
     return tuple(empty(pred, *size) for size in sizes)
 
 
