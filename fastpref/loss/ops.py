@@ -55,16 +55,8 @@ def _fake_pair_cross(pred, target, *_):
 def _fake_pair_loss(pred, target, ref, ref_err, hyper, gain, weight, objective, safeguard, *_):
     rows = target.shape[0]
     pairs = rows // 2
-    sizes = [
-        (),
-        (pairs,),
-        (rows,),
-        (rows,),
-        (pairs,),
-        (rows,),
-        (pairs if safeguard else 0,),
-        (rows,),
-    ]
+    share = pairs if safeguard else 0
+    sizes = [(), (pairs,), (rows,), (rows,), (pairs,), (rows,), (share,), (rows,)]
     return tuple(empty(pred, *size) for size in sizes)
 
 
