@@ -1,6 +1,6 @@
 """Noising processes in one file, since flow matching and diffusion share base, draws and config.
 
-Schedule tables from a scheduler's config, draws, targets, importance gain.
+Draws, targets, importance gain; the tables of a scheduler's config stand in schedule.py.
 
 A process turns draws into noise levels: x_t = a x0 + s eps, and the network predicts
 y = p eps + q x0.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .loss import oracle
 from .loss.functional import Draws, Target, add_noise
+from .schedule import alphas_cumprod, timesteps
 
-MOST_TIMESTEPS = 10**6  # published ones have 1000; a damaged config's 10**12 would fill the memory
 # Finite, since inf times an error of 0 is NaN.
 MASKED = 1e30  # the gain where no reverse step is left: wbar = exp(-g e / 2) is 0
 # 1 / 1000 is where diffusers' flow grids end; at 0 the gain of a step would be infinite.
@@ -195,7 +195,7 @@ class FlowMatching(Process):
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported")
         return cls(
             shift=float(config.get("flow_shift", config.get("shift", 1.0))),
-            num_train_timesteps=_timesteps(config),
+            num_train_timesteps=timesteps(config),
         )
 
     def _masked_below(self) -> float:
@@ -305,7 +305,7 @@ class Diffusion(Process):
         beta_schedule.
         """
         return cls(
-            alphas_cumprod=_alphas_cumprod(config),
+            alphas_cumprod=alphas_cumprod(config),
             prediction_type=config.get("prediction_type", "epsilon"),
         )
 
@@ -362,61 +362,6 @@ class Diffusion(Process):
         """
         t = self._timestep(draws)
         return Times(*self._tables(t.device)[:, t])
-
-
-def _timesteps(config: dict[str, Any]) -> int:
-    """num_train_timesteps of a scheduler's config."""
-    total = config.get("num_train_timesteps", 1000)
-    if type(total) is not int or not 1 <= total <= MOST_TIMESTEPS:
-        raise ValueError(
-            f"scheduler config: num_train_timesteps must be an integer from 1 to {MOST_TIMESTEPS},"
-            f" got {total!r}"
-        )
-    return total
-
-
-def _betas(name: str, values: Any) -> list[float]:
-    """Values of a scheduler's config that must be betas, one at least."""
-    numbers = values if isinstance(values, list | tuple) else []
-    if not numbers or not all(isinstance(b, int | float) and 0 <= b <= 1 for b in numbers):
-        raise ValueError(f"scheduler config: {name} must be from 0 to 1, got {values!r:.80}")
-    return [float(b) for b in numbers]
-
-
-def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
-    """abar [T] float64 of a scheduler's config, with the scheduler classes' own defaults."""
-    cogvideox = str(config.get("_class_name", "")).startswith("CogVideoX")
-    start, end = (0.00085, 0.012) if cogvideox else (0.0001, 0.02)
-    start, end = _betas(
-        "beta_start, beta_end", (config.get("beta_start", start), config.get("beta_end", end))
-    )
-    total = _timesteps(config)
-    schedule = config.get("beta_schedule", "scaled_linear" if cogvideox else "linear")
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(_betas("trained_betas", config["trained_betas"]), dtype=torch.float64)
-    elif schedule == "linear":
-        betas = torch.linspace(start, end, total, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, total, dtype=torch.float64).square()
-    elif schedule == "squaredcos_cap_v2":
-        # The cosine schedule of arXiv 2102.09672, capped as diffusers caps it.
-        time = torch.arange(total + 1, dtype=torch.float64) / total
-        bar = ((time + 0.008) / 1.008 * torch.pi / 2).cos().square()
-        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(
-            "scheduler config: beta_schedule must be linear, scaled_linear or squaredcos_cap_v2,"
-            f" got {schedule!r}"
-        )
-    abar = (1 - betas).cumprod(0)
-    scale = config.get("snr_shift_scale", 3.0 if cogvideox else 1.0)
-    # SNR / scale, and before the rescaling, as in CogVideoX's schedulers.
-    abar = abar / (scale + (1 - scale) * abar)
-    if config.get("rescale_betas_zero_snr", False):
-        # Shift and scale sqrt(abar) so that its last value is 0 and its first stays (2305.08891).
-        root = abar.sqrt()
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
-    return abar
 
 
 # The schedulers of diffusers whose noise is DDPM's, by betas; others (EDM, VE, consistency, ...)

@@ -21,7 +21,7 @@ ORDER = (
     ("ranks",),
     ("mesh",),
     ("faults",),
-    ("loss",),
+    ("loss", "schedule"),
     ("process",),
     ("models",),
     ("pairs",),
